@@ -1,0 +1,1 @@
+"""Train, distil and compress BERT-like encoders on TPUs."""

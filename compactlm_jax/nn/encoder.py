@@ -1,0 +1,175 @@
+"""The encoder: BERT, ELECTRA, ConvBERT and their students, by configuration.
+
+Layers are stacked on a leading axis and run by `nn.scan`; a range of layers is a slice of that axis.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from compactlm_jax.config import EncoderConfig
+from compactlm_jax.nn.attention import MixedAttention
+from compactlm_jax.nn.layers import Embeddings, GroupedDense, LayerNorm, MaskedDense, MaskFn
+from compactlm_jax.ops.dropout import dropout
+from compactlm_jax.types import QKV, EncoderOutput, Params
+
+
+class EncoderLayer(nn.Module):
+  """Post-LayerNorm Transformer layer: mixed attention, then a (grouped) feed-forward of erf GELU."""
+
+  config: EncoderConfig
+  mask_fn: MaskFn | None = None
+
+  @nn.compact
+  def __call__(
+    self, x_BTD: Float[Array, 'B T D'], mask_BT: Int[Array, 'B T'], key: jax.Array | None
+  ) -> tuple[Float[Array, 'B T D'], QKV]:
+    cfg = self.config
+    keys = [None] * 3 if key is None else list(jax.random.split(key, 3))
+
+    def dense(features: int, name: str) -> nn.Module:
+      if cfg.num_groups > 1:
+        return GroupedDense(features, cfg.num_groups, cfg, name=name)
+      return MaskedDense(features, cfg, self.mask_fn, name=name)
+
+    attended_BTD, qkv = MixedAttention(cfg, self.mask_fn, name='attention')(x_BTD, mask_BT, keys[0])
+    attended_BTD = dropout(attended_BTD, cfg.hidden_dropout, keys[1])
+    x_BTD = LayerNorm(cfg.layer_norm_epsilon, name='attention_norm')(x_BTD + attended_BTD)
+    h_BTF = jax.nn.gelu(dense(cfg.intermediate_size, 'ffn_in')(x_BTD), approximate=False)
+    out_BTD = dropout(dense(cfg.hidden_size, 'ffn_out')(h_BTF), cfg.hidden_dropout, keys[2])
+    return LayerNorm(cfg.layer_norm_epsilon, name='ffn_norm')(x_BTD + out_BTD), qkv
+
+
+class Encoder(nn.Module):
+  """Embeddings, `num_layers` layers, and BERT's pooler if the configuration asks for it."""
+
+  config: EncoderConfig
+  mask_fn: MaskFn | None = None
+
+  def setup(self) -> None:
+    self.embeddings = Embeddings(self.config)
+    self.layers = EncoderLayer(self.config, self.mask_fn)
+    if self.config.pooler:
+      self.pooler = MaskedDense(self.config.hidden_size, self.config)
+
+  def __call__(
+    self,
+    input_ids_BT: Int[Array, 'B T'],
+    mask_BT: Int[Array, 'B T'],
+    token_type_ids_BT: Int[Array, 'B T'],
+    *,
+    dropout_key: jax.Array | None = None,
+    all_hidden: bool = False,
+    qkv_layers: tuple[int, ...] = (),
+    skip_above: bool = False,
+  ) -> EncoderOutput:
+    """See `encode`."""
+    cfg = self.config
+    embed_key = None if dropout_key is None else jax.random.fold_in(dropout_key, cfg.num_layers)
+    x_BTD = self.embeddings(input_ids_BT, token_type_ids_BT, embed_key)
+    run = functools.partial(self._run, mask_BT=mask_BT, key=dropout_key, all_hidden=all_hidden)
+    hidden, captured, done = [x_BTD[None]], {}, 0
+    for layer in () if self.is_initializing() else sorted(set(qkv_layers)):
+      x_BTD, below, _ = run(x_BTD, done, layer - 1, capture=False)
+      x_BTD, at, captured[layer] = run(x_BTD, layer - 1, layer, capture=True)
+      hidden, done = [*hidden, below, at], layer
+    if not (skip_above and qkv_layers):
+      x_BTD, above, _ = run(x_BTD, done, cfg.num_layers, capture=False)
+      hidden.append(above)
+    return EncoderOutput(
+      last_BTD=x_BTD,
+      pooled_BD=jnp.tanh(self.pooler(x_BTD[:, 0])) if cfg.pooler else None,
+      hidden_NBTD=jnp.concatenate([h for h in hidden if h is not None]) if all_hidden else None,
+      qkv=tuple(captured[layer] for layer in qkv_layers if layer in captured),
+    )
+
+  def _run(self, x_BTD, start, stop, *, mask_BT, key, all_hidden, capture):
+    """Runs layers [start, stop): (x, their outputs if `all_hidden`, q/k/v of the one layer if `capture`)."""
+    if start == stop:
+      return x_BTD, None, None
+    cfg = self.config
+
+    def body(layer: EncoderLayer, x_BTD, index):
+      layer_key = None if key is None else jax.random.fold_in(key, index)
+      x_BTD, qkv = layer(x_BTD, mask_BT, layer_key)
+      return x_BTD, (x_BTD if all_hidden else None, qkv if capture else None)
+
+    def scan(layer: EncoderLayer, x_BTD):
+      return nn.scan(
+        nn.remat(body, prevent_cse=False) if cfg.remat else body,
+        variable_axes={'params': 0, 'scores': 0},
+        split_rngs={'params': True},
+        unroll=min(cfg.scan_unroll, stop - start) or stop - start,
+      )(layer, x_BTD, jnp.arange(start, stop))
+
+    if (start, stop) != (0, cfg.num_layers):
+      scan = nn.map_variables(
+        scan, ('params', 'scores'), trans_in_fn=lambda v: jax.tree.map(lambda leaf: leaf[start:stop], v)
+      )
+    x_BTD, (hidden, qkv) = scan(self.layers, x_BTD)
+    return x_BTD, hidden, jax.tree.map(lambda leaf: leaf[0], qkv)
+
+
+def encode(
+  params: Params,
+  config: EncoderConfig,
+  input_ids: Int[Array, 'B T'],
+  attention_mask: Int[Array, 'B T'] | None = None,
+  token_type_ids: Int[Array, 'B T'] | None = None,
+  *,
+  dropout_key: jax.Array | None = None,
+  all_hidden: bool = False,
+  qkv_layers: tuple[int, ...] = (),
+  skip_above: bool = False,
+  mask_fn: MaskFn | None = None,
+) -> EncoderOutput:
+  """Encodes token ids. Pure; under `jax.jit`, `config` and the keyword flags are static.
+
+  Args:
+    params: a tree with 'encoder', and 'scores' beside it if its kernels are masked.
+    config: the encoder's configuration.
+    input_ids: token ids in [0, vocab_size); others give NaN.
+    attention_mask: 1 for real tokens; None means that all are.
+    token_type_ids: segments; None means 0.
+    dropout_key: a key for training; None for evaluation.
+    all_hidden: also return the embedding output and every layer's output.
+    qkv_layers: 1-based numbers of the layers whose queries, keys and values are returned.
+    skip_above: do not run what lies above the last of `qkv_layers`; `last_BTD` is then that layer's output (its
+      computation is dropped by the compiler when unused).
+    mask_fn: scores -> mask, for trees with a 'scores' collection.
+
+  Returns:
+    An EncoderOutput.
+  """
+  mask = jnp.ones_like(input_ids) if attention_mask is None else attention_mask
+  types = jnp.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+  variables: dict[str, Any] = {'params': params['encoder']}
+  if 'scores' in params:
+    variables['scores'] = params['scores']['encoder']
+  return Encoder(config, mask_fn).apply(
+    variables,
+    input_ids,
+    mask,
+    types,
+    dropout_key=dropout_key,
+    all_hidden=all_hidden,
+    qkv_layers=qkv_layers,
+    skip_above=skip_above,
+  )
+
+
+def init_encoder(config: EncoderConfig, key: jax.Array) -> Params:
+  """Random parameters {'encoder': ...}: truncated normal kernels, zero biases, unit LayerNorms (papers.md 0)."""
+  ids = jnp.zeros((1, 2), jnp.int32)
+  return {'encoder': Encoder(config).init(key, ids, ids, ids)['params']}
+
+
+def encoder_shapes(config: EncoderConfig) -> Params:
+  """The tree of `init_encoder` as shapes and dtypes, without computing anything."""
+  return jax.eval_shape(functools.partial(init_encoder, config), jax.random.key(0))

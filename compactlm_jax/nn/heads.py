@@ -1,0 +1,51 @@
+"""Heads on the encoder's hidden states."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from compactlm_jax.config import EncoderConfig
+from compactlm_jax.nn.layers import LayerNorm, MaskedDense, kernel_init
+from compactlm_jax.ops.dropout import dropout
+
+
+class MlmHead(nn.Module):
+  """Dense, GELU, LayerNorm, then the transposed word table and a bias (papers.md 1.4)."""
+
+  config: EncoderConfig
+
+  @nn.compact
+  def __call__(self, x: Float[Array, '*b D'], word_VE: Float[Array, 'V E']) -> Float[Array, '*b V']:
+    cfg = self.config
+    h = jax.nn.gelu(MaskedDense(cfg.embedding_size, cfg, name='dense')(x), approximate=False)
+    h = LayerNorm(cfg.layer_norm_epsilon, name='norm')(h)
+    bias_V = self.param('output_bias', nn.initializers.zeros, (cfg.vocab_size,))
+    return jnp.einsum('...E,VE->...V', h, word_VE.astype(h.dtype), preferred_element_type=jnp.float32) + bias_V
+
+
+class RtdHead(nn.Module):
+  """Replaced-token detection: Dense, GELU, Dense to one logit per token (papers.md 1.4)."""
+
+  config: EncoderConfig
+
+  @nn.compact
+  def __call__(self, x_BTD: Float[Array, 'B T D']) -> Float[Array, 'B T']:
+    h = jax.nn.gelu(MaskedDense(self.config.hidden_size, self.config, name='dense')(x_BTD), approximate=False)
+    return MaskedDense(1, self.config, name='output')(h)[..., 0].astype(jnp.float32)
+
+
+class Classifier(nn.Module):
+  """Dropout, then one Dense layer, on a vector per row."""
+
+  num_classes: int
+  config: EncoderConfig
+  dropout: float = 0.1
+
+  @nn.compact
+  def __call__(self, x_BD: Float[Array, 'B D'], key: jax.Array | None = None) -> Float[Array, 'B C']:
+    kernel = self.param('kernel', kernel_init(self.config.initializer_range), (x_BD.shape[-1], self.num_classes))
+    bias = self.param('bias', nn.initializers.zeros, (self.num_classes,))
+    return dropout(x_BD.astype(jnp.float32), self.dropout, key) @ kernel + bias

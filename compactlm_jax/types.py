@@ -1,0 +1,124 @@
+"""Structs and the shape legend that every module shares.
+
+Arrays of rank two or more carry their shape as a suffix, `x_BTD`:
+
+  B  batch              T  length (queries)     S  length (keys)
+  V  vocabulary         D  hidden size          E  embedding size
+  N  layers             H  heads                K  head size
+  F  feed-forward size  G  groups               W  convolution taps
+  R  relation heads     C  classes
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import jax
+from jaxtyping import Array, Float, Int
+
+Params = dict[str, Any]
+"""A plain nested dict of arrays."""
+
+Metrics = dict[str, jax.Array]
+"""Name -> scalar."""
+
+_T = TypeVar('_T')
+
+
+def struct(cls: type[_T]) -> type[_T]:
+  """Makes `cls` a frozen dataclass that is also a JAX pytree (every field a child)."""
+  return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
+
+
+@struct
+class Batch:
+  """One batch of rows. `labels` and `weights` are absent (None) where a task has none.
+
+  Attributes:
+    input_ids: token ids, 0 <= id < V.
+    attention_mask: 1 for real tokens, 0 for padding.
+    token_type_ids: segment of each token.
+    labels: class index or score per row, or (start, end) of a span.
+    weights: 1 for real rows, 0 for the rows that fill up a last batch.
+  """
+
+  input_ids: Int[Array, 'B T']
+  attention_mask: Int[Array, 'B T']
+  token_type_ids: Int[Array, 'B T']
+  labels: Array | None = None
+  weights: Float[Array, ' B'] | None = None
+
+
+@struct
+class QKV:
+  """Queries, keys and values of one layer, before scaling, masking and dropout."""
+
+  q_BTHK: Float[Array, 'B T H K']
+  k_BTHK: Float[Array, 'B T H K']
+  v_BTHK: Float[Array, 'B T H K']
+
+
+@struct
+class EncoderOutput:
+  """What the encoder returns.
+
+  Attributes:
+    last_BTD: hidden states after the last layer that was run.
+    pooled_BD: tanh of a Dense layer on the first token, if the model has a pooler.
+    hidden_NBTD: embedding output and each layer's output (N = layers + 1), if asked for.
+    qkv: queries, keys and values of the asked layers, in the order asked.
+  """
+
+  last_BTD: Float[Array, 'B T D']
+  pooled_BD: Float[Array, 'B D'] | None = None
+  hidden_NBTD: Float[Array, 'N B T D'] | None = None
+  qkv: tuple[QKV, ...] = ()
+
+
+@struct
+class TrainState:
+  """Everything that must survive a kill, and nothing else. `step` is the only clock.
+
+  Attributes:
+    step: number of optimiser steps done, int32.
+    params: trained parameters, nested dicts.
+    opt_state: state of the optimiser.
+  """
+
+  step: Int[Array, '']
+  params: Params
+  opt_state: Any
+
+
+LossFn = Callable[[Params, Any, Batch, jax.Array, jax.Array], tuple[jax.Array, Metrics]]
+"""loss(params, frozen, batch, key, step) -> (value, metrics)."""
+
+EvaluateFn = Callable[[Params, Any, Batch], Mapping[str, tuple[jax.Array, jax.Array]]]
+"""evaluate(params, frozen, batch) -> {name: (sum, count)}, to be added up over batches."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """What a run optimises: a bundle of pure functions that the loop receives.
+
+  Attributes:
+    name: 'distill', 'finetune', ...
+    init: key -> freshly initialised parameters.
+    loss: the training loss; `value` is a mean over `metrics['weight']` units (rows, tokens), so that gradient
+      accumulation can weigh its micro-batches.
+    evaluate: sums and counts of held-out metrics.
+    frozen: parameters that are read but never trained or saved (a teacher); None if there are none.
+    trainable: (regex, trained?) pairs over parameter names such as 'encoder/layers/query/kernel'. Every name must
+      match exactly one row.
+    model: description of the trained model that is written into checkpoints and exports (JSON-able).
+  """
+
+  name: str
+  init: Callable[[jax.Array], Params]
+  loss: LossFn
+  evaluate: EvaluateFn
+  frozen: Any = None
+  trainable: tuple[tuple[str, bool], ...] = (('.*', True),)
+  model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
