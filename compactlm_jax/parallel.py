@@ -1,0 +1,132 @@
+"""The device mesh, and where each array lives on it.
+
+Axes: 'data' (rows; parameters replicated), 'fsdp' (rows; parameters sharded), 'model' (hidden dimensions).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from compactlm_jax.config import MeshConfig
+from compactlm_jax.errors import ConfigError
+from compactlm_jax.tree import map_named, match_one, named_leaves
+from compactlm_jax.types import Batch
+
+AXES = ('data', 'fsdp', 'model')
+
+# Matrices that read the residual stream shard their outputs over 'model', those that write to it their inputs.
+_READS = r'attention/(query|key|value|conv/pointwise|conv/value)|ffn_in'
+_WRITES = r'attention/output|ffn_out'
+
+PARAM_RULES: tuple[tuple[str, P], ...] = (
+  (r'.*embeddings/(word|position|token_type)/embedding', P(None, 'fsdp')),
+  (r'.*embeddings/projection/kernel', P('fsdp', 'model')),
+  (rf'.*layers/({_READS})/kernel', P(None, 'fsdp', 'model')),
+  (rf'.*layers/({_WRITES})/kernel', P(None, 'model', 'fsdp')),
+  (r'.*layers/attention/conv/depthwise/kernel', P(None, None, 'fsdp')),
+  (r'.*layers/attention/conv/taps/kernel', P(None, 'fsdp', None)),
+  (r'.*(pooler|(mlm|rtd)_head/dense)/kernel', P('fsdp', 'model')),
+  (r'(.*/)?(classifier|rtd_head/output)/kernel', P('fsdp', None)),
+  (r'.*/(bias|scale|output_bias)', P()),
+)
+"""(regex over parameter names, placement). A name that matches no row, or two, is an error."""
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+  """A mesh over all devices.
+
+  Args:
+    config: devices along each axis; -1 takes what is left.
+    devices: defaults to all devices of all processes.
+
+  Raises:
+    ConfigError: the product of the axes is not the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  sizes = [config.data, config.fsdp, config.model]
+  if -1 in sizes:
+    fixed = -math.prod(sizes)
+    sizes[sizes.index(-1)] = len(devices) // fixed
+  if math.prod(sizes) != len(devices):
+    raise ConfigError(
+      f'config.mesh: data={config.data}, fsdp={config.fsdp}, model={config.model} do not multiply to the '
+      f'{len(devices)} devices that are here; set one of them to -1'
+    )
+  # Linen modules know nothing of mesh axes: the compiler propagates the placement (Auto), jax.make_mesh's default
+  # of explicit axes would reject them.
+  return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def param_shardings(mesh: Mesh, params: Any) -> Any:
+  """The placement of each parameter, by `PARAM_RULES`.
+
+  Args:
+    mesh: from `make_mesh`.
+    params: arrays or ShapeDtypeStructs.
+
+  Raises:
+    ConfigError: a dimension does not divide by its mesh axis; the message names both.
+  """
+
+  def place(name: str, leaf: Any) -> NamedSharding:
+    spec = match_one(PARAM_RULES, name, 'sharding')
+    if len(leaf.shape) == 4:  # grouped kernels carry one more axis before the matrix
+      spec = P(None, *spec)
+    for size, axis in zip(leaf.shape, spec):
+      if axis is not None and size % mesh.shape[axis]:
+        raise ConfigError(
+          f'parameter {name}: a dimension of {size} does not divide over config.mesh.{axis}={mesh.shape[axis]}; '
+          f'choose a mesh whose {axis} axis divides it'
+        )
+    return NamedSharding(mesh, spec)
+
+  return map_named(place, params)
+
+
+def state_shardings(mesh: Mesh, state: Any) -> Any:
+  """The placement of a whole TrainState: moments lie as the parameters that they belong to, scalars everywhere."""
+  placed = named_leaves(param_shardings(mesh, state.params))
+
+  def place(name: str, leaf: Any) -> NamedSharding:
+    owner = next((p for p in placed if name.endswith('/' + p)), None) if leaf.shape else None
+    return placed[owner] if owner else NamedSharding(mesh, P())
+
+  return map_named(place, state)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """The same value on every device."""
+  return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Rows split over 'data' and 'fsdp'."""
+  return NamedSharding(mesh, P(('data', 'fsdp')))
+
+
+def check_batch_size(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
+  """Raises ConfigError unless each micro-batch divides over the devices that split rows."""
+  ways = mesh.shape['data'] * mesh.shape['fsdp']
+  if batch_size % (ways * accumulate):
+    raise ConfigError(
+      f'config.batch_size: {batch_size} rows do not divide over {ways} devices (mesh data x fsdp)'
+      + (f' and optimizer.accumulate={accumulate}' if accumulate > 1 else '')
+      + f'; use a multiple of {ways * accumulate}'
+    )
+
+
+def to_global(mesh: Mesh, batch: Batch) -> Batch:
+  """This host's rows of the global batch as arrays that all hosts share.
+
+  Args:
+    mesh: from `make_mesh`.
+    batch: NumPy arrays with this host's rows.
+  """
+  sharding = batch_sharding(mesh)
+  return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, np.asarray(rows)), batch)

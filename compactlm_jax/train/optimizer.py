@@ -1,0 +1,96 @@
+"""AdamW and its schedule, with the options of the original systems."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from compactlm_jax.config import OptimizerConfig
+from compactlm_jax.tree import map_named, match_one
+
+
+def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
+  """step -> learning rate.
+
+  Linear warm-up, then linear decay to zero at `total_steps`. With `decay_from='start'` the decay factor
+  1 - step / total_steps multiplies the warm-up too, so the peak stays below `learning_rate` (ELECTRA, papers.md 1.5).
+
+  Args:
+    config: the schedule's options.
+    total_steps: optimiser steps of the run.
+  """
+  warmup = config.warmup_steps or int(config.warmup_fraction * total_steps)
+
+  def schedule(step: jax.Array) -> jax.Array:
+    step = jnp.asarray(step, jnp.float32)
+    rate = jnp.float32(config.learning_rate)
+    if warmup:
+      rate *= jnp.minimum(1.0, step / warmup)
+    if config.decay == 'linear' and config.decay_from == 'start':
+      rate *= jnp.maximum(0.0, 1.0 - step / total_steps)
+    elif config.decay == 'linear':
+      left = (total_steps - step) / max(1, total_steps - warmup)
+      rate *= jnp.clip(left, 0.0, 1.0)
+    return rate
+
+  return schedule
+
+
+class AdamState(NamedTuple):
+  """Step count and the two moments, float32, shaped like the parameters."""
+
+  count: jax.Array
+  mu: Any
+  nu: Any
+
+
+def scale_by_adam(b1: float, b2: float, eps: float, bias_correction: bool) -> optax.GradientTransformation:
+  """Adam's direction; optax's own has no form without bias correction, which BERT and ELECTRA train with."""
+
+  def init(params: Any) -> AdamState:
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    return AdamState(jnp.zeros([], jnp.int32), zeros, jax.tree.map(jnp.copy, zeros))
+
+  def update(grads: Any, state: AdamState, params: Any = None) -> tuple[Any, AdamState]:
+    del params
+    count = optax.safe_increment(state.count)
+    mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, grads)
+    nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * jnp.square(g), state.nu, grads)
+    c1, c2 = (1 - b1**count, 1 - b2**count) if bias_correction else (1.0, 1.0)
+    direction = jax.tree.map(lambda m, v: (m / c1) / (jnp.sqrt(v / c2) + eps), mu, nu)
+    return direction, AdamState(count, mu, nu)
+
+  return optax.GradientTransformation(init, update)
+
+
+def make_optimizer(
+  config: OptimizerConfig, total_steps: int, trainable: tuple[tuple[str, bool], ...]
+) -> optax.GradientTransformation:
+  """Clip by global norm, Adam, decoupled weight decay, schedule; untrained parameters have no state and stay put.
+
+  Args:
+    config: the optimiser's options.
+    total_steps: optimiser steps of the run.
+    trainable: (regex, trained?) rows over parameter names; every name must match exactly one.
+
+  Raises:
+    ConfigError: at init, a parameter that matches no row or several.
+  """
+
+  def decayed(params: Any) -> Any:
+    return map_named(lambda name, _: not re.fullmatch(config.no_decay, name), params)
+
+  def labels(params: Any) -> Any:
+    return map_named(lambda name, _: 'train' if match_one(trainable, name, 'trainable') else 'hold', params)
+
+  parts = [
+    optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
+    scale_by_adam(config.beta1, config.beta2, config.epsilon, config.bias_correction),
+    optax.add_decayed_weights(config.weight_decay, decayed) if config.weight_decay else optax.identity(),
+    optax.scale_by_learning_rate(learning_rate_schedule(config, total_steps)),
+  ]
+  return optax.partition({'train': optax.chain(*parts), 'hold': optax.set_to_zero()}, labels)

@@ -1,0 +1,47 @@
+"""Names of the leaves of parameter trees: 'encoder/layers/attention/query/kernel'."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+
+from compactlm_jax.errors import ConfigError
+
+_V = TypeVar('_V')
+
+
+def leaf_name(path: Sequence[Any]) -> str:
+  """The name of a key path: its keys, attributes and indices joined by '/'."""
+  return jax.tree_util.keystr(tuple(path), simple=True, separator='/')
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+  """Name -> leaf, in the order of the tree's leaves."""
+  return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def map_named(fn: Callable[[str, Any], _V], tree: Any) -> Any:
+  """The tree with fn(name, leaf) in place of each leaf."""
+  return jax.tree_util.tree_map_with_path(lambda path, leaf: fn(leaf_name(path), leaf), tree)
+
+
+def match_one(rules: Sequence[tuple[str, _V]], name: str, what: str) -> _V:
+  """The value of the one rule whose regex matches the whole name.
+
+  Args:
+    rules: (regex, value) pairs.
+    name: name of a parameter.
+    what: what the rules assign, for the message.
+
+  Raises:
+    ConfigError: no rule matches, or more than one.
+  """
+  hits = [(pattern, value) for pattern, value in rules if re.fullmatch(pattern, name)]
+  if len(hits) == 1:
+    return hits[0][1]
+  if not hits:
+    raise ConfigError(f'parameter {name}: no {what} rule matches it; add a row for it')
+  raise ConfigError(f'parameter {name}: {len(hits)} {what} rules match it ({", ".join(p for p, _ in hits)})')
