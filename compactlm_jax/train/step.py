@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from compactlm_jax.parallel import batch_sharding, replicated, state_shardings
-from compactlm_jax.tree import map_named, match_one
+from compactlm_jax.tree import map_named, match_one, named_leaves
 from compactlm_jax.types import Batch, Metrics, Task, TrainState
 
 StepFn = Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]
@@ -33,7 +33,9 @@ def make_train_step(task: Task, tx: optax.GradientTransformation, seed: int, acc
 
   def loss(params: Any, *args: Any) -> tuple[jax.Array, Metrics]:
     # Without a gradient to held parameters the compiler drops what only they would need.
-    held = lambda name, leaf: leaf if match_one(task.trainable, name, 'trainable') else jax.lax.stop_gradient(leaf)
+    def held(name: str, leaf: jax.Array) -> jax.Array:
+      return leaf if match_one(task.trainable, name, 'trainable') else jax.lax.stop_gradient(leaf)
+
     return task.loss(map_named(held, params), *args)
 
   gradient = jax.value_and_grad(loss, has_aux=True)
@@ -100,3 +102,19 @@ def compile_step(step: StepFn, mesh: Mesh, state: TrainState, frozen: Any) -> An
     out_shardings=(placed, replicated(mesh)),
     donate_argnums=0,
   )
+
+
+def bad_leaves(task: Task, seed: int, state: TrainState, frozen: Any, batch: Batch, step: int) -> list[str]:
+  """Names of the parameters whose gradient at `step` is not finite (non-finite updates left `state.params` as it was).
+
+  Args:
+    task: of the run.
+    seed: of the run.
+    state: any state with the parameters of that step.
+    frozen: the task's frozen weights.
+    batch: the rows of that step.
+    step: 0-based.
+  """
+  key = jax.random.fold_in(jax.random.key(seed), step)
+  grads = jax.grad(lambda p: task.loss(p, frozen, batch, key, jnp.int32(step))[0])(state.params)
+  return [name for name, g in named_leaves(grads).items() if not bool(jnp.isfinite(g).all())]

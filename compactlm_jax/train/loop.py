@@ -1,0 +1,135 @@
+"""The training loop, the only one: resume, step, log, save, stop, evaluate."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Protocol
+
+import jax
+from etils import epath
+
+from compactlm_jax.checkpoint import Checkpoints
+from compactlm_jax.config import RunConfig
+from compactlm_jax.errors import PreemptedError
+from compactlm_jax.metrics import MetricsWriter
+from compactlm_jax.parallel import check_batch_size, make_mesh, param_shardings, state_shardings, to_global
+from compactlm_jax.train.evaluate import make_evaluate
+from compactlm_jax.train.optimizer import learning_rate_schedule, make_optimizer
+from compactlm_jax.train.reporter import Reporter
+from compactlm_jax.train.rundir import open_run
+from compactlm_jax.train.signals import StopRequest
+from compactlm_jax.train.step import compile_step, init_state, make_train_step
+from compactlm_jax.types import Batch, Task, TrainState
+
+log = logging.getLogger(__name__)
+
+
+class BatchSource(Protocol):
+  """Rows of training: a batch is a pure function of (seed, step)."""
+
+  def prefetch(self, start_step: int) -> Iterator[tuple[int, Batch]]:
+    """(step, this host's rows of its global batch) from `start_step` on, read ahead, without end."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """What the loop runs.
+
+  Attributes:
+    task: losses, evaluation and frozen weights.
+    config: the resolved configuration.
+    total_steps: optimiser steps.
+    batches: training rows.
+    eval_batches: starts a pass over the held-out rows; None without any.
+    identity: fingerprints (tokenizer, data, teacher) that a resumed run must share.
+  """
+
+  task: Task
+  config: RunConfig
+  total_steps: int
+  batches: BatchSource
+  eval_batches: Callable[[], Iterable[Batch]] | None = None
+  identity: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def train(job: Job, workdir: str, *, allow_change: tuple[str, ...] = (), steal_lock: bool = False) -> dict[str, Any]:
+  """Runs a job to its last step, from its newest intact checkpoint if there is one.
+
+  Args:
+    job: what to run.
+    workdir: the run directory; created if absent.
+    allow_change: configuration fields that may differ from those of the run that is resumed.
+    steal_lock: take the directory over from a run on another host that is known to be dead.
+
+  Returns:
+    What results.json holds.
+
+  Raises:
+    PreemptedError: a signal asked to stop; the state is saved.
+    NumericsError: too many non-finite updates in a row.
+    LockedError, ConfigError, DataError, StorageError: see those classes.
+  """
+  started, config, total = time.monotonic(), job.config, job.total_steps
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(
+      open_run(workdir, config, dict(job.identity), allow_change=allow_change, steal_lock=steal_lock)
+    )
+    stop = stack.enter_context(StopRequest())
+    checkpoints = stack.enter_context(Checkpoints(epath.Path(workdir) / 'checkpoints', keep=config.keep))
+    mesh, state, frozen, step_fn = _set_up(job, checkpoints)
+    evaluate = make_evaluate(job.task, mesh)
+    first = int(state.step)
+    writer = stack.enter_context(MetricsWriter(workdir, total, start_step=first))
+    reporter = Reporter(job.task, config, learning_rate_schedule(config.optimizer, total), writer, workdir)
+    metadata = {'model': dict(job.task.model), 'task': job.task.name, 'identity': dict(job.identity)}
+
+    for step, batch in itertools.islice(job.batches.prefetch(first), max(0, total - first)):
+      state, metrics = step_fn(state, frozen, to_global(mesh, batch))
+      done, stopping = step + 1, stop.requested(step + 1)
+      reporter.add(done, metrics, batch, state, frozen)
+      if stopping or done == total or done % config.checkpoint_every == 0:
+        reporter.flush()
+        checkpoints.save(done, state, metadata, wait=stopping or done == total)
+      if stopping and done < total:
+        raise PreemptedError(f'asked to stop: step {done} is saved in {workdir}; the same command continues from it')
+      if config.eval_every and done % config.eval_every == 0 and done < total and job.eval_batches:
+        reporter.flush()
+        scores = evaluate(state.params, frozen, job.eval_batches())
+        writer.write(done, {f'eval_{name}': value for name, value in scores.items()})
+
+    scores = evaluate(state.params, frozen, job.eval_batches()) if job.eval_batches else {}
+    return _finish(job, workdir, scores, time.monotonic() - started)
+
+
+def _set_up(job: Job, checkpoints: Checkpoints) -> tuple[Any, TrainState, Any, Any]:
+  """The mesh, the state (restored or fresh), the frozen weights in place, and the compiled step."""
+  config = job.config
+  mesh = make_mesh(config.mesh)
+  check_batch_size(mesh, config.batch_size, config.optimizer.accumulate)
+  tx = make_optimizer(config.optimizer, job.total_steps, job.task.trainable)
+  state = init_state(job.task, tx, mesh, config.seed)
+  placed = state_shardings(mesh, state)
+  abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, placed)
+  restored = checkpoints.restore(abstract)
+  if restored is not None:
+    state = restored[0]
+    log.info('resuming at step %d of %d', int(state.step), job.total_steps)
+  frozen = None if job.task.frozen is None else jax.device_put(job.task.frozen, param_shardings(mesh, job.task.frozen))
+  step_fn = make_train_step(job.task, tx, config.seed, config.optimizer.accumulate)
+  return mesh, state, frozen, compile_step(step_fn, mesh, state, frozen)
+
+
+def _finish(job: Job, workdir: str, scores: Mapping[str, float], seconds: float) -> dict[str, Any]:
+  results = {'metrics': dict(scores), 'task': job.task.name, 'steps': job.total_steps, 'seconds': round(seconds, 3)}
+  if jax.process_index() == 0:
+    target = epath.Path(workdir) / 'results.json'
+    draft = target.with_suffix('.json.tmp')
+    draft.write_text(json.dumps(results, indent=2) + '\n')
+    draft.replace(target)
+  return results

@@ -1,0 +1,76 @@
+"""What the loop says about each step, read one step late so that reading never stalls the device."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from etils import epath
+
+from compactlm_jax.config import RunConfig
+from compactlm_jax.errors import NumericsError
+from compactlm_jax.metrics import MetricsWriter
+from compactlm_jax.train.step import bad_leaves
+from compactlm_jax.types import Batch, Metrics, Task, TrainState
+
+
+class Reporter:
+  """Writes metrics and ends the run when non-finite updates do not stop.
+
+  Args:
+    task: of the run.
+    config: of the run.
+    schedule: step -> learning rate.
+    writer: metrics.jsonl and the progress bar.
+    workdir: where failure.json is written.
+  """
+
+  def __init__(
+    self, task: Task, config: RunConfig, schedule: Callable[[int], Any], writer: MetricsWriter, workdir: str
+  ) -> None:
+    self._task, self._config, self._schedule = task, config, schedule
+    self._writer, self._workdir = writer, epath.Path(workdir)
+    self._pending: tuple[int, Metrics, Batch] | None = None
+    self._bad_steps: list[int] = []
+
+  def add(self, done: int, metrics: Metrics, batch: Batch, state: TrainState, frozen: Any) -> None:
+    """Takes the metrics of step `done` (1-based) and reports those of the step before.
+
+    Raises:
+      NumericsError: `max_bad_steps` non-finite updates in a row.
+    """
+    self._latest = (state, frozen)  # older states were donated to the step
+    self.flush()
+    self._pending = (done, metrics, batch)
+
+  def flush(self) -> None:
+    """Reports what is pending.
+
+    Raises:
+      NumericsError: see `add`.
+    """
+    if self._pending is None:
+      return
+    done, metrics, batch = self._pending
+    self._pending = None
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    self._bad_steps = [*self._bad_steps, done] if values['bad_step'] else []
+    tokens = int(batch.attention_mask.sum()) * jax.process_count()
+    line = {**values, 'learning_rate': float(self._schedule(done - 1))}
+    logged = done % self._config.log_every == 0 or bool(values['bad_step'])
+    self._writer.step(done, line, tokens=tokens, logged=logged)
+    if len(self._bad_steps) >= self._config.optimizer.max_bad_steps:
+      self._give_up(batch, line)
+
+  def _give_up(self, batch: Batch, line: dict[str, float]) -> None:
+    state, frozen = self._latest
+    leaves = bad_leaves(self._task, self._config.seed, state, frozen, batch, self._bad_steps[-1] - 1)
+    report = {'steps': self._bad_steps, 'metrics': {k: str(v) for k, v in line.items()}, 'bad_gradients': leaves}
+    (self._workdir / 'failure.json').write_text(json.dumps(report, indent=2) + '\n')
+    raise NumericsError(
+      f'{len(self._bad_steps)} non-finite updates in a row, the last at step {self._bad_steps[-1]} '
+      f'(first leaf: {leaves[0] if leaves else "loss only"}); none was applied. {self._workdir}/failure.json names the '
+      'leaves. Lower config.optimizer.learning_rate or look at the rows of that step'
+    )

@@ -1,0 +1,47 @@
+"""Stopping on request: SIGTERM (maintenance, preemption) and Ctrl-C."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+
+import jax
+from jax.experimental import multihost_utils
+
+
+class StopRequest:
+  """While open, SIGTERM and the first SIGINT are remembered instead of ending the process.
+
+  The loop asks `requested(step)` after every step and saves before it leaves. A second SIGTERM changes nothing, a
+  second SIGINT aborts at once. With several processes all agree on the same step.
+  """
+
+  def __init__(self) -> None:
+    self._asked = False
+    self._previous: dict[int, object] = {}
+
+  def __enter__(self) -> StopRequest:
+    if threading.current_thread() is threading.main_thread():
+      for number in (signal.SIGTERM, signal.SIGINT):
+        self._previous[number] = signal.signal(number, self._remember)
+    return self
+
+  def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    for number, handler in self._previous.items():
+      signal.signal(number, handler)  # type: ignore[arg-type]
+    self._previous.clear()
+
+  def _remember(self, number: int, frame: FrameType | None) -> None:
+    if number == signal.SIGINT and self._asked:
+      raise KeyboardInterrupt
+    self._asked = True
+
+  def requested(self, step: int) -> bool:
+    """True once a stop was asked for (on any process)."""
+    if jax.process_count() > 1:
+      return self._asked_anywhere(step)
+    return self._asked
+
+  def _asked_anywhere(self, step: int) -> bool:
+    return bool(multihost_utils.reached_preemption_sync_point(step))
