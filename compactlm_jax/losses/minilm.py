@@ -69,7 +69,7 @@ def relation_loss(
     if name == VALUE_MSE:
       parts[name] = per_row_B * _value_mse(teacher.v_BTHK, student.v_BTHK, rows_BT)
       continue
-    x, y = relation
+    x, y = relation[0], relation[1]
     taught, learner = operands['teacher'], operands['student']
     sums_B = relation_kl(taught[x], taught[y], learner[x], learner[y], mask_BT, rows_BT)
     parts[name] = per_row_B / taught[x].shape[2] * sums_B
