@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, dataclass_transform
 
 import jax
 from jaxtyping import Array, Float, Int
@@ -27,6 +27,7 @@ Metrics = dict[str, jax.Array]
 _T = TypeVar('_T')
 
 
+@dataclass_transform(frozen_default=True)
 def struct(cls: type[_T]) -> type[_T]:
   """Makes `cls` a frozen dataclass that is also a JAX pytree (every field a child)."""
   return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))

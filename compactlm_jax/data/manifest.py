@@ -1,0 +1,113 @@
+"""manifest.json of a prepared dataset: what it holds, what it was made of, and the digests of its files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from compactlm_jax.data import text
+from compactlm_jax.errors import DataError
+
+FORMAT = 1
+FILE = 'manifest.json'
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+  """One ArrayRecord file of a split.
+
+  Attributes:
+    file: name inside the dataset.
+    rows: records in it.
+    bytes: its size.
+    sha256: digest of its content, hex.
+  """
+
+  file: str
+  rows: int
+  bytes: int
+  sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+  """Content of manifest.json: no time, no path, no host name, so that equal datasets have equal manifests.
+
+  Attributes:
+    settings: everything that the rows depend on: mode, seq_len, seed, sources, tokenizer fingerprint, ...
+    vocab_size: ids are below it.
+    counts: documents, lines, rows, tokens, unknown_tokens, real_token_fraction.
+    splits: shards of each split, in order.
+    versions: libraries that wrote the files.
+  """
+
+  settings: Mapping[str, Any]
+  vocab_size: int
+  counts: Mapping[str, float]
+  splits: Mapping[str, tuple[Shard, ...]]
+  versions: Mapping[str, str]
+
+  @property
+  def seq_len(self) -> int:
+    """Row length in tokens."""
+    return int(self.settings['seq_len'])
+
+  @property
+  def fingerprint(self) -> str:
+    """Fingerprint of the tokenizer that made the ids."""
+    return str(self.settings['tokenizer'])
+
+  def rows(self, split: str) -> int:
+    """Number of rows of a split."""
+    return sum(s.rows for s in self.splits[split])
+
+  def dumps(self) -> str:
+    """The text of manifest.json."""
+    return json.dumps({'format': FORMAT, **dataclasses.asdict(self)}, indent=2, sort_keys=True) + '\n'
+
+
+def read_manifest(folder: Any) -> Manifest:
+  """Reads manifest.json of a prepared dataset.
+
+  Raises:
+    DataError: there is none, or it is damaged or of another format.
+  """
+  path = epath.Path(folder) / FILE
+  remedy = 'write the dataset with: compactlm prepare --input=GLOB --tokenizer=DIR --output=DIR --seq_len=N'
+  if not path.exists():
+    raise DataError(f'{path}: not there, so {path.parent} is not a prepared dataset; {remedy}')
+  try:
+    raw = json.loads(path.read_text(encoding='utf-8'))
+    if raw.pop('format') != FORMAT:
+      raise DataError(f'{path}: another format than {FORMAT}; {remedy}')
+    raw['splits'] = {name: tuple(Shard(**s) for s in shards) for name, shards in raw['splits'].items()}
+    return Manifest(**raw)
+  except (ValueError, KeyError, TypeError, AttributeError) as e:
+    raise DataError(f'{path}: damaged ({e}); {remedy}') from e
+
+
+def verify_files(folder: Any, manifest: Manifest, *, digests: bool = False) -> None:
+  """Compares the shard files with the manifest.
+
+  Args:
+    folder: the dataset.
+    manifest: its manifest.
+    digests: also read every file and compare SHA-256.
+
+  Raises:
+    DataError: a file is missing, has another size, or another content; named.
+  """
+  root = epath.Path(folder)
+  for shard in (s for shards in manifest.splits.values() for s in shards):
+    path = root / shard.file
+    remedy = 'copy the dataset again, or prepare it again with overwrite'
+    if not path.exists():
+      raise DataError(f'{path}: a shard of the dataset is missing; {remedy}')
+    if (size := int(path.stat().length)) != shard.bytes:
+      raise DataError(f'{path}: {size} bytes, but {shard.bytes} were written; {remedy}')
+    if digests and text.file_sha256(path) != shard.sha256:
+      raise DataError(f'{path}: its content changed since it was written (SHA-256 differs); {remedy}')

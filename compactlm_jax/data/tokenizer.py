@@ -1,0 +1,290 @@
+"""Tokenizers: reading a Hugging Face tokenizer folder, and training a WordPiece vocabulary."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import tokenizers
+from etils import epath
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from compactlm_jax.data import text
+from compactlm_jax.errors import ConfigError, DataError
+
+SPECIAL_TOKENS = ('[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]')
+"""Special tokens of trained vocabularies, in the order of their ids."""
+
+_ROLES = ('pad', 'unk', 'cls', 'sep', 'mask')
+_FILES = (
+  'tokenizer.json',
+  'tokenizer_config.json',
+  'special_tokens_map.json',
+  'added_tokens.json',
+  'vocab.txt',
+  'vocab.json',
+  'merges.txt',
+)
+_BATCH = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+  """A tokenizer that adds no special tokens, pads nothing and truncates nothing by itself.
+
+  Attributes:
+    backend: the `tokenizers` object.
+    folder: where it was read from.
+    vocab_size: one more than the largest id.
+    pad_id, unk_id, cls_id, sep_id, mask_id: ids of the special tokens.
+  """
+
+  backend: tokenizers.Tokenizer
+  folder: str
+  vocab_size: int
+  pad_id: int
+  unk_id: int
+  cls_id: int
+  sep_id: int
+  mask_id: int
+
+  def encode(self, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text, without special tokens; '[SEP]' written in a text is ordinary text."""
+    return [e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+  def fingerprint(self) -> str:
+    """SHA-256 (hex) over vocabulary, normaliser, splitting and special ids: equal iff texts get equal ids."""
+    state = json.loads(self.backend.to_str())
+    # Vocabulary.txt and tokenizer.json of one tokenizer must agree, so only what changes ids is digested.
+    model = {k: v for k, v in state['model'].items() if k not in ('vocab', 'merges')}
+    parts = {
+      'vocab': sorted((i, t) for t, i in self.backend.get_vocab(with_added_tokens=True).items()),
+      'merges': state['model'].get('merges'),
+      'model': model,
+      'normalizer': state['normalizer'],
+      'pre_tokenizer': state['pre_tokenizer'],
+      'special': [self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+
+  def save(self, folder: Any) -> None:
+    """Copies the original tokenizer files into `folder`, which is made if need be."""
+    target = epath.Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    for name in _FILES:
+      if (file := epath.Path(self.folder) / name).exists():
+        (target / name).write_bytes(file.read_bytes())
+
+
+@contextlib.contextmanager
+def one_thread_each() -> Iterator[None]:
+  """Keeps the library's own threads off, so that as many threads tokenise as callers do."""
+  before = os.environ.get('TOKENIZERS_PARALLELISM')
+  os.environ['TOKENIZERS_PARALLELISM'] = 'false'
+  try:
+    yield
+  finally:
+    if before is None:
+      del os.environ['TOKENIZERS_PARALLELISM']
+    else:
+      os.environ['TOKENIZERS_PARALLELISM'] = before
+
+
+def load_tokenizer(folder: Any) -> Tokenizer:
+  """Reads a Hugging Face tokenizer folder: tokenizer.json, or vocab.txt with tokenizer_config.json.
+
+  Padding and truncation stored in tokenizer.json are switched off. Nothing is downloaded or executed.
+
+  Args:
+    folder: path of the folder.
+
+  Returns:
+    The tokenizer.
+
+  Raises:
+    ConfigError: a file or a special token is missing, or a file cannot be read.
+  """
+  path = epath.Path(folder)
+  config = {**_read_json(path / 'tokenizer_config.json'), **_read_json(path / 'special_tokens_map.json')}
+  if (path / 'tokenizer.json').exists():
+    try:
+      backend = tokenizers.Tokenizer.from_str((path / 'tokenizer.json').read_text(encoding='utf-8'))
+    except Exception as e:  # the library raises bare Exception
+      raise ConfigError(f'{path / "tokenizer.json"}: cannot be read ({e}); save the tokenizer again') from e
+  elif (path / 'vocab.txt').exists():
+    backend = _from_vocab(path / 'vocab.txt', config)
+  else:
+    raise ConfigError(
+      f'{path}: neither tokenizer.json nor vocab.txt is there; give a Hugging Face tokenizer folder, '
+      'or make one with: compactlm tokenizer --input=GLOB --vocab_size=N --output=DIR'
+    )
+  backend.no_padding()
+  backend.no_truncation()
+  backend.encode_special_tokens = True
+  ids = {}
+  for role, default in zip(_ROLES, SPECIAL_TOKENS, strict=True):
+    token = config.get(f'{role}_token') or default
+    token = token['content'] if isinstance(token, dict) else token
+    if (found := backend.token_to_id(token)) is None:
+      raise ConfigError(
+        f'{path}: the {role} token {token!r} is not in the vocabulary; set {role}_token in tokenizer_config.json'
+      )
+    ids[f'{role}_id'] = found
+  vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+  return Tokenizer(backend=backend, folder=str(path), vocab_size=vocab_size, **ids)
+
+
+def _read_json(path: epath.Path) -> dict[str, Any]:
+  if not path.exists():
+    return {}
+  try:
+    value = json.loads(path.read_text(encoding='utf-8'))
+  except ValueError as e:
+    raise ConfigError(f'{path}: not JSON ({e}); save the tokenizer again') from e
+  if not isinstance(value, dict):
+    raise ConfigError(f'{path}: expected a JSON object; save the tokenizer again')
+  return value
+
+
+def _from_vocab(path: epath.Path, config: dict[str, Any]) -> tokenizers.Tokenizer:
+  # Only '\n' separates: a vocabulary may hold other Unicode line ends as tokens.
+  tokens = path.read_bytes().decode('utf-8').split('\n')
+  tokens = [t.rstrip('\r') for t in (tokens[:-1] if tokens[-1] == '' else tokens)]
+  return _bert({t: i for i, t in enumerate(tokens)}, config)
+
+
+def _bert(vocab: dict[str, int], config: dict[str, Any]) -> tokenizers.Tokenizer:
+  """BERT's tokenizer of a vocabulary (google-research/bert `tokenization.py`)."""
+  special = {role: config.get(f'{role}_token') or d for role, d in zip(_ROLES, SPECIAL_TOKENS, strict=True)}
+  special = {role: t['content'] if isinstance(t, dict) else t for role, t in special.items()}
+  missing = [t for t in special.values() if t not in vocab]
+  if missing:
+    raise ConfigError(
+      f'vocab.txt: the special token {missing[0]!r} is not in the vocabulary; set it in tokenizer_config.json'
+    )
+  backend = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token=special['unk'], max_input_chars_per_word=100))
+  backend.normalizer = _normalizer(config.get('do_lower_case', True), config)
+  backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+  backend.decoder = decoders.WordPiece(prefix='##')
+  cls, sep = special['cls'], special['sep']
+  backend.post_processor = processors.TemplateProcessing(
+    single=f'{cls}:0 $A:0 {sep}:0',
+    pair=f'{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1',
+    special_tokens=[(cls, vocab[cls]), (sep, vocab[sep])],
+  )
+  backend.add_special_tokens(list(special.values()))
+  return backend
+
+
+def _normalizer(lowercase: bool, config: dict[str, Any]) -> normalizers.BertNormalizer:
+  return normalizers.BertNormalizer(
+    clean_text=True,
+    handle_chinese_chars=config.get('tokenize_chinese_chars', True),
+    strip_accents=config.get('strip_accents'),
+    lowercase=lowercase,
+  )
+
+
+def train_wordpiece(
+  inputs: str,
+  vocab_size: int,
+  output: Any,
+  lowercase: bool = True,
+  *,
+  min_frequency: int = 2,
+  max_alphabet: int = 1000,
+  model_max_length: int = 512,
+  overwrite: bool = False,
+) -> Tokenizer:
+  """Trains a WordPiece vocabulary and writes a complete Hugging Face tokenizer folder.
+
+  The same text and settings give the same bytes: the library numbers word-inner characters in the order of a random
+  hash map and breaks ties by number, so they are numbered here first (as extra special tokens of the trainer).
+
+  Args:
+    inputs: as in `prepare`.
+    vocab_size: entries, special tokens included; fewer if the text does not yield them.
+    output: folder to write.
+    lowercase: lower-case and strip accents.
+    min_frequency: occurrences that a merged token needs.
+    max_alphabet: distinct characters kept, the most frequent; words with others become [UNK].
+    model_max_length: written into tokenizer_config.json.
+    overwrite: replace tokenizer files in `output`.
+
+  Returns:
+    The tokenizer, read back from `output`.
+
+  Raises:
+    ConfigError: vocab_size is too small, or `output` already holds a tokenizer.
+    DataError: no text.
+  """
+  target = epath.Path(output)
+  if not overwrite and any((target / name).exists() for name in _FILES):
+    raise ConfigError(f'{target} already holds a tokenizer; choose another output or set overwrite')
+  if vocab_size < len(SPECIAL_TOKENS) + 4:
+    raise ConfigError(f'vocab_size {vocab_size} is too small; use at least {len(SPECIAL_TOKENS) + 4}')
+  sources = text.open_text(inputs)
+  normalizer = _normalizer(lowercase, {})
+  room = (vocab_size - len(SPECIAL_TOKENS)) // 2
+  alphabet = _alphabet(sources, normalizer, min(max_alphabet, room))
+  trainer = trainers.WordPieceTrainer(
+    vocab_size=vocab_size,
+    min_frequency=min_frequency,
+    special_tokens=[*SPECIAL_TOKENS, *('##' + c for c in alphabet)],
+    initial_alphabet=alphabet,
+    limit_alphabet=len(alphabet),
+    show_progress=False,
+  )
+  scratch = tokenizers.Tokenizer(models.WordPiece(unk_token='[UNK]'))
+  scratch.normalizer = normalizer
+  scratch.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+  scratch.train_from_iterator(_batches(sources), trainer)
+  vocab = scratch.get_vocab(with_added_tokens=True)
+  _write_folder(target, dict(sorted(vocab.items(), key=lambda item: item[1])), lowercase, model_max_length)
+  return load_tokenizer(target)
+
+
+def _batches(sources: Sequence[text.TextSource]) -> Iterator[list[str]]:
+  batch: list[str] = []
+  for source in sources:
+    for line in source.lines(lambda _: None):
+      if line:
+        batch.append(line)
+      if len(batch) == _BATCH:
+        yield batch
+        batch = []
+  if batch:
+    yield batch
+
+
+def _alphabet(sources: Sequence[text.TextSource], normalizer: normalizers.BertNormalizer, limit: int) -> list[str]:
+  counts: collections.Counter[str] = collections.Counter()
+  for batch in _batches(sources):
+    counts.update(normalizer.normalize_str('\n'.join(batch)))
+  chars = sorted((c for c in counts if not c.isspace()), key=lambda c: (-counts[c], c))
+  if not chars:
+    raise DataError(f'input {", ".join(s.name for s in sources)}: no text to train a vocabulary on')
+  return sorted(chars[:limit])
+
+
+def _write_folder(target: epath.Path, vocab: dict[str, int], lowercase: bool, model_max_length: int) -> None:
+  target.mkdir(parents=True, exist_ok=True)
+  special = {f'{role}_token': token for role, token in zip(_ROLES, SPECIAL_TOKENS, strict=True)}
+  config = {
+    'do_lower_case': lowercase,
+    'model_max_length': model_max_length,
+    'strip_accents': None,
+    'tokenize_chinese_chars': True,
+    'tokenizer_class': 'BertTokenizer',
+    **special,
+  }
+  (target / 'vocab.txt').write_bytes(''.join(t + '\n' for t in vocab).encode('utf-8'))
+  (target / 'tokenizer.json').write_bytes(_bert(vocab, config).to_str(pretty=True).encode('utf-8'))
+  for name, value in (('tokenizer_config.json', config), ('special_tokens_map.json', special)):
+    (target / name).write_text(json.dumps(value, indent=2, sort_keys=True) + '\n')
