@@ -1,0 +1,103 @@
+"""A model with all that it needs, from and to a Hugging Face folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import safetensors.numpy
+from absl import logging
+from etils import epath
+
+from compactlm_jax.config import EncoderConfig
+from compactlm_jax.interop import hf_config, names
+from compactlm_jax.interop.card import model_card
+from compactlm_jax.interop.folder import WEIGHTS, open_folder, read_tensors
+from compactlm_jax.interop.hub import local_folder
+from compactlm_jax.interop.tokenizer_files import TokenizerFiles, matched, read_tokenizer
+from compactlm_jax.interop.writing import json_bytes, write_export
+from compactlm_jax.types import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+  """A model: what `encode` needs, and its tokenizer.
+
+  Attributes:
+    config: the encoder's configuration.
+    params: the tree: 'encoder', and any of 'mlm_head', 'rtd_head', 'classifier'. A classifier reads the pooled vector
+      if `config.pooler`, else the last hidden state of the first token; `drop_pooler` makes the second true.
+    tokenizer: the tokenizer's files; None if the folder had none.
+  """
+
+  config: EncoderConfig
+  params: Params
+  tokenizer: TokenizerFiles | None = None
+
+
+def from_pretrained(folder: epath.PathLike) -> Bundle:
+  """Reads a BERT, ELECTRA or ConvBERT folder of Hugging Face, or one that `save_pretrained` wrote.
+
+  Args:
+    folder: a folder, or 'owner/name' of the Hugging Face hub where no such folder exists. Only safetensors, JSON and
+      vocabularies are read; nothing in the folder is executed.
+
+  Returns:
+    The bundle, float32. An imported ConvBERT is in parity mode (`conv_sees_padding`).
+
+  Raises:
+    DataError: missing, damaged or unexpected files or tensors; pickles (the message says how to convert them).
+    ConfigError: a model that the encoder cannot express, or config.json, weights and tokenizer that disagree.
+  """
+  source = open_folder(local_folder(folder))
+  raw = source.read_json('config.json')
+  config = hf_config.from_hf(raw)
+  tensors = read_tensors(source)
+  if config.architecture == 'bert' and names.has_pooler(tensors):
+    config = dataclasses.replace(config, pooler=True)
+  tokenizer = read_tokenizer(source)
+  config = matched(config, tokenizer)
+  return Bundle(config, jax.tree.map(jnp.asarray, names.import_tensors(tensors, config)), tokenizer)
+
+
+def save_pretrained(bundle: Bundle, folder: epath.PathLike) -> None:
+  """Writes a folder that transformers and `from_pretrained` load; the same bundle always gives the same bytes.
+
+  Args:
+    bundle: the model. Heads that transformers has no class for are written beside the encoder and logged.
+    folder: where to; an earlier export there is replaced, anything else is not touched. A kill leaves the earlier
+      export or nothing, never half a folder.
+
+  Raises:
+    ConfigError: transformers cannot express the model, the tree does not agree with the configuration, the tokenizer
+      does not fit, or `folder` is not an export.
+    NumericsError: parameters that are not finite.
+    StorageError: the disk is full or not writable.
+  """
+  config, heads = bundle.config, sorted(set(bundle.params) & set(names.HEADS))
+  if bundle.tokenizer is None:
+    logging.warning('%s: exported without a tokenizer; whoever loads it must bring the right one', folder)
+  elif matched(config, bundle.tokenizer) != config:
+    config = matched(config, bundle.tokenizer)
+  classes = bundle.params['classifier']['bias'].shape[-1] if 'classifier' in heads else 0
+  described = hf_config.to_hf(config, heads, classes)
+  extra = hf_config.unread_heads(config, heads)
+  if extra:
+    logging.warning('%s: transformers will ignore %s; from_pretrained reads it back', folder, ', '.join(extra))
+  tensors = names.export_tensors(bundle.params, config)
+  files: dict[str, Any] = {
+    WEIGHTS: safetensors.numpy.save(tensors, metadata={'format': 'pt'}),
+    'config.json': json_bytes(described),
+    'README.md': model_card(config, heads, names.count_parameters(bundle.params), described).encode(),
+    **(bundle.tokenizer.files if bundle.tokenizer else {}),
+  }
+  write_export(files, folder)
+
+
+def drop_pooler(bundle: Bundle) -> Bundle:
+  """The bundle without BERT's pooler: for a classifier that was trained on the raw first token, and for ELECTRA."""
+  encoder = {name: leaf for name, leaf in bundle.params['encoder'].items() if name != 'pooler'}
+  config = dataclasses.replace(bundle.config, pooler=False)
+  return dataclasses.replace(bundle, config=config, params={**bundle.params, 'encoder': encoder})

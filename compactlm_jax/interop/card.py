@@ -1,0 +1,59 @@
+"""The README.md of an exported folder."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from compactlm_jax.config import EncoderConfig
+from compactlm_jax.interop.hf_config import unread_heads
+from compactlm_jax.interop.names import reads_pooler
+
+
+def model_card(config: EncoderConfig, heads: Collection[str], parameters: int, described: Mapping[str, Any]) -> str:
+  """What the folder holds and how to load it. A function of its arguments alone: no dates, no paths."""
+  cls = described['architectures'][0]
+  no_pooler = ', add_pooling_layer=False' if cls == 'BertModel' and not config.pooler else ''
+  lines = [
+    '---',
+    'library_name: transformers',
+    'tags: [compactlm-jax]',
+    '---',
+    '',
+    f'# {config.architecture}, {config.num_layers} layers, {config.hidden_size} wide',
+    '',
+    f'{parameters:,} parameters, float32, exported by compactlm-jax.',
+    '',
+    '| | |',
+    '|---|---|',
+    f'| vocabulary / positions | {config.vocab_size} / {config.max_positions} |',
+    f'| embedding / hidden / feed-forward | {config.embedding_size} / {config.hidden_size} '
+    f'/ {config.intermediate_size} |',
+    f'| attention heads x size | {config.num_heads} x {config.head_size} |',
+    f'| heads in the file | {", ".join(heads) or "none"} |',
+  ]
+  if config.conv_kernel_size:
+    lines.append(f'| convolution heads x taps | {config.num_heads} x {config.conv_kernel_size} |')
+    lines.append(f'| feed-forward groups | {config.num_groups} |')
+  lines += [
+    '',
+    '```python',
+    f'from transformers import {cls}',
+    f"model = {cls}.from_pretrained('this folder'{no_pooler})",
+    '',
+    'import compactlm_jax as clm',
+    "bundle = clm.from_pretrained('this folder')",
+    '```',
+    '',
+  ]
+  if config.architecture == 'convbert' and not config.conv_sees_padding:
+    lines += [
+      'This model was trained with a convolution that ignores padding. transformers lets it read padded positions, so',
+      'that its outputs near padding differ; rows without padding agree. compactlm-jax restores the trained mode.',
+      '',
+    ]
+  if unread_heads(config, heads):
+    lines += [f'transformers ignores: {", ".join(unread_heads(config, heads))}. compactlm-jax reads them.', '']
+  if 'classifier' in heads and not reads_pooler(config):
+    lines += ['The classifier (`compactlm_classifier.*`) reads the last hidden state of the first token.', '']
+  return '\n'.join(lines)

@@ -1,0 +1,197 @@
+"""Reads a model folder without trusting it: safetensors and JSON only, inside the folder, capped, hashed if listed."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+from etils import epath
+
+from compactlm_jax.errors import DataError
+
+WEIGHTS, INDEX, MANIFEST = 'model.safetensors', 'model.safetensors.index.json', 'manifest.json'
+EXPORT_FORMAT = 'compactlm-jax export'
+"""Value of 'format' in our manifest.json."""
+
+MAX_JSON_BYTES = 64 << 20
+MAX_HEADER_BYTES = 16 << 20
+MAX_TOTAL_BYTES = 16 << 30
+"""Far above any encoder of this library (BERT-large is 1.4 GB); a file that claims more is refused unread."""
+
+_FOREIGN = ('.bin', '.pt', '.pth', '.pkl', '.pickle', '.ckpt', '.h5', '.msgpack', '.npy', '.npz')
+_DTYPES = {
+  'F64': np.float64,
+  'F32': np.float32,
+  'F16': np.float16,
+  'BF16': ml_dtypes.bfloat16,
+  'I64': np.int64,
+  'I32': np.int32,
+  'I16': np.int16,
+  'I8': np.int8,
+  'U8': np.uint8,
+  'BOOL': np.bool_,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+  """A folder that is being read.
+
+  Attributes:
+    path: the folder.
+    digests: file name -> SHA-256 from our manifest.json; None where the folder has none.
+  """
+
+  path: epath.Path
+  digests: Mapping[str, str] | None = None
+
+  def has(self, name: str) -> bool:
+    """Whether the folder has this file."""
+    return (self.path / name).exists()
+
+  def read(self, name: str, cap: int = MAX_JSON_BYTES) -> bytes:
+    """The bytes of one file.
+
+    Raises:
+      DataError: it is missing, leads outside the folder, is larger than `cap`, or is not what the manifest lists.
+    """
+    file = self.path / name
+    _require_inside(file, self.path)
+    try:
+      if (size := file.stat().length) > cap:
+        raise DataError(f'{file}: {size} bytes, more than the {cap} that are read of such a file')
+      data = file.read_bytes()
+    except OSError as e:
+      raise DataError(f'{file}: cannot be read ({e.strerror or e}); the folder is incomplete') from e
+    if self.digests is not None:
+      if name not in self.digests:
+        raise DataError(f'{file}: not listed in {MANIFEST}; delete {MANIFEST} if you changed the folder on purpose')
+      if hashlib.sha256(data).hexdigest() != self.digests[name]:
+        raise DataError(f'{file}: its SHA-256 is not the one in {MANIFEST}; the file is damaged or was changed')
+    return data
+
+  def read_json(self, name: str) -> dict[str, Any]:
+    """One JSON object.
+
+    Raises:
+      DataError: as `read`; or not UTF-8, not JSON, not an object.
+    """
+    try:
+      value = json.loads(self.read(name).decode('utf-8'))
+    except (ValueError, RecursionError) as e:
+      raise DataError(f'{self.path / name}: not valid JSON ({e})') from e
+    if not isinstance(value, dict):
+      raise DataError(f'{self.path / name}: expected a JSON object, found {type(value).__name__}')
+    return value
+
+
+def open_folder(path: epath.PathLike) -> Folder:
+  """Opens a folder and reads our manifest, if it has one (another program's manifest.json is left alone).
+
+  Raises:
+    DataError: no such folder, or a damaged manifest of ours.
+  """
+  folder = Folder(epath.Path(path))
+  if not folder.path.is_dir():
+    raise DataError(f'{path}: no such folder')
+  if not folder.has(MANIFEST):
+    return folder
+  manifest = folder.read_json(MANIFEST)
+  if manifest.get('format') != EXPORT_FORMAT:
+    return folder
+  files = manifest.get('files')
+  if not isinstance(files, dict) or not all(
+    isinstance(v, dict) and isinstance(v.get('sha256'), str) for v in files.values()
+  ):
+    raise DataError(f'{folder.path / MANIFEST}: damaged; every file needs a sha256')
+  for name in files:
+    if not _plain(name):
+      raise DataError(f'{folder.path / MANIFEST}: {name!r} is not a plain file name')
+    if not folder.has(name):
+      raise DataError(f'{folder.path / name}: listed in {MANIFEST} but missing; the folder is incomplete')
+  return Folder(folder.path, {name: entry['sha256'] for name, entry in files.items()})
+
+
+def read_tensors(folder: Folder) -> dict[str, np.ndarray]:
+  """Every tensor of `model.safetensors`, or of the shards that `model.safetensors.index.json` names.
+
+  Returns:
+    Name -> array in its stored dtype.
+
+  Raises:
+    DataError: no safetensors, a damaged file, an index that leaves the folder or does not match its shards.
+  """
+  if folder.has(WEIGHTS):
+    return _parse(folder.read(WEIGHTS, MAX_TOTAL_BYTES), str(folder.path / WEIGHTS))
+  if not folder.has(INDEX):
+    raise DataError(_no_weights(folder))
+  where = f'{folder.path / INDEX}'
+  shard_of = folder.read_json(INDEX).get('weight_map')
+  if not isinstance(shard_of, dict) or not shard_of:
+    raise DataError(f'{where}: weight_map is missing or empty')
+  for name, shard in shard_of.items():
+    if not isinstance(shard, str) or not _plain(shard) or not shard.endswith('.safetensors'):
+      raise DataError(f'{where}: tensor {name} is said to be in {shard!r}; expected a .safetensors file of this folder')
+  out: dict[str, np.ndarray] = {}
+  left = MAX_TOTAL_BYTES
+  for shard in sorted(set(shard_of.values())):
+    data = folder.read(shard, left)
+    left -= len(data)
+    for name, array in _parse(data, str(folder.path / shard)).items():
+      if shard_of.get(name) != shard:
+        raise DataError(f'{folder.path / shard}: holds tensor {name}, which {INDEX} places in {shard_of.get(name)}')
+      out[name] = array
+  missing = sorted(set(shard_of) - set(out))
+  if missing:
+    raise DataError(f'{where}: tensor {missing[0]} is not in {shard_of[missing[0]]}; download the shards again')
+  return out
+
+
+def _parse(data: bytes, where: str) -> dict[str, np.ndarray]:
+  """Arrays of one safetensors file; offsets, overlaps and sizes are checked by the safetensors library."""
+  header = int.from_bytes(data[:8], 'little')
+  if len(data) < 8 or header > min(MAX_HEADER_BYTES, len(data) - 8):
+    raise DataError(f'{where}: damaged or truncated (header of {header} bytes in a file of {len(data)})')
+  try:
+    tensors = safetensors.deserialize(data)
+  except safetensors.SafetensorError as e:
+    raise DataError(f'{where}: damaged or truncated ({e}); copy or download it again') from e
+  out = {}
+  for name, spec in tensors:
+    if spec['dtype'] not in _DTYPES:
+      raise DataError(f'{where}: tensor {name} has dtype {spec["dtype"]}, expected float32, float16 or bfloat16')
+    out[name] = np.frombuffer(spec['data'], dtype=_DTYPES[spec['dtype']]).reshape(spec['shape'])
+  return out
+
+
+def _no_weights(folder: Folder) -> str:
+  foreign = sorted(p.name for p in folder.path.iterdir() if p.suffix in _FOREIGN)
+  if not foreign:
+    return f'{folder.path / WEIGHTS}: missing; the folder holds no weights'
+  return (
+    f'{folder.path}: weights only as {foreign[0]}, which is never opened because such files can run code. Convert it '
+    "in an environment that you trust, with PyTorch: transformers' AutoModelForPreTraining.from_pretrained(folder)"
+    '.save_pretrained(new_folder, safe_serialization=True)'
+  )
+
+
+def _plain(name: Any) -> bool:
+  """A file name without a way out of the folder."""
+  return isinstance(name, str) and bool(name) and not set(name) & set('/\\\0') and name not in ('.', '..')
+
+
+def _require_inside(file: epath.Path, folder: epath.Path) -> None:
+  """Refuses links that lead out, but for the download cache's own snapshots/REVISION/FILE -> blobs/HASH."""
+  if '://' in str(file):
+    return  # object stores have no links
+  real, home = pathlib.Path(file).resolve(), pathlib.Path(folder).resolve()
+  blobs = home.parent.parent / 'blobs' if home.parent.name == 'snapshots' else home
+  if not (real.is_relative_to(home) or real.is_relative_to(blobs)):
+    raise DataError(f'{file}: a link that leads out of the folder, to {real}; copy the file itself there')

@@ -1,0 +1,356 @@
+"""The one table between our parameter tree and the tensor names of Hugging Face transformers, read in both directions.
+
+Documented additions of ours, which transformers ignores on load:
+  `discriminator_predictions.*` (ELECTRA's own names) holds the replaced-token head of every architecture;
+  `compactlm_classifier.*` holds a classifier that reads the first token. Only BERT with a pooler has the same
+  classifier in transformers (`classifier.*` of BertForSequenceClassification, on the pooled vector).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from absl import logging
+
+from compactlm_jax.config import EncoderConfig
+from compactlm_jax.errors import ConfigError, DataError, NumericsError
+from compactlm_jax.tree import named_leaves
+from compactlm_jax.types import Params
+
+HEADS = ('mlm_head', 'rtd_head', 'classifier')
+"""Optional parts of a tree beside 'encoder'."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+  """How one layer's array is laid out by transformers, and back."""
+
+  to_hf: Callable[[np.ndarray], np.ndarray]
+  to_ours: Callable[[np.ndarray], np.ndarray]
+
+
+COPY = Transform(lambda a: a, lambda a: a)
+TRANSPOSE = Transform(lambda a: a.T, lambda a: a.T)
+DEPTHWISE = Transform(lambda a_WD: a_WD.T[:, None, :], lambda a_D1W: a_D1W[:, 0, :].T)
+POINTWISE = Transform(lambda a_DA: a_DA.T[:, :, None], lambda a_AD1: a_AD1[:, :, 0].T)
+COLUMN = Transform(lambda a_A: a_A[:, None], lambda a_A1: a_A1[:, 0])
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One parameter in both worlds.
+
+  Attributes:
+    path: our leaf, as `tree.named_leaves` names it; its first component is its part.
+    name: transformers' tensor without the model's prefix; `{i}` stands for the layer.
+    shape: our shape without the layer axis, in the symbols of `_sizes`.
+    transform: between the two layouts.
+    tied: other names that transformers may store the same tensor under, complete.
+  """
+
+  path: str
+  name: str
+  shape: str
+  transform: Transform = COPY
+  tied: tuple[str, ...] = ()
+
+  @property
+  def part(self) -> str:
+    return self.path.split('/')[0]
+
+  @property
+  def stacked(self) -> bool:
+    return '{i}' in self.name
+
+
+def _dense(path: str, name: str, inputs: str, outputs: str) -> list[Row]:
+  return [
+    Row(f'{path}/kernel', f'{name}.weight', f'{inputs} {outputs}', TRANSPOSE),
+    Row(f'{path}/bias', f'{name}.bias', outputs),
+  ]
+
+
+def _norm(path: str, name: str, size: str) -> list[Row]:
+  return [Row(f'{path}/scale', f'{name}.weight', size), Row(f'{path}/bias', f'{name}.bias', size)]
+
+
+def _embedding_rows(config: EncoderConfig) -> list[Row]:
+  ours, decoder = 'encoder/embeddings', _mlm_names(config)[2]
+  word = Row(f'{ours}/word/embedding', 'embeddings.word_embeddings.weight', 'V E', tied=(f'{decoder}.weight',))
+  rows = [
+    word,
+    Row(f'{ours}/position/embedding', 'embeddings.position_embeddings.weight', 'P E'),
+    Row(f'{ours}/token_type/embedding', 'embeddings.token_type_embeddings.weight', 'Y E'),
+    *_norm(f'{ours}/norm', 'embeddings.LayerNorm', 'E'),
+  ]
+  if config.embedding_size != config.hidden_size:
+    rows += _dense(f'{ours}/projection', 'embeddings_project', 'E', 'D')
+  return rows
+
+
+def _layer_rows(config: EncoderConfig) -> list[Row]:
+  ours, theirs = 'encoder/layers', 'encoder.layer.{i}'
+  attention, self_attention = f'{ours}/attention', f'{theirs}.attention.self'
+  rows = []
+  for name in ('query', 'key', 'value'):
+    rows += _dense(f'{attention}/{name}', f'{self_attention}.{name}', 'D', 'A')
+  if config.conv_kernel_size:
+    span = f'{self_attention}.key_conv_attn_layer'
+    rows += [
+      Row(f'{attention}/conv/depthwise/kernel', f'{span}.depthwise.weight', 'W D', DEPTHWISE),
+      Row(f'{attention}/conv/pointwise/kernel', f'{span}.pointwise.weight', 'D A', POINTWISE),
+      Row(f'{attention}/conv/pointwise/bias', f'{span}.bias', 'A', COLUMN),
+      *_dense(f'{attention}/conv/taps', f'{self_attention}.conv_kernel_layer', 'A', 'X'),
+      *_dense(f'{attention}/conv/value', f'{self_attention}.conv_out_layer', 'D', 'A'),
+    ]
+  rows += _dense(f'{attention}/output', f'{theirs}.attention.output.dense', 'O', 'D')
+  rows += _norm(f'{ours}/attention_norm', f'{theirs}.attention.output.LayerNorm', 'D')
+  for path, name, inputs, outputs in (
+    (f'{ours}/ffn_in', f'{theirs}.intermediate.dense', 'D', 'F'),
+    (f'{ours}/ffn_out', f'{theirs}.output.dense', 'F', 'D'),
+  ):
+    kernel, bias = _dense(path, name, inputs, outputs)
+    if config.num_groups > 1:  # transformers keeps grouped kernels as [groups, in, out], like ours
+      kernel = dataclasses.replace(kernel, shape=f'G {inputs}/G {outputs}/G', transform=COPY)
+    rows += [kernel, bias]
+  return rows + _norm(f'{ours}/ffn_norm', f'{theirs}.output.LayerNorm', 'D')
+
+
+def _mlm_names(config: EncoderConfig) -> tuple[str, str, str]:
+  """Names of the MLM head's dense layer, LayerNorm and decoder."""
+  if config.architecture == 'bert':
+    return 'cls.predictions.transform.dense', 'cls.predictions.transform.LayerNorm', 'cls.predictions.decoder'
+  return 'generator_predictions.dense', 'generator_predictions.LayerNorm', 'generator_lm_head'
+
+
+def _head_rows(config: EncoderConfig) -> list[Row]:
+  dense, norm, decoder = _mlm_names(config)
+  bias = Row('mlm_head/output_bias', f'{decoder}.bias', 'V')
+  if config.architecture == 'bert':
+    bias = dataclasses.replace(bias, name='cls.predictions.bias', tied=(f'{decoder}.bias',))
+  return [
+    *_dense('mlm_head/dense', dense, 'D', 'E'),
+    *_norm('mlm_head/norm', norm, 'E'),
+    bias,
+    *_dense('rtd_head/dense', 'discriminator_predictions.dense', 'D', 'D'),
+    *_dense('rtd_head/output', 'discriminator_predictions.dense_prediction', 'D', '1'),
+    *_dense('classifier', 'classifier' if reads_pooler(config) else 'compactlm_classifier', 'D', 'C'),
+  ]
+
+
+def reads_pooler(config: EncoderConfig) -> bool:
+  """Whether a bundle's classifier reads the pooled vector: if the encoder has a pooler, else the first token."""
+  return config.pooler
+
+
+def table(config: EncoderConfig) -> list[Row]:
+  """Every row of an encoder and of the heads that may stand beside it."""
+  pooler = _dense('encoder/pooler', 'pooler.dense', 'D', 'D') if config.pooler else []
+  return _embedding_rows(config) + _layer_rows(config) + pooler + _head_rows(config)
+
+
+def _sizes(config: EncoderConfig, num_classes: int) -> dict[str, int]:
+  """Values of the symbols in `Row.shape`; A: width of the heads of one branch, O: of all branches, X: heads * taps."""
+  width = config.num_heads * config.head_size
+  return {
+    'V': config.vocab_size,
+    'P': config.max_positions,
+    'Y': config.type_vocab_size,
+    'D': config.hidden_size,
+    'E': config.embedding_size,
+    'A': width,
+    'O': width * (2 if config.conv_kernel_size else 1),
+    'X': config.num_heads * config.conv_kernel_size,
+    'W': config.conv_kernel_size,
+    'F': config.intermediate_size,
+    'G': config.num_groups,
+    'D/G': config.hidden_size // config.num_groups,
+    'F/G': config.intermediate_size // config.num_groups,
+    'C': num_classes,
+    '1': 1,
+  }
+
+
+def _shape(row: Row, sizes: Mapping[str, int]) -> tuple[int, ...]:
+  return tuple(sizes[symbol] for symbol in row.shape.split())
+
+
+def _hf_shape(row: Row, sizes: Mapping[str, int]) -> tuple[int, ...]:
+  return row.transform.to_hf(np.broadcast_to(np.float32(0), _shape(row, sizes))).shape
+
+
+def _prefix(row: Row, config: EncoderConfig) -> str:
+  return f'{config.architecture}.' if row.part == 'encoder' else ''
+
+
+def _layers(row: Row, config: EncoderConfig) -> Iterator[int | None]:
+  return iter(range(config.num_layers)) if row.stacked else iter((None,))
+
+
+def _name(row: Row, layer: int | None) -> str:
+  return row.name.replace('{i}', str(layer))
+
+
+def has_pooler(names: Iterator[str] | Mapping[str, Any]) -> bool:
+  """Whether a file of BERT weights contains its pooler."""
+  return any(name.removeprefix('bert.') == 'pooler.dense.weight' for name in names)
+
+
+def export_tensors(params: Params, config: EncoderConfig) -> dict[str, np.ndarray]:
+  """Our tree as transformers' tensors.
+
+  Args:
+    params: a tree with 'encoder' and any of `HEADS`, float32.
+    config: its configuration.
+
+  Returns:
+    Name -> contiguous float32 array. Names carry the model's prefix ('bert.') if there is a head, as transformers
+    writes them.
+
+  Raises:
+    ConfigError: a leaf that the table lacks, a missing leaf, a wrong shape or dtype.
+    NumericsError: a value that is not finite.
+  """
+  leaves = named_leaves(params)
+  classes = leaves['classifier/bias'].shape[-1] if 'classifier/bias' in leaves else 0
+  sizes, out = _sizes(config, classes), {}
+  rows = [row for row in table(config) if row.part == 'encoder' or row.part in params]
+  unknown = sorted(set(leaves) - {row.path for row in rows})
+  if unknown:
+    raise ConfigError(
+      f'parameter {unknown[0]}: transformers has no tensor for it in this configuration; '
+      'export a tree of encoder and heads only (scores of pruning are baked into the weights first)'
+    )
+  for row in rows:
+    if row.path not in leaves:
+      raise ConfigError(f'parameter {row.path}: missing from the tree; the configuration asks for it')
+    array = np.asarray(leaves[row.path])
+    expected = ((config.num_layers,) if row.stacked else ()) + _shape(row, sizes)
+    if array.shape != expected or array.dtype != np.float32:
+      raise ConfigError(f'parameter {row.path}: found {array.dtype}{array.shape}, expected float32{expected}')
+    if not np.isfinite(array).all():
+      raise NumericsError(f'parameter {row.path}: holds values that are not finite; nothing was exported')
+    prefix = _prefix(row, config) if set(params) & set(HEADS) else ''
+    for layer in _layers(row, config):
+      value = array if layer is None else array[layer]
+      out[prefix + _name(row, layer)] = np.ascontiguousarray(row.transform.to_hf(value))
+  return out
+
+
+def import_tensors(tensors: Mapping[str, np.ndarray], config: EncoderConfig) -> Params:
+  """transformers' tensors as our tree.
+
+  Args:
+    tensors: name -> array, with or without the model's prefix; half precision is cast up to float32.
+    config: the configuration that the shapes must agree with.
+
+  Returns:
+    The tree: 'encoder' and those of `HEADS` that the file holds, NumPy float32.
+
+  Raises:
+    DataError: a tensor that the table lacks, a missing one, a wrong dtype, a value that is not finite, tied tensors
+      that differ.
+    ConfigError: a shape that does not agree with the configuration.
+  """
+  rows = table(config)
+  classes = next((t.shape[0] for n, t in tensors.items() if n.endswith('classifier.weight') and t.ndim == 2), 0)
+  sizes, accepted = _sizes(config, classes), _accepted(rows, config)
+  found: dict[tuple[str, int | None], tuple[str, np.ndarray]] = {}
+  halves = 0
+  for name, tensor in tensors.items():
+    modern = _modern(name)
+    if _unused(modern, config):
+      continue
+    if modern not in accepted:
+      raise DataError(f'tensor {name}: {_unexpected(modern, config)}')
+    row, layer = accepted[modern]
+    halves += tensor.dtype != np.float32
+    value = row.transform.to_ours(_checked(name, tensor, _hf_shape(row, sizes)))
+    if (row.path, layer) not in found:
+      found[row.path, layer] = (name, value)
+    elif not np.array_equal(found[row.path, layer][1], value):
+      raise DataError(
+        f'tensor {name}: differs from {found[row.path, layer][0]}, which must hold the same values '
+        '(an untied decoder cannot be expressed; tie the weights and save again)'
+      )
+  if halves:
+    logging.warning('cast %d half-precision tensors to float32', halves)
+  parts = {'encoder'} | {path.split('/')[0] for path, _ in found}
+  return _stack([row for row in rows if row.part in parts], found, config)
+
+
+def _accepted(rows: list[Row], config: EncoderConfig) -> dict[str, tuple[Row, int | None]]:
+  out: dict[str, tuple[Row, int | None]] = {}
+  for row in rows:
+    for layer in _layers(row, config):
+      name = _name(row, layer)
+      for alias in (name, _prefix(row, config) + name, *row.tied):
+        out[alias] = (row, layer)
+  return out
+
+
+def _modern(name: str) -> str:
+  """Names of checkpoints converted from TensorFlow: LayerNorm.gamma and .beta."""
+  if name.endswith('LayerNorm.gamma'):
+    return name.removesuffix('gamma') + 'weight'
+  return name.removesuffix('beta') + 'bias' if name.endswith('LayerNorm.beta') else name
+
+
+def _unused(name: str, config: EncoderConfig) -> bool:
+  """Known tensors that carry nothing for us: index buffers, and BERT's next-sentence head (logged)."""
+  if name.removeprefix(f'{config.architecture}.') in ('embeddings.position_ids', 'embeddings.token_type_ids'):
+    return True
+  if config.architecture == 'bert' and name in ('cls.seq_relationship.weight', 'cls.seq_relationship.bias'):
+    logging.warning('left out %s: the next-sentence head has no place in our tree', name)
+    return True
+  return False
+
+
+def _unexpected(name: str, config: EncoderConfig) -> str:
+  if name.split('.')[0] in ('classifier', 'qa_outputs', 'sequence_summary'):
+    return (
+      "unexpected: this task head of transformers is not one of ours (only BertForSequenceClassification's is); "
+      'save the encoder without it: AutoModel.from_pretrained(folder).save_pretrained(new_folder)'
+    )
+  return f'unexpected in a {config.architecture} model of {config.num_layers} layers; check config.json against it'
+
+
+def _checked(name: str, tensor: np.ndarray, expected: tuple[int, ...]) -> np.ndarray:
+  if tensor.dtype not in (np.float32, np.float16, np.dtype(ml_dtypes.bfloat16)):
+    raise DataError(f'tensor {name}: found dtype {tensor.dtype}, expected float32, float16 or bfloat16')
+  if tensor.shape != expected:
+    raise ConfigError(f'tensor {name}: found shape {tensor.shape}, expected {expected} from config.json')
+  value = tensor.astype(np.float32)
+  if not np.isfinite(value).all():
+    raise DataError(f'tensor {name}: holds values that are not finite; the file is damaged')
+  return value
+
+
+def _stack(
+  rows: list[Row], found: Mapping[tuple[str, int | None], tuple[str, np.ndarray]], config: EncoderConfig
+) -> Params:
+  wanted = [(row, layer) for row in rows for layer in _layers(row, config)]
+  missing = [_prefix(row, config) + _name(row, layer) for row, layer in wanted if (row.path, layer) not in found]
+  if missing:
+    more = f' and {len(missing) - 1} more' if len(missing) > 1 else ''
+    raise DataError(f'tensor {missing[0]}{more}: missing; the file is incomplete or config.json is of another model')
+  params: Params = {}
+  for row in rows:
+    values = [found[row.path, layer][1] for layer in _layers(row, config)]
+    *folders, leaf = row.path.split('/')
+    node = params
+    for folder in folders:
+      node = node.setdefault(folder, {})
+    node[leaf] = np.stack(values) if row.stacked else np.ascontiguousarray(values[0])
+  return params
+
+
+def count_parameters(params: Params) -> int:
+  """Number of parameters of a tree."""
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))

@@ -1,0 +1,83 @@
+"""Writes an export folder so that it appears whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+
+from etils import epath
+
+from compactlm_jax.errors import ConfigError, DataError, StorageError
+from compactlm_jax.interop.folder import EXPORT_FORMAT, MANIFEST, open_folder
+
+
+def json_bytes(value: object) -> bytes:
+  """Canonical JSON: the same value gives the same bytes."""
+  return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + '\n').encode()
+
+
+def write_export(files: Mapping[str, bytes], folder: epath.PathLike) -> None:
+  """Writes the files and a manifest with their SHA-256 into a temporary folder beside `folder`, then renames it.
+
+  An earlier export is replaced. On an object store, which has no renames, the manifest is written last.
+
+  Raises:
+    ConfigError: `folder` holds something that is not an export.
+    StorageError: the disk is full or not writable.
+  """
+  target = epath.Path(folder)
+  manifest = {n: {'bytes': len(d), 'sha256': hashlib.sha256(d).hexdigest()} for n, d in sorted(files.items())}
+  content = {**files, MANIFEST: json_bytes({'format': EXPORT_FORMAT, 'version': 1, 'files': manifest})}
+  try:
+    if '://' in str(target):
+      _require_replaceable(target)
+      _write(content, target)
+    else:
+      _swap(content, target)
+  except OSError as e:
+    raise StorageError(f'{target}: the export could not be written ({e.strerror or e}); nothing was left there') from e
+
+
+def _swap(content: Mapping[str, bytes], target: epath.Path) -> None:
+  """Fixed names beside the target, so that the next export removes what a killed one left."""
+  new, old = (target.parent / f'.{target.name}.{suffix}' for suffix in ('new', 'old'))
+  if old.exists() and not target.exists():
+    old.rename(target)  # killed between the two renames below
+  _require_replaceable(target)
+  for leftover in (new, old):
+    if leftover.exists():
+      leftover.rmtree()
+  try:
+    _write(content, new)
+  except OSError:
+    new.rmtree(missing_ok=True)
+    raise
+  if target.exists():
+    target.rename(old)
+  new.rename(target)
+  if old.exists():
+    old.rmtree()
+
+
+def _write(content: Mapping[str, bytes], folder: epath.Path) -> None:
+  folder.mkdir(parents=True, exist_ok=True)
+  for name, data in content.items():
+    (folder / name).write_bytes(data)
+
+
+def _require_replaceable(target: epath.Path) -> None:
+  """Nothing there, an empty folder, or an export of ours without foreign files."""
+  if not target.exists():
+    return
+  if not target.is_dir():
+    raise ConfigError(f'{target}: is a file; name a folder to export to')
+  names = {p.name for p in target.iterdir()}
+  try:
+    ours = set(open_folder(target).digests or {}) | {MANIFEST}
+  except DataError:
+    ours = {MANIFEST}  # a damaged export: its files cannot be told from others
+  if names - ours:
+    raise ConfigError(
+      f'{target}: holds {min(names - ours)!r}, which no export wrote; choose another folder or empty it'
+    )
