@@ -1,0 +1,199 @@
+"""The rules of a directory of checkpoints, without Orbax: which steps count, how they go, and what proves one intact.
+
+DIRECTORY/STEP/state             the arrays, by Orbax
+DIRECTORY/STEP/manifest/...json  shape, dtype and SHA-256 of every leaf, the caller's metadata, and its own SHA-256
+DIRECTORY/STEP/DELETING          a deletion has begun; the step no longer counts
+DIRECTORY/STEP.bad               a step that proved damaged; never deleted by us
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from compactlm_jax.errors import ConfigError, StorageError
+
+log = logging.getLogger(__name__)
+
+MANIFEST = 'manifest/manifest.json'
+_DELETING = 'DELETING'
+_COMMITTED = 'commit_success.txt'
+_TEMPORARY = '.orbax-checkpoint-tmp'
+
+
+class DamagedError(Exception):
+  """Why one checkpoint cannot be used. checkpoint.py catches it and tries an older one."""
+
+
+def is_remote(path: epath.PathLike) -> bool:
+  """True for object stores such as gs://."""
+  return '://' in str(path)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepDirectory:
+  """A directory of checkpoints.
+
+  Attributes:
+    path: the directory; it need not exist.
+    commit_file: a step counts only with its commit file (written last) instead of by its name (renamed last).
+  """
+
+  path: epath.Path
+  commit_file: bool
+
+  def steps(self) -> list[int]:
+    """Committed steps, ascending."""
+    if not self.path.exists():
+      return []
+    return sorted(int(p.name) for p in self.path.iterdir() if p.name.isdigit() and self._counts(p))
+
+  def bad(self) -> list[str]:
+    """Names of the checkpoints that were set aside."""
+    return sorted(p.name for p in self.path.iterdir() if '.bad' in p.name) if self.path.exists() else []
+
+  def clean(self) -> None:
+    """Removes what stopped saves and deletions left. Only for the holder of the lock, with no save under way."""
+    for child in list(self.path.iterdir()):
+      if (child / _DELETING).exists():
+        self.delete(int(child.name))
+      elif _TEMPORARY in child.name or (child.name.isdigit() and not self._counts(child)):
+        log.info('removing %s, which a stopped save left', child)
+        child.rmtree()
+
+  def delete(self, step: int, event: Callable[[str, int], None] = lambda name, step: None) -> None:
+    """Deletes a step; killed half way, it is recognised by a mark, which goes last."""
+    path = self.path / str(step)
+    (path / _DELETING).write_text('')
+    event('deleting', step)
+    for child in list(path.iterdir()):
+      if child.is_dir():
+        child.rmtree()
+      elif child.name != _DELETING:
+        child.unlink()
+    event('deleted', step)
+    path.rmtree()
+
+  def set_aside(self, step: int) -> None:
+    """Renames a damaged step to STEP.bad, STEP.bad2, ..."""
+    target, n = self.path / f'{step}.bad', 1
+    while target.exists():
+      n += 1
+      target = self.path / f'{step}.bad{n}'
+    log.error('keeping the damaged checkpoint %s as %s', step, target)
+    (self.path / str(step)).rename(target)
+
+  def _counts(self, child: epath.Path) -> bool:
+    return not (child / _DELETING).exists() and (not self.commit_file or (child / _COMMITTED).exists())
+
+
+def free_bytes(path: epath.PathLike) -> int | None:
+  """Bytes free on the disk of an existing path; None where that is not known (object stores)."""
+  return None if is_remote(path) else shutil.disk_usage(path).free
+
+
+@contextlib.contextmanager
+def reporting_damage(path: epath.Path) -> Iterator[None]:
+  """Logs a DamagedError with its path and goes on."""
+  try:
+    yield
+  except DamagedError as e:
+    log.error('checkpoint %s is damaged: %s', path, e)
+
+
+def public_metadata(manifest: Mapping[str, Any]) -> dict[str, Any]:
+  """What callers see of a manifest: their own metadata, with 'step'."""
+  return {**manifest['metadata'], 'step': manifest['step']}
+
+
+def none_intact(directory: epath.Path, steps: Iterable[int]) -> StorageError:
+  """The error that ends a run which has checkpoints but no intact one."""
+  return StorageError(
+    f'{directory}: none of the checkpoints {sorted(steps)} is intact (reasons in the log); nothing was changed. Bring '
+    'one back from a backup, or start afresh in another directory'
+  )
+
+
+def build_manifest(step: int, metadata: Mapping[str, Any], host: Mapping[str, np.ndarray]) -> dict[str, Any]:
+  """The manifest of a checkpoint.
+
+  Args:
+    step: number of steps done.
+    metadata: JSON-able, the caller's.
+    host: name -> whole leaf.
+  """
+  leaves = {name: {'shape': list(x.shape), 'dtype': x.dtype.name, 'sha256': sha256(x)} for name, x in host.items()}
+  body = json.loads(json.dumps({'format': 1, 'step': step, 'metadata': dict(metadata), 'leaves': leaves}))
+  return {**body, 'sha256': _sha256_json(body)}
+
+
+def read_manifest(path: epath.Path, step: int) -> dict[str, Any]:
+  """The manifest of the checkpoint at `path`.
+
+  Raises:
+    DamagedError: absent, changed, or of another step.
+    StorageError: it may not be read.
+  """
+  try:
+    manifest = json.loads((path / MANIFEST).read_text())
+    body = {k: v for k, v in manifest.items() if k != 'sha256'}
+    if manifest['sha256'] != _sha256_json(body):
+      raise DamagedError(f'{MANIFEST}: digest differs')
+    if body['step'] != step or body['format'] != 1:
+      raise DamagedError(f'{MANIFEST}: is of step {body["step"]}, format {body["format"]}')
+    return manifest
+  except PermissionError as e:
+    raise StorageError(f'{path}: cannot be read ({e}); fix its permissions') from e
+  except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+    raise DamagedError(f'{MANIFEST}: {type(e).__name__}: {e}') from e
+
+
+def check_same_leaves(path: epath.Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+  """Raises ConfigError, naming the leaves, unless names, shapes and dtypes agree.
+
+  Args:
+    path: of the checkpoint, for the message.
+    saved: 'leaves' of a manifest.
+    wanted: name -> array or ShapeDtypeStruct of the run.
+  """
+  lines = []
+  for name in sorted(set(saved) | set(wanted)):
+    old = f'{saved[name]["dtype"]}{saved[name]["shape"]}' if name in saved else 'absent'
+    new = f'{np.dtype(wanted[name].dtype).name}{list(wanted[name].shape)}' if name in wanted else 'absent'
+    if old != new:
+      lines.append(f'{name}: checkpoint {old}, run {new}')
+  if lines:
+    more = f'; and {len(lines) - 8} more' if len(lines) > 8 else ''
+    raise ConfigError(
+      f'{path} does not fit this run: {"; ".join(lines[:8])}{more}. Use the config that wrote it, or another --workdir'
+    )
+
+
+def sha256(x: np.ndarray) -> str:
+  """Digest of the bytes of an array."""
+  return hashlib.sha256(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data).hexdigest()
+
+
+def _sha256_json(body: Mapping[str, Any]) -> str:
+  return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+  """{'a/b': x} -> {'a': {'b': x}}: saved trees do not depend on the classes of an optimiser."""
+  out: dict[str, Any] = {}
+  for name, leaf in flat.items():
+    *folders, last = name.split('/')
+    node = out
+    for key in folders:
+      node = node.setdefault(key, {})
+    node[last] = leaf
+  return out
