@@ -314,10 +314,11 @@ def eval_batches(source: RowSource, batch_size: int, process_index: int = 0, pro
 def _stack(rows: Sequence[Record], weights: np.ndarray | None = None) -> Batch:
   input_ids = np.stack([r['input_ids'] for r in rows])
   lengths = np.asarray([r['length'] for r in rows])
-  return Batch(
-    input_ids=input_ids,
-    attention_mask=(np.arange(input_ids.shape[1]) < lengths[:, None]).astype(np.int32),
-    token_type_ids=np.stack([r['token_type_ids'] for r in rows]),
-    labels=np.stack([r['label'] for r in rows]) if 'label' in rows[0] else None,
-    weights=weights,
-  )
+  fields: dict[str, Any] = {
+    'input_ids': input_ids,
+    'attention_mask': (np.arange(input_ids.shape[1]) < lengths[:, None]).astype(np.int32),
+    'token_type_ids': np.stack([r['token_type_ids'] for r in rows]),
+    'labels': np.stack([r['label'] for r in rows]) if 'label' in rows[0] else None,
+    'weights': weights,
+  }
+  return Batch(**fields)

@@ -1,0 +1,133 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import tokenizers
+from tokenizers import models, normalizers, pre_tokenizers
+
+from compactlm_jax.data.tokenizer import SPECIAL_TOKENS, load_tokenizer, train_wordpiece
+from compactlm_jax.errors import ConfigError, DataError
+
+TEXTS = ['The cold RIVER runs, near a house!', 'Café déjà [SEP] [MASK] unheard-of', '', '日本 42']
+
+
+def test_training_writes_the_same_bytes_in_every_process(corpus, vocabulary, tmp_path):
+  code = 'import sys; from compactlm_jax.data.tokenizer import train_wordpiece as t; t(sys.argv[1], 120, sys.argv[2])'
+  for run in range(3):
+    folder = tmp_path / str(run)
+    subprocess.run([sys.executable, '-c', code, str(corpus), str(folder)], check=True)
+    names = sorted(p.name for p in folder.iterdir())
+    assert names == ['special_tokens_map.json', 'tokenizer.json', 'tokenizer_config.json', 'vocab.txt']
+    for name in names:
+      assert (folder / name).read_bytes() == (vocabulary / name).read_bytes(), name
+
+
+def test_trained_vocabulary(vocabulary):
+  tokenizer = load_tokenizer(vocabulary)
+  assert tokenizer.vocab_size <= 120
+  assert (tokenizer.pad_id, tokenizer.unk_id, tokenizer.cls_id, tokenizer.sep_id, tokenizer.mask_id) == (0, 1, 2, 3, 4)
+  tokens = (vocabulary / 'vocab.txt').read_text().split('\n')
+  assert tuple(tokens[:5]) == SPECIAL_TOKENS and 'river' in tokens and 'river.' not in tokens
+  assert 'cafe' in tokens  # lower case, accents stripped
+  ids = tokenizer.encode(['the cold river'])[0]
+  assert tokenizer.unk_id not in ids and tokenizer.backend.decode(ids) == 'the cold river'
+
+
+def test_case_is_kept_on_request(corpus, tmp_path):
+  tokenizer = train_wordpiece(str(corpus), 150, tmp_path / 't', lowercase=False)
+  assert tokenizer.encode(['Café']) != tokenizer.encode(['cafe'])
+  assert json.loads((tmp_path / 't' / 'tokenizer_config.json').read_text())['do_lower_case'] is False
+
+
+def test_transformers_loads_it_and_agrees(vocabulary, tmp_path):
+  transformers = pytest.importorskip('transformers')
+  theirs = transformers.AutoTokenizer.from_pretrained(str(vocabulary))
+  ours = load_tokenizer(vocabulary)
+  plain = [t.replace('[SEP]', '').replace('[MASK]', '') for t in TEXTS]
+  assert theirs(plain, add_special_tokens=False)['input_ids'] == ours.encode(plain)
+  assert theirs.model_max_length == 512 and theirs.mask_token_id == ours.mask_id
+  theirs.save_pretrained(str(tmp_path / 'again'))
+  assert load_tokenizer(tmp_path / 'again').fingerprint() == ours.fingerprint()
+
+
+def test_vocabulary_file_alone_gives_the_same_tokenizer(vocabulary, tmp_path):
+  for name in ('vocab.txt', 'tokenizer_config.json'):
+    (tmp_path / name).write_bytes((vocabulary / name).read_bytes())
+  ours, again = load_tokenizer(vocabulary), load_tokenizer(tmp_path)
+  assert again.encode(TEXTS) == ours.encode(TEXTS)
+  assert again.fingerprint() == ours.fingerprint()
+
+
+def test_stored_padding_and_truncation_are_off(vocabulary, tmp_path):
+  backend = tokenizers.Tokenizer.from_file(str(vocabulary / 'tokenizer.json'))
+  backend.enable_padding(length=16)
+  backend.enable_truncation(8)
+  backend.save(str(tmp_path / 'tokenizer.json'))
+  again = load_tokenizer(tmp_path)
+  texts = ['the cold river runs under a small house near the large tree and falls over', 'a']
+  assert again.encode(texts) == load_tokenizer(vocabulary).encode(texts)
+  assert len(again.encode(texts)[0]) > 8 and len(again.encode(texts)[1]) == 1
+  assert again.fingerprint() == load_tokenizer(vocabulary).fingerprint()
+
+
+def test_special_tokens_in_text_are_text(vocabulary):
+  tokenizer = load_tokenizer(vocabulary)
+  special = {tokenizer.cls_id, tokenizer.sep_id, tokenizer.mask_id, tokenizer.pad_id}
+  assert not special & set(tokenizer.encode(['a [SEP] [CLS] [MASK] [PAD] b'])[0])
+
+
+def _folder(path, tokens, lowercase=True, **special):
+  path.mkdir()
+  backend = tokenizers.Tokenizer(models.WordPiece({t: i for i, t in enumerate(tokens)}, unk_token='[UNK]'))
+  backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+  backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+  backend.save(str(path / 'tokenizer.json'))
+  (path / 'tokenizer_config.json').write_text(json.dumps(special))
+  return load_tokenizer(path)
+
+
+def test_fingerprint_tells_tokenizers_apart(tmp_path):
+  tokens = [*SPECIAL_TOKENS, 'x', 'y', 'z']
+  swapped = [*SPECIAL_TOKENS, 'y', 'x', 'z']
+  variants = [
+    _folder(tmp_path / 'a', tokens),
+    _folder(tmp_path / 'b', swapped),
+    _folder(tmp_path / 'c', tokens, lowercase=False),
+    _folder(tmp_path / 'd', tokens, mask_token='z'),
+    _folder(tmp_path / 'e', [*tokens, 'w']),
+  ]
+  assert len({t.fingerprint() for t in variants}) == len(variants)
+  assert _folder(tmp_path / 'f', tokens).fingerprint() == variants[0].fingerprint()
+  assert len(variants[0].fingerprint()) == 64
+
+
+def test_save_copies_the_files(vocabulary, tmp_path):
+  load_tokenizer(vocabulary).save(tmp_path / 'copy')
+  for file in vocabulary.iterdir():
+    assert (tmp_path / 'copy' / file.name).read_bytes() == file.read_bytes()
+
+
+def test_missing_and_damaged_files(vocabulary, tmp_path):
+  with pytest.raises(ConfigError, match=r'neither tokenizer.json nor vocab.txt.*compactlm tokenizer'):
+    load_tokenizer(tmp_path)
+  (tmp_path / 'tokenizer.json').write_text('{"version": 1')
+  with pytest.raises(ConfigError, match='tokenizer.json: cannot be read'):
+    load_tokenizer(tmp_path)
+  (tmp_path / 'tokenizer.json').write_bytes((vocabulary / 'tokenizer.json').read_bytes())
+  (tmp_path / 'tokenizer_config.json').write_text('[')
+  with pytest.raises(ConfigError, match='tokenizer_config.json: not JSON'):
+    load_tokenizer(tmp_path)
+  (tmp_path / 'tokenizer_config.json').write_text('{"mask_token": "<mask>"}')
+  with pytest.raises(ConfigError, match="mask token '<mask>' is not in the vocabulary"):
+    load_tokenizer(tmp_path)
+
+
+def test_training_refuses_nonsense(corpus, vocabulary, tmp_path):
+  with pytest.raises(ConfigError, match='already holds a tokenizer'):
+    train_wordpiece(str(corpus), 120, vocabulary)
+  with pytest.raises(ConfigError, match='vocab_size 6 is too small'):
+    train_wordpiece(str(corpus), 6, tmp_path / 't')
+  (tmp_path / 'empty.txt').write_text('\n \n')
+  with pytest.raises(DataError, match='empty.txt: no text'):
+    train_wordpiece(str(tmp_path / 'empty.txt'), 100, tmp_path / 't')
