@@ -23,7 +23,8 @@ class MlmHead(nn.Module):
     h = jax.nn.gelu(MaskedDense(cfg.embedding_size, cfg, name='dense')(x), approximate=False)
     h = LayerNorm(cfg.layer_norm_epsilon, name='norm')(h)
     bias_V = self.param('output_bias', nn.initializers.zeros, (cfg.vocab_size,))
-    return jnp.einsum('...E,VE->...V', h, word_VE.astype(h.dtype), preferred_element_type=jnp.float32) + bias_V
+    logits = jnp.einsum('...E,VE->...V', h, word_VE.astype(h.dtype), preferred_element_type=jnp.float32)
+    return logits + bias_V.reshape((1,) * (logits.ndim - 1) + (-1,))
 
 
 class RtdHead(nn.Module):
@@ -48,4 +49,4 @@ class Classifier(nn.Module):
   def __call__(self, x_BD: Float[Array, 'B D'], key: jax.Array | None = None) -> Float[Array, 'B C']:
     kernel = self.param('kernel', kernel_init(self.config.initializer_range), (x_BD.shape[-1], self.num_classes))
     bias = self.param('bias', nn.initializers.zeros, (self.num_classes,))
-    return dropout(x_BD.astype(jnp.float32), self.dropout, key) @ kernel + bias
+    return dropout(x_BD.astype(jnp.float32), self.dropout, key) @ kernel + bias[None]

@@ -26,6 +26,11 @@ def kernel_init(stddev: float) -> nn.initializers.Initializer:
   return init
 
 
+def _as_row(vector: Float[Array, ' d'], x: Float[Array, '*b d']) -> Float[Array, '...']:
+  """`vector` with x's rank and dtype, to be broadcast over all but the last axis."""
+  return vector.reshape((1,) * (x.ndim - 1) + (-1,)).astype(x.dtype)
+
+
 class MaskedDense(nn.Module):
   """A Dense layer; given a 'scores' collection, its kernel is masked by `mask_fn` of the scores.
 
@@ -44,7 +49,8 @@ class MaskedDense(nn.Module):
     if self.has_variable('scores', 'kernel') and self.mask_fn is not None:
       scores = self.get_variable('scores', 'kernel')
       kernel = masked_weight(kernel, scores, self.mask_fn(scores))
-    return x @ kernel.astype(x.dtype) + bias.astype(x.dtype)
+    out = x @ kernel.astype(x.dtype)
+    return out + _as_row(bias, out)
 
 
 class GroupedDense(nn.Module):
@@ -62,7 +68,8 @@ class GroupedDense(nn.Module):
     bias = self.param('bias', nn.initializers.zeros, (self.features,))
     split = x.reshape(*x.shape[:-1], self.groups, size)
     out = jnp.einsum('...gi,gio->...go', split, kernel.astype(x.dtype))
-    return out.reshape(*x.shape[:-1], self.features) + bias.astype(x.dtype)
+    out = out.reshape(*x.shape[:-1], self.features)
+    return out + _as_row(bias, out)
 
 
 class LayerNorm(nn.Module):
@@ -77,7 +84,8 @@ class LayerNorm(nn.Module):
     x32 = x.astype(jnp.float32)
     centred = x32 - x32.mean(-1, keepdims=True)
     variance = jnp.square(centred).mean(-1, keepdims=True)
-    return (centred * jax.lax.rsqrt(variance + self.epsilon) * scale + bias).astype(x.dtype)
+    normal = centred * jax.lax.rsqrt(variance + self.epsilon)
+    return (normal * _as_row(scale, normal) + _as_row(bias, normal)).astype(x.dtype)
 
 
 class Embedding(nn.Module):

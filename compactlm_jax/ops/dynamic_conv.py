@@ -13,7 +13,7 @@ def depthwise_conv(x_BTD: Float[Array, 'B T D'], kernel_WD: Float[Array, 'W D'])
   """Depthwise 1-D convolution (cross-correlation) with zero 'same' padding and no bias; W odd."""
   taps, length = kernel_WD.shape[0], x_BTD.shape[1]
   padded = jnp.pad(x_BTD, ((0, 0), (taps // 2, taps // 2), (0, 0)))
-  return sum(padded[:, j : j + length] * kernel_WD[j] for j in range(taps))
+  return sum(padded[:, j : j + length] * kernel_WD[None, None, j] for j in range(taps))
 
 
 def dynamic_conv(v_BTHK: Float[Array, 'B T H K'], taps_BTHW: Float[Array, 'B T H W']) -> Float[Array, 'B T H K']:

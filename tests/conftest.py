@@ -1,0 +1,13 @@
+"""Strict settings for every test: eight virtual CPU devices, no silent rank promotion, warnings are errors."""
+
+import os
+
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+os.environ.setdefault('JAX_NUM_CPU_DEVICES', '8')
+os.environ.setdefault('HF_HUB_OFFLINE', '1')
+# Tests compile hundreds of tiny programs: LLVM's optimiser would take most of their time.
+os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0')
+
+import jax  # noqa: E402
+
+jax.config.update('jax_numpy_rank_promotion', 'raise')

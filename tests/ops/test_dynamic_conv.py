@@ -1,0 +1,71 @@
+"""Depthwise and dynamic convolution against NumPy loops."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from compactlm_jax.ops.dynamic_conv import depthwise_conv, dynamic_conv
+
+
+def loop_depthwise(x, kernel):
+  out = np.zeros(x.shape, np.float64)
+  half = len(kernel) // 2
+  for b, t, d in np.ndindex(x.shape):
+    for j in range(len(kernel)):
+      if 0 <= t + j - half < x.shape[1]:
+        out[b, t, d] += float(kernel[j, d]) * x[b, t + j - half, d]
+  return out
+
+
+def loop_dynamic(v, taps):
+  out = np.zeros(v.shape, np.float64)
+  half = taps.shape[-1] // 2
+  for b, t, h in np.ndindex(v.shape[:3]):
+    for j in range(taps.shape[-1]):
+      if 0 <= t + j - half < v.shape[1]:
+        out[b, t, h] += float(taps[b, t, h, j]) * v[b, t + j - half, h].astype(np.float64)
+  return out
+
+
+@pytest.mark.parametrize('width', [1, 3, 9])
+@pytest.mark.parametrize('length', [1, 4, 20])
+def test_depthwise_equals_a_loop(width, length):
+  rng = np.random.default_rng(0)
+  x, kernel = rng.normal(size=(2, length, 6)).astype('f4'), rng.normal(size=(width, 6)).astype('f4')
+  np.testing.assert_allclose(depthwise_conv(jnp.asarray(x), jnp.asarray(kernel)), loop_depthwise(x, kernel), atol=1e-5)
+
+
+@pytest.mark.parametrize('width', [1, 3, 9])
+@pytest.mark.parametrize('length', [1, 4, 20])
+def test_dynamic_equals_a_loop(width, length):
+  """Mutation: reverse the taps (a true convolution)."""
+  rng = np.random.default_rng(1)
+  v = rng.normal(size=(2, length, 3, 4)).astype('f4')
+  taps = rng.normal(size=(2, length, 3, width)).astype('f4')
+  np.testing.assert_allclose(dynamic_conv(jnp.asarray(v), jnp.asarray(taps)), loop_dynamic(v, taps), atol=1e-5)
+
+
+@pytest.mark.parametrize('op', ['depthwise', 'dynamic'])
+def test_gradients_equal_those_of_a_dense_operator(op):
+  """Both are bilinear: the gradient follows from the loops applied to basis vectors."""
+  rng = np.random.default_rng(2)
+  if op == 'depthwise':
+    fn, loop, a, b = depthwise_conv, loop_depthwise, rng.normal(size=(1, 6, 2)), rng.normal(size=(3, 2))
+  else:
+    fn, loop, a, b = dynamic_conv, loop_dynamic, rng.normal(size=(1, 6, 2, 2)), rng.normal(size=(1, 6, 2, 3))
+  a, b = a.astype('f4'), b.astype('f4')
+  weight = rng.normal(size=a.shape).astype('f4')
+  grads = jax.grad(lambda a, b: (fn(a, b) * weight).sum(), argnums=(0, 1))(jnp.asarray(a), jnp.asarray(b))
+  for which, grad in enumerate(grads):
+    for index in np.ndindex(grad.shape):
+      unit = np.zeros(grad.shape, 'f4')
+      unit[index] = 1
+      want = (loop(unit, b) if which == 0 else loop(a, unit)) * weight
+      np.testing.assert_allclose(grad[index], want.sum(), atol=1e-5)
+
+
+def test_uniform_taps_keep_a_constant_inside():
+  v = jnp.full((1, 20, 2, 3), 1.5)
+  out = dynamic_conv(v, jnp.full((1, 20, 2, 9), 1 / 9))
+  np.testing.assert_allclose(out[:, 4:-4], 1.5, rtol=1e-6)
