@@ -1,0 +1,199 @@
+"""What a run reports: metrics.jsonl always, a progress bar on a terminal, plain lines in a log, TensorBoard if asked.
+
+One JSON object per line, flushed at once. A step stands once per kind of line (training or evaluation): a resumed run
+drops the lines after the step that it resumes from, and a last line that a kill tore. Values that JSON has no number
+for are the strings 'NaN', 'Infinity' and '-Infinity', so that every JSON parser reads the file and float() reads the
+values.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Protocol
+
+import jax
+from etils import epath
+from tqdm.auto import tqdm
+
+from compactlm_jax.errors import ConfigError, StorageError
+
+log = logging.getLogger(__name__)
+
+
+class _Board(Protocol):
+  def add_scalar(self, tag: str, value: float, step: int) -> None: ...
+  def close(self) -> None: ...
+
+
+class MetricsWriter:
+  """Writes metrics of one run. Only process 0 writes or shows anything.
+
+  Args:
+    workdir: the run directory.
+    total_steps: of the run; for the bar and the time left.
+    start_step: steps done already; later lines in an existing file are dropped.
+    bar: show a progress bar; by default if standard error is a terminal.
+    tensorboard: also write WORKDIR/tensorboard by tensorboardX; by default if that is installed (extra 'tensorboard').
+    shown: names shown on the bar and in the log, where present; by default the loss and its parts.
+
+  Raises:
+    StorageError: metrics.jsonl cannot be written.
+    ConfigError: TensorBoard is asked for but not installed.
+  """
+
+  def __init__(
+    self,
+    workdir: epath.PathLike,
+    total_steps: int,
+    *,
+    start_step: int = 0,
+    bar: bool | None = None,
+    tensorboard: bool | None = None,
+    shown: tuple[str, ...] | None = None,
+  ) -> None:
+    self._active = jax.process_index() == 0
+    self._path = epath.Path(workdir) / 'metrics.jsonl'
+    self._total, self._start, self._shown = total_steps, start_step, shown
+    self._tokens, self._since, self._opened = 0, time.monotonic(), time.monotonic()
+    self._rate = 0.0
+    self._bar: Any = None
+    self._board: _Board | None = None
+    if not self._active:
+      return
+    self._path.parent.mkdir(parents=True, exist_ok=True)
+    if tensorboard if tensorboard is not None else importlib.util.find_spec('tensorboardX') is not None:
+      self._board = _open_board(self._path.parent / 'tensorboard')
+    try:
+      _keep_until(self._path, start_step)
+      self._file = self._path.open('a')
+    except OSError as e:
+      raise StorageError(f'{self._path}: cannot be written ({e}); free space or fix permissions') from e
+    if sys.stderr.isatty() if bar is None else bar:
+      self._bar = tqdm(total=total_steps, initial=start_step, unit='step', dynamic_ncols=True, file=sys.stderr)
+
+  def __enter__(self) -> MetricsWriter:
+    return self
+
+  def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    self.close()
+
+  def step(self, step: int, values: Mapping[str, float], *, tokens: int = 0, logged: bool = True) -> None:
+    """Reports one training step, steps in ascending order.
+
+    Args:
+      step: number of steps done.
+      values: host numbers: 'loss', its parts, 'learning_rate', ...
+      tokens: real tokens of the step over all hosts; summed up for 'tokens_per_second' since the last logged step.
+      logged: whether the step gets a line; the bar moves anyway.
+    """
+    if not self._active:
+      return
+    self._tokens += tokens
+    if self._bar is not None:
+      self._bar.update(step - self._bar.n)
+    if not logged:
+      return
+    now = time.monotonic()
+    self._rate = self._tokens / max(now - self._since, 1e-9)
+    self._tokens, self._since = 0, now
+    rate = {'tokens_per_second': round(self._rate, 1)} if self._rate else {}
+    self.write(step, {**values, **rate})
+    self._show(step, values)
+
+  def write(self, step: int, values: Mapping[str, float]) -> None:
+    """Writes one line of host numbers, {'step': step, **values}.
+
+    Raises:
+      StorageError: the disk is full or gone.
+    """
+    if not self._active:
+      return
+    try:
+      self._file.write(json.dumps({'step': step, **{k: _number(v) for k, v in values.items()}}, allow_nan=False) + '\n')
+      self._file.flush()
+    except OSError as e:
+      raise StorageError(f'{self._path}: cannot be written at step {step} ({e}); free space, then resume') from e
+    if self._board is not None:
+      for name, value in values.items():
+        self._board.add_scalar(name, float(value), step)
+
+  def close(self) -> None:
+    """Closes the file, the bar and TensorBoard."""
+    if not self._active:
+      return
+    self._active = False
+    if self._bar is not None:
+      self._bar.close()
+    if self._board is not None:
+      self._board.close()
+    self._file.close()
+
+  def _show(self, step: int, values: Mapping[str, float]) -> None:
+    names = self._shown or tuple(k for k in values if 'loss' in k or k.startswith('relation'))
+    parts = {name: f'{float(values[name]):.4g}' for name in names if name in values}
+    if self._rate:
+      parts['tokens/s'] = f'{self._rate:,.0f}'
+    if self._bar is not None:
+      self._bar.set_postfix(parts)  # tqdm itself shows step, total and time left
+      return
+    done = max(step - self._start, 1)
+    left = (time.monotonic() - self._opened) / done * max(self._total - step, 0)
+    text = ', '.join(f'{k} {v}' for k, v in parts.items())
+    log.info('step %d/%d, %s, %s left', step, self._total, text, tqdm.format_interval(left))
+
+
+def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
+  """The lines of WORKDIR/metrics.jsonl, with non-finite values as floats again; a torn last line is left out."""
+  path = epath.Path(workdir) / 'metrics.jsonl'
+  lines = _whole_lines(path.read_text()) if path.exists() else []
+  return [{k: float(v) if v in _NAMES.values() else v for k, v in json.loads(line).items()} for line in lines]
+
+
+_NAMES = {math.inf: 'Infinity', -math.inf: '-Infinity', None: 'NaN'}
+
+
+def _number(value: Any) -> int | float | str:
+  if isinstance(value, int):
+    return value
+  value = float(value)
+  return value if math.isfinite(value) else _NAMES[None if math.isnan(value) else value]
+
+
+def _whole_lines(text: str) -> list[str]:
+  """Complete lines; what follows the last newline, or is no JSON object with a step, was torn."""
+
+  def whole(line: str) -> bool:
+    try:
+      return isinstance(json.loads(line)['step'], int)
+    except (ValueError, KeyError, TypeError):
+      return False
+
+  return [line for line in text.split('\n')[:-1] if whole(line)]
+
+
+def _keep_until(path: epath.Path, step: int) -> None:
+  """Drops lines after `step` and torn ones; the file changes as a whole or not at all."""
+  if not path.exists():
+    return
+  old = path.read_text()
+  new = ''.join(line + '\n' for line in _whole_lines(old) if json.loads(line)['step'] <= step)
+  if new != old:
+    draft = path.with_suffix('.jsonl.tmp')
+    draft.write_text(new)
+    draft.replace(path)
+
+
+def _open_board(folder: epath.Path) -> _Board:
+  try:
+    board = importlib.import_module('tensorboardX')
+  except ImportError as e:
+    raise ConfigError("TensorBoard output needs the extra: pip install 'compactlm-jax[tensorboard]'") from e
+  return board.SummaryWriter(str(folder))

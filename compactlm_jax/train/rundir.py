@@ -1,0 +1,341 @@
+"""May this run start? The lock of a run directory, its config.json, and what may change when a run is resumed."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import pathlib
+import platform
+import secrets
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+
+from compactlm_jax.config import RunConfig, from_config_dict, to_json
+from compactlm_jax.errors import CompactLMError, ConfigError, LockedError, StorageError
+from compactlm_jax.stepdir import StepDirectory, free_bytes, is_remote
+
+log = logging.getLogger(__name__)
+
+FREE_FIELDS = ('log_every', 'keep', 'checkpoint_every', 'eval_every')
+"""Fields of a RunConfig that a resumed run may change at will. (`steps` is not one: the schedule depends on it.)"""
+
+ROUNDING_FIELDS = ('mesh.data', 'mesh.fsdp', 'mesh.model', 'encoder.remat', 'encoder.scan_unroll')
+"""Fields that may change too, but then sums are taken in another order and the curve is no longer identical in bits."""
+
+_LIBRARIES = ('jax', 'jaxlib', 'libtpu', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'tokenizers', 'numpy')
+_FLAGS = ('jax_platforms', 'jax_enable_x64', 'jax_default_matmul_precision', 'jax_threefry_partitionable',
+          'jax_default_prng_impl', 'jax_debug_nans', 'jax_disable_jit', 'jax_num_cpu_devices')  # fmt: skip
+_ENVIRONMENT = ('XLA_FLAGS', 'LIBTPU_INIT_ARGS')
+
+
+@contextlib.contextmanager
+def open_run(
+  workdir: epath.PathLike,
+  config: RunConfig,
+  identity: Mapping[str, str],
+  *,
+  allow_change: tuple[str, ...] = (),
+  steal_lock: bool = False,
+) -> Iterator[epath.Path]:
+  """Holds a run directory: makes it, locks it, checks that a resume continues the same run, writes config.json.
+
+  Args:
+    workdir: the run directory.
+    config: the resolved configuration.
+    identity: fingerprints of tokenizer, data and teacher.
+    allow_change: fields ('optimizer.learning_rate'), sections ('optimizer') or fingerprints ('identity.teacher') that
+      may differ from the run that is resumed; each difference is recorded under 'changes' in config.json.
+    steal_lock: take over a lock whose holder cannot be proved dead because it is on another host.
+
+  Yields:
+    The directory.
+
+  Raises:
+    LockedError: another run holds the directory.
+    ConfigError: there are checkpoints, and a field that alters the curve differs; names field, old and new value.
+    StorageError: the directory cannot be written.
+  """
+  path = epath.Path(workdir)
+  lock = _Lock(path)
+
+  def enter() -> None:
+    try:
+      path.mkdir(parents=True, exist_ok=True)
+      lock.take(steal_lock)
+      _write_record(path, _next_record(path, config, identity, allow_change))
+    except OSError as e:
+      raise StorageError(f'{path}: cannot be written ({e}); free space or fix permissions') from e
+
+  try:
+    _on_first_process(enter)
+    yield path
+  finally:
+    lock.release()
+
+
+def read_run(workdir: epath.PathLike) -> tuple[RunConfig, dict[str, Any]]:
+  """The configuration of a run directory and the whole of its config.json.
+
+  Raises:
+    ConfigError: there is none, or it is damaged or was edited.
+  """
+  path = epath.Path(workdir) / 'config.json'
+  try:
+    record = json.loads(path.read_text())
+    intact = record['config_hash'] == _hash(record['config'])
+  except FileNotFoundError as e:
+    raise ConfigError(f'{path} is absent; name a directory written by `compactlm train`') from e
+  except (OSError, ValueError, KeyError, TypeError) as e:
+    raise ConfigError(f'{path} is damaged ({type(e).__name__}: {e}); bring it back from a backup') from e
+  if not intact:
+    raise ConfigError(f'{path} was edited or damaged: its config does not match its hash. Bring the original back')
+  return from_config_dict(RunConfig, record['config']), record
+
+
+def free_space_check(path: epath.PathLike, wanted: int) -> None:
+  """Raises StorageError unless `wanted` bytes are free on the disk of `path`, which need not exist yet."""
+  place = epath.Path(path)
+  while not is_remote(place) and not place.exists():
+    place = place.parent
+  free = free_bytes(place)
+  if free is not None and free < wanted:
+    raise StorageError(f'{path}: {wanted / 1e6:,.0f} MB are needed and {free / 1e6:,.0f} MB are free; free some space')
+
+
+class _Lock:
+  """WORKDIR/lock: who holds the directory. A holder that is dead on this host does not count."""
+
+  def __init__(self, workdir: epath.Path) -> None:
+    self._workdir, self._path, self._token = workdir, workdir / 'lock', ''
+
+  def take(self, steal: bool) -> None:
+    with _guard(self._workdir):
+      if self._path.exists():
+        self._check_holder(steal)
+      token = secrets.token_hex(8)
+      mine = {
+        'host': socket.gethostname(),
+        'pid': os.getpid(),
+        'process_start': _process_start(os.getpid()),
+        'started': _now(),
+        'token': token,
+      }
+      _replace(self._path, json.dumps(mine) + '\n')
+      self._token = token
+
+  def release(self) -> None:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+      if self._token and json.loads(self._path.read_text())['token'] == self._token:
+        self._path.unlink()
+
+  def _check_holder(self, steal: bool) -> None:
+    try:
+      holder = json.loads(self._path.read_text())
+      host, pid, start = holder['host'], int(holder['pid']), holder['process_start']
+      who = f'process {pid} on host {host}, since {holder["started"]}'
+    except FileNotFoundError:
+      return
+    except (ValueError, KeyError, TypeError):
+      host, pid, start, who = '', 0, None, 'an unknown process (the lock file is damaged)'
+    if host == socket.gethostname():
+      alive = _process_start(pid)
+      if alive is None or (start is not None and alive != start):
+        log.info('taking over the lock of %s, which is gone', who)
+        return
+      raise LockedError(f'{self._workdir} is held by {who}; wait for it, stop it, or use another --workdir')
+    if not steal:
+      raise LockedError(
+        f'{self._workdir} is held by {who}. If that run is certainly dead, pass --steal_lock; else use another --workdir'
+      )
+    log.warning('stealing the lock of %s', who)
+
+
+@contextlib.contextmanager
+def _guard(workdir: epath.Path) -> Iterator[None]:
+  """Lets one process of this host at a time look at the lock and take it; ends with the process, however it ends."""
+  try:
+    import fcntl
+
+    descriptor = os.open(os.fspath(workdir), os.O_RDONLY)
+  except (ImportError, OSError):  # no such call, or an object store
+    yield
+    return
+  try:
+    deadline = time.monotonic() + 1
+    while True:
+      try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        break
+      except BlockingIOError as e:
+        if time.monotonic() > deadline:
+          raise LockedError(f'{workdir}: another run is just starting here; use another --workdir') from e
+        time.sleep(0.02)
+      except OSError:  # a file system without flock
+        break
+    yield
+  finally:
+    os.close(descriptor)
+
+
+def _process_start(pid: int) -> str | None:
+  """When a process of this host started, as an opaque string; None if it is gone; '' where that is not known.
+
+  Tells a process from another that got the same pid later. A zombie counts as gone.
+  """
+  proc = pathlib.Path('/proc')
+  if (proc / 'self' / 'stat').exists():
+    try:
+      fields = (proc / str(pid) / 'stat').read_text().rpartition(')')[2].split()
+      boot = (proc / 'sys/kernel/random/boot_id').read_text().strip()
+    except (OSError, IndexError):
+      return None
+    return None if fields[0] in 'ZX' else f'{boot}:{fields[19]}'
+  try:
+    os.kill(pid, 0)
+  except ProcessLookupError:
+    return None
+  except PermissionError:
+    pass
+  return ''
+
+
+def _next_record(
+  path: epath.Path, config: RunConfig, identity: Mapping[str, str], allow_change: tuple[str, ...]
+) -> dict[str, Any]:
+  """What config.json shall hold, after comparing with what it holds."""
+  record = {
+    'config': to_json(config),
+    'config_hash': _hash(to_json(config)),
+    'identity': dict(identity),
+    **_versions(),
+    'changes': [],
+  }
+  new = _fields(record)
+  _check_names(allow_change, new)
+  checkpoints = StepDirectory(path / 'checkpoints', commit_file=False)
+  if not (checkpoints.steps() or checkpoints.bad()):
+    return record  # nothing to resume
+  old_config, old = read_run(path)
+  before = _fields({**old, 'config': to_json(old_config)})
+  differing = [f for f in sorted(set(new) | set(before)) if new.get(f) != before.get(f) and f not in FREE_FIELDS]
+  refused = [
+    f for f in differing if f not in ROUNDING_FIELDS and not any(f == a or f.startswith(a + '.') for a in allow_change)
+  ]
+  if refused:
+    lines = '; '.join(f'{_label(f)}: was {before.get(f)!r}, now {new.get(f)!r}' for f in refused[:8])
+    raise ConfigError(
+      f'{path} holds a run with another configuration: {lines}. Use the old value, another --workdir, or '
+      f'--allow_change={",".join(refused[:8])} to go on from its checkpoint all the same'
+    )
+  changes = [{'field': f, 'old': before.get(f), 'new': new.get(f)} for f in differing]
+  for part in ('code', 'libraries', 'jax'):
+    if old.get(part) != record[part]:
+      changes.append({'field': part, 'old': old.get(part), 'new': record[part]})
+  for change in changes:
+    log.warning('resuming with %s changed: was %s, now %s', change['field'], change['old'], change['new'])
+  if changes:
+    log.warning('the curve will not be identical in bits to an uninterrupted run')
+  record['changes'] = [*old.get('changes', []), *({'time': _now(), **change} for change in changes)]
+  return record
+
+
+def _check_names(allow_change: tuple[str, ...], known: Mapping[str, Any]) -> None:
+  for name in allow_change:
+    if not name.startswith('identity.') and not any(f == name or f.startswith(name + '.') for f in known):
+      raise ConfigError(f'--allow_change={name}: there is no such field or section')
+
+
+def _label(field: str) -> str:
+  return field if field.startswith('identity.') else f'config.{field}'
+
+
+def _fields(record: Mapping[str, Any]) -> dict[str, Any]:
+  """'optimizer.learning_rate' -> value, 'identity.teacher' -> fingerprint."""
+
+  def walk(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+      if isinstance(value, Mapping):
+        yield from walk(value, f'{prefix}{name}.')
+      else:
+        yield prefix + name, value
+
+  return dict([*walk(record['config'], ''), *walk({'identity': record['identity']}, '')])
+
+
+def _versions() -> dict[str, Any]:
+  """Code, libraries and flags. Nothing about the user: the home directory is written as '~'."""
+  libraries = {}
+  for name in _LIBRARIES:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      libraries[name] = importlib.metadata.version(name)
+  package = pathlib.Path(__file__).parents[1]
+  digest = hashlib.sha256()
+  for source in sorted(package.rglob('*.py')):
+    digest.update(source.relative_to(package).as_posix().encode() + b'\0' + source.read_bytes())
+  try:
+    version = importlib.metadata.version('compactlm-jax')
+  except importlib.metadata.PackageNotFoundError:
+    version = 'not installed'
+  flags = {name: getattr(jax.config, name, None) for name in _FLAGS}
+  flags |= {
+    name: os.environ[name].replace(str(pathlib.Path.home()), '~') for name in _ENVIRONMENT if name in os.environ
+  }
+  return {
+    'code': {'version': version, 'sources': digest.hexdigest()[:16]},
+    'libraries': {'python': platform.python_version(), **libraries},
+    'jax': {
+      'backend': jax.default_backend(),
+      'device_kind': jax.devices()[0].device_kind,
+      'devices': jax.device_count(),
+      'processes': jax.process_count(),
+      **flags,
+    },
+  }
+
+
+def _hash(config: Mapping[str, Any]) -> str:
+  return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]  # as config.config_hash
+
+
+def _now() -> str:
+  return datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
+
+
+def _write_record(path: epath.Path, record: Mapping[str, Any]) -> None:
+  _replace(path / 'config.json', json.dumps(record, indent=2) + '\n')
+
+
+def _replace(path: epath.Path, text: str) -> None:
+  draft = path.parent / f'{path.name}.tmp'
+  draft.write_text(text)
+  draft.replace(path)
+
+
+def _on_first_process(action: Any) -> None:
+  """Runs `action` on process 0; if it raises one of our errors, all processes raise."""
+  error: CompactLMError | None = None
+  if jax.process_index() == 0:
+    try:
+      action()
+    except CompactLMError as e:
+      error = e
+  code = error.exit_code if error else 0
+  if jax.process_count() > 1:
+    code = int(multihost_utils.broadcast_one_to_all(np.int32(code)))
+  if error:
+    raise error
+  if code:
+    kinds = {c.exit_code: c for c in (ConfigError, LockedError, StorageError)}
+    raise kinds.get(code, CompactLMError)('process 0 refused to start; its message says why')
