@@ -24,6 +24,8 @@ from compactlm_jax.types import Batch
 
 Record = dict[str, np.ndarray]
 
+_ENDLESS = 1 << 48
+
 
 @dataclasses.dataclass(frozen=True)
 class RowSource:
@@ -262,7 +264,8 @@ class Batches:
 
     # Grain adds the number of the epoch to the seed: hashed, so that neighbouring seeds do not share epochs.
     seed = int(np.random.SeedSequence(self.seed).generate_state(1)[0])
-    rows = grain.MapDataset.source(self.source).shuffle(seed).repeat()
+    # An endless repeat overflows in Grain for one row per host; this one is long enough and stays exact as a float.
+    rows = grain.MapDataset.source(self.source).shuffle(seed).repeat(-(-_ENDLESS // len(self.source)))
     per_host = rows.batch(self.batch_size // self.process_count, batch_fn=_stack)
     return per_host[self.process_index :: self.process_count]
 

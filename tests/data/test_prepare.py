@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from compactlm_jax.data import packing, prepare as prepare_module
+from compactlm_jax.data import packing
+from compactlm_jax.data import prepare as prepare_module
 from compactlm_jax.data.manifest import read_manifest
 from compactlm_jax.data.prepare import prepare
 from compactlm_jax.data.tokenizer import load_tokenizer

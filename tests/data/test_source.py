@@ -1,0 +1,273 @@
+import dataclasses
+import itertools
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compactlm_jax.data import shards
+from compactlm_jax.data.manifest import Manifest, Shard, read_manifest
+from compactlm_jax.data.prepare import prepare
+from compactlm_jax.data.source import Batches, RowSource, array_source, eval_batches, hold_out, open_dataset
+from compactlm_jax.data.text import file_sha256
+from compactlm_jax.errors import ConfigError, DataError
+
+T, V = 8, 50
+
+
+def numbered(rows: int) -> RowSource:
+  """Row i holds i everywhere but at its padding."""
+  input_ids = np.repeat(np.arange(rows, dtype=np.int32)[:, None], T, 1)
+  length = (np.arange(rows) % (T - 1) + 2).astype(np.int32)
+  arrays = {'input_ids': input_ids, 'token_type_ids': np.zeros_like(input_ids), 'length': length}
+  return array_source(
+    {**arrays, 'label': np.arange(rows, dtype=np.int32) % 3}, vocab_size=rows, fingerprint='f', name='n'
+  )
+
+
+def ids(batch):
+  return batch.input_ids[:, 0].tolist()
+
+
+sizes = st.tuples(st.integers(1, 40), st.sampled_from([4, 8, 12]), st.integers(0, 2**31 - 1))
+
+
+@settings(deadline=None, max_examples=40)
+@given(sizes, st.integers(0, 30), st.sampled_from([1, 2, 4]))
+def test_batches_are_a_pure_function_defined_globally(sizes, step, hosts):
+  rows, batch_size, seed = sizes
+  source = numbered(rows)
+  whole = Batches(source, batch_size, seed).batch(step)
+  assert whole.input_ids.shape == (batch_size, T)
+  parts = [Batches(source, batch_size, seed, p, hosts) for p in range(hosts)]
+  for _ in range(2):  # in any order, again and again
+    shares = [part.batch(s) for s in (step + 1, step) for part in reversed(parts)][hosts:][::-1]
+    assert list(itertools.chain(*map(ids, shares))) == ids(whole)
+    np.testing.assert_array_equal(np.concatenate([s.attention_mask for s in shares]), whole.attention_mask)
+
+
+@settings(deadline=None, max_examples=40)
+@given(sizes, st.sampled_from([1, 2, 4]), st.integers(1, 3))
+def test_each_epoch_holds_each_row_once(sizes, hosts, epochs):
+  rows, batch_size, seed = sizes
+  source = numbered(rows)
+  parts = [Batches(source, batch_size, seed, p, hosts) for p in range(hosts)]
+  steps = -(-rows * epochs // batch_size)
+  seen = [i for step in range(steps) for part in parts for i in ids(part.batch(step))]
+  for epoch in range(epochs):
+    assert sorted(seen[epoch * rows : (epoch + 1) * rows]) == list(range(rows))
+
+
+def test_order_changes_with_seed_and_epoch():
+  source = numbered(64)
+  orders = [ids(Batches(source, 64, seed).batch(epoch)) for seed in range(3) for epoch in range(3)]
+  assert len(set(map(tuple, orders))) == 9
+
+
+@settings(deadline=None, max_examples=15)
+@given(sizes, st.integers(0, 50), st.integers(1, 3), st.sampled_from([1, 2]))
+def test_prefetch_starts_anywhere(sizes, start, threads, hosts):
+  rows, batch_size, seed = sizes
+  batches = Batches(numbered(rows), batch_size, seed, hosts - 1, hosts)
+  for step, batch in itertools.islice(batches.prefetch(start, threads=threads, buffer=4), 5):
+    assert ids(batch) == ids(batches.batch(step))
+    assert step >= start
+  assert step == start + 4
+
+
+def test_batch_fields():
+  batch = Batches(numbered(9), 4, 0).batch(0)
+  lengths = [i % (T - 1) + 2 for i in ids(batch)]
+  assert batch.attention_mask.sum(1).tolist() == lengths and batch.attention_mask[:, 0].all()
+  assert batch.labels.tolist() == [i % 3 for i in ids(batch)] and batch.weights is None
+  for name in ('input_ids', 'attention_mask', 'token_type_ids', 'labels'):
+    assert isinstance(getattr(batch, name), np.ndarray) and getattr(batch, name).dtype == np.int32
+
+
+@given(st.integers(1, 20), st.sampled_from([4, 8]), st.sampled_from([1, 2, 4]))
+def test_eval_batches_hold_each_row_once(rows, batch_size, hosts):
+  source = numbered(rows)
+  parts = [list(eval_batches(source, batch_size, p, hosts)) for p in range(hosts)]
+  assert {len(p) for p in parts} == {-(-rows // batch_size)}
+  batches = [b for group in zip(*parts, strict=True) for b in group]
+  assert all(len(b.input_ids) == len(b.weights) == batch_size // hosts for b in batches)
+  real = [i for b in batches for i, w in zip(ids(b), b.weights, strict=True) if w]
+  assert real == list(range(rows)) and {w for b in batches for w in b.weights} <= {0.0, 1.0}
+
+
+def test_bad_sizes():
+  with pytest.raises(ConfigError, match='batch_size: 6 must be a positive multiple of the 4 hosts'):
+    Batches(numbered(9), 6, 0, 0, 4)
+  with pytest.raises(ConfigError, match='process_index 2'):
+    Batches(numbered(9), 4, 0, 2, 2)
+  with pytest.raises(ConfigError, match='batch_size: 0'):
+    next(eval_batches(numbered(9), 0))
+  with pytest.raises(ConfigError, match='eval_rows: 9 rows cannot be held out of the 9 rows'):
+    hold_out(numbered(9), 9)
+  with pytest.raises(IndexError):
+    numbered(9)[9]
+
+
+def test_hold_out():
+  train, held = hold_out(numbered(9), 2)
+  assert [int(r['input_ids'][0]) for r in (train[0], train[6], held[0], held[1])] == [0, 6, 7, 8]
+  assert (len(train), len(held)) == (7, 2)
+  with pytest.raises(IndexError):
+    train[7]
+
+
+def example(i, **fields):
+  values = {'input_ids': np.full(T, i % V, np.int32), 'token_type_ids': np.zeros(T, np.uint8), 'length': np.int32(T)}
+  return {**values, **fields}
+
+
+def write(folder, examples, shard_rows=10):
+  """A dataset with any content and a manifest that agrees with it."""
+  folder.mkdir()
+  shards.write_dataset(folder, [('train', e) for e in examples], T, shard_rows)
+  files = sorted(folder.glob('*array_record*'))
+  lengths = [min(shard_rows, len(examples) - i * shard_rows) for i in range(len(files))]
+  train = tuple(Shard(f.name, n, f.stat().st_size, file_sha256(f)) for f, n in zip(files, lengths, strict=True))
+  settings_ = {'seq_len': T, 'tokenizer': 'abc'}
+  manifest = Manifest(settings=settings_, vocab_size=V, counts={}, splits={'train': train}, versions={})
+  (folder / 'manifest.json').write_text(manifest.dumps())
+  return folder
+
+
+@pytest.fixture
+def dataset(tmp_path):
+  return write(tmp_path / 'data', [example(i) for i in range(25)])
+
+
+def test_rows_come_back(dataset):
+  source = open_dataset(dataset, expect_fingerprint='abc', verify='full')
+  assert (len(source), source.vocab_size, source.seq_len, source.fingerprint) == (25, V, T, 'abc')
+  for i in range(25):
+    row = source[i]
+    assert row['input_ids'].tolist() == [i] * T and row['length'] == T
+    assert {k: v.dtype for k, v in row.items()} == dict.fromkeys(row, np.dtype(np.int32))
+  seen = [i for _, b in itertools.islice(Batches(source, 5, 0).prefetch(), 5) for i in ids(b)]
+  assert sorted(seen) == list(range(25))
+
+
+@pytest.mark.parametrize(
+  'fields, message',
+  [
+    ({'input_ids': np.array([1, 2, V, 4, 5, 6, 7, 8], np.int32)}, 'token id 50 is outside the vocabulary of 50'),
+    ({'input_ids': np.array([1, 2, -1, 4, 5, 6, 7, 8], np.int32)}, 'token id -1 is outside'),
+    ({'length': np.int32(T + 1)}, 'length 9 is outside 1 to 8'),
+    ({'length': np.int32(0)}, 'length 0 is outside'),
+    ({'token_type_ids': np.full(T, 2, np.uint8)}, 'token type 2 is neither'),
+  ],
+)
+def test_damaged_records_are_named(fields, message, tmp_path):
+  folder = write(tmp_path / 'data', [example(i, **(fields if i == 13 else {})) for i in range(25)])
+  source = open_dataset(folder)
+  assert source[12]['length'] == T
+  with pytest.raises(DataError, match=rf'array_record-00001: record 3 \(row 13\): {message}'):
+    source[13]
+  with pytest.raises(DataError, match='record 3'):
+    list(itertools.islice(Batches(source, 5, 0).prefetch(), 5))
+
+
+def test_wrong_row_length_in_the_features(dataset):
+  manifest = read_manifest(dataset)
+  changed = dataclasses.replace(manifest, settings={**manifest.settings, 'seq_len': T + 1})
+  (dataset / 'manifest.json').write_text(changed.dumps())
+  with pytest.raises(DataError, match=r'input_ids is int32\[8\] instead of int32\[9\]'):
+    open_dataset(dataset)[0]
+
+
+def test_budget_replaces_by_a_neighbour_and_stops_beyond(tmp_path):
+  bad = {4: {'length': np.int32(0)}, 5: {'length': np.int32(0)}, 24: {'length': np.int32(0)}}
+  folder = write(tmp_path / 'data', [example(i, **bad.get(i, {})) for i in range(25)])
+  first = open_dataset(folder, bad_record_budget=0.12)
+  order = [4, 24, 5, 6]
+  assert [int(first[i]['input_ids'][0]) for i in order] == [6, 0, 6, 6] and first.damaged == {4, 5, 24}
+  again = open_dataset(folder, bad_record_budget=0.12)
+  assert [int(again[i]['input_ids'][0]) for i in reversed(order)] == [6, 6, 0, 6]
+  scarce = open_dataset(folder, bad_record_budget=0.08)
+  assert scarce[4]['input_ids'][0] == 6
+  with pytest.raises(DataError, match=r'3 damaged rows are more than .* allows \(2\).*record 4 \(row 24\)'):
+    scarce[24]
+
+
+def test_file_faults(dataset):
+  manifest = read_manifest(dataset)
+  file = dataset / manifest.splits['train'][1].file
+  content = file.read_bytes()
+
+  file.write_bytes(content[: len(content) // 2])
+  with pytest.raises(DataError, match=rf'{file.name}: .* bytes, but .* were written'):
+    open_dataset(dataset)
+  # A truncated file that a manifest vouches for still does not get through.
+  lying = [dataclasses.replace(s, bytes=(dataset / s.file).stat().st_size) for s in manifest.splits['train']]
+  (dataset / 'manifest.json').write_text(dataclasses.replace(manifest, splits={'train': tuple(lying)}).dumps())
+  with pytest.raises(DataError, match=file.name):
+    [open_dataset(dataset)[i] for i in range(25)]
+  (dataset / 'manifest.json').write_text(manifest.dumps())
+
+  file.unlink()
+  with pytest.raises(DataError, match=rf'{file.name}: a shard of the dataset is missing'):
+    open_dataset(dataset)
+  file.write_bytes(content)
+  assert len(open_dataset(dataset)) == 25
+
+  wrong = 0
+  for offset in range(0, len(content), 997):
+    file.write_bytes(content[:offset] + bytes([content[offset] ^ 4]) + content[offset + 1 :])
+    with pytest.raises(DataError, match='SHA-256 differs'):
+      open_dataset(dataset, verify='full')
+    try:
+      source = open_dataset(dataset)
+      wrong += any(source[i]['input_ids'].tolist() != [i] * T for i in range(25))
+    except DataError as e:
+      assert file.name in str(e) or 'cannot be opened' in str(e)
+  assert wrong == 0
+
+
+def test_manifest_faults(dataset):
+  text = (dataset / 'manifest.json').read_text()
+  for damaged, message in (
+    (text[:40], 'damaged'),
+    (text.replace('"format": 1', '"format": 9'), 'another format'),
+    (text.replace('"rows": 10', '"rows": 11'), 'rows per shard'),
+  ):
+    (dataset / 'manifest.json').write_text(damaged)
+    with pytest.raises(DataError, match=message):
+      open_dataset(dataset)
+  (dataset / 'manifest.json').unlink()
+  with pytest.raises(DataError, match=r'manifest.json: not there.*compactlm prepare'):
+    open_dataset(dataset)
+  with pytest.raises(DataError, match='not there'):
+    open_dataset(dataset / 'nowhere')
+
+
+def test_mismatches(dataset):
+  with pytest.raises(ConfigError, match=r'another tokenizer .*abc.*xyz.*prepare the text again'):
+    open_dataset(dataset, expect_fingerprint='xyz')
+  with pytest.raises(ConfigError, match="no split 'validation', only train; prepare it with holdout_rows"):
+    open_dataset(dataset, 'validation')
+  with pytest.raises(ConfigError, match="verify 'no'"):
+    open_dataset(dataset, verify='no')
+
+
+def test_prepared_rows_train_without_tensorflow(corpus, vocabulary, tmp_path):
+  prepare(str(corpus), str(vocabulary), tmp_path / 'out', 32, 'pairs', holdout_rows=5)
+  code = (
+    'import sys, warnings; warnings.simplefilter("error")\n'
+    'from compactlm_jax.data.source import *\n'
+    'b = Batches(open_dataset(sys.argv[1]), 4, 0)\n'
+    'step, batch = next(b.prefetch(3)); assert step == 3 and (batch.input_ids == b.batch(3).input_ids).all()\n'
+    'print(batch.input_ids.tolist())\n'
+    'assert not {"tensorflow", "torch", "transformers"} & set(sys.modules)'
+  )
+  outputs = {
+    subprocess.run([sys.executable, '-c', code, tmp_path / 'out'], check=True, capture_output=True, text=True).stdout
+    for _ in range(2)
+  }
+  assert len(outputs) == 1
+  assert len(open_dataset(tmp_path / 'out', 'validation')) == 5
