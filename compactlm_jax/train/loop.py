@@ -48,6 +48,7 @@ class Job:
     batches: training rows.
     eval_batches: starts a pass over the held-out rows; None without any.
     identity: fingerprints (tokenizer, data, teacher) that a resumed run must share.
+    files: relative path -> content of what is kept beside the checkpoints (the tokenizer).
   """
 
   task: Task
@@ -56,6 +57,7 @@ class Job:
   batches: BatchSource
   eval_batches: Callable[[], Iterable[Batch]] | None = None
   identity: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
 
 
 def train(job: Job, workdir: str, *, allow_change: tuple[str, ...] = (), steal_lock: bool = False) -> dict[str, Any]:
@@ -81,6 +83,7 @@ def train(job: Job, workdir: str, *, allow_change: tuple[str, ...] = (), steal_l
       open_run(workdir, config, dict(job.identity), allow_change=allow_change, steal_lock=steal_lock)
     )
     stop = stack.enter_context(StopRequest())
+    _keep_files(job, epath.Path(workdir))
     checkpoints = stack.enter_context(Checkpoints(epath.Path(workdir) / 'checkpoints', keep=config.keep))
     mesh, state, frozen, step_fn = _set_up(job, checkpoints)
     evaluate = make_evaluate(job.task, mesh)
@@ -123,6 +126,13 @@ def _set_up(job: Job, checkpoints: Checkpoints) -> tuple[Any, TrainState, Any, A
   frozen = None if job.task.frozen is None else jax.device_put(job.task.frozen, param_shardings(mesh, job.task.frozen))
   step_fn = make_train_step(job.task, tx, config.seed, config.optimizer.accumulate)
   return mesh, state, frozen, compile_step(step_fn, mesh, state, frozen)
+
+
+def _keep_files(job: Job, workdir: epath.Path) -> None:
+  if jax.process_index() == 0:
+    for name, content in job.files.items():
+      (workdir / name).parent.mkdir(parents=True, exist_ok=True)
+      (workdir / name).write_bytes(content)
 
 
 def _finish(job: Job, workdir: str, scores: Mapping[str, float], seconds: float) -> dict[str, Any]:

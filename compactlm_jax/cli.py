@@ -1,0 +1,291 @@
+"""The `compactlm` command. The one place that maps errors to exit codes."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import logging
+import os
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from compactlm_jax.errors import CompactLMError, ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+  """One sub-command.
+
+  Attributes:
+    summary: one line.
+    example: a complete call.
+    define: adds its flags.
+    required: flags that must be given.
+    run: does the work; returns what is printed at the end.
+  """
+
+  summary: str
+  example: str
+  define: Callable[[flags.FlagValues], None]
+  required: tuple[str, ...]
+  run: Callable[[flags.FlagValues], str]
+
+
+def _text(name: str, default: str | None, text: str) -> Callable[[flags.FlagValues], None]:
+  return lambda values: flags.DEFINE_string(name, default, text, flag_values=values)
+
+
+def _number(name: str, default: int | None, text: str) -> Callable[[flags.FlagValues], None]:
+  return lambda values: flags.DEFINE_integer(name, default, text, lower_bound=0, flag_values=values)
+
+
+def _switch(name: str, text: str) -> Callable[[flags.FlagValues], None]:
+  return lambda values: flags.DEFINE_bool(name, False, text, flag_values=values)
+
+
+def _choice(name: str, options: list[str], text: str) -> Callable[[flags.FlagValues], None]:
+  return lambda values: flags.DEFINE_enum(name, options[0], options, text, flag_values=values)
+
+
+def _all(*parts: Callable[[flags.FlagValues], None]) -> Callable[[flags.FlagValues], None]:
+  def define(values: flags.FlagValues) -> None:
+    for part in parts:
+      part(values)
+
+  return define
+
+
+def _config(values: flags.FlagValues) -> None:
+  config_flags.DEFINE_config_file(
+    'config', None, 'FILE.py:VARIANT, from configs/ or your own.', lock_config=True, flag_values=values
+  )
+
+
+def _demo(values: flags.FlagValues) -> str:
+  from compactlm_jax.demo import run_demo
+
+  return run_demo(values.workdir)
+
+
+def _prepare(values: flags.FlagValues) -> str:
+  from compactlm_jax.data.prepare import prepare
+
+  manifest = prepare(
+    values.input,
+    values.tokenizer,
+    values.output,
+    values.seq_len,
+    values.mode,
+    workers=values.workers,
+    seed=values.seed,
+    pair_rule=values.pair_rule,
+    holdout_rows=values.holdout_rows,
+    split=values.split,
+    text_key=values.text_key,
+    overwrite=values.overwrite,
+  )
+  counts = ', '.join(f'{name} {value:,}' for name, value in sorted(manifest.counts.items()))
+  return f'{values.output}: {counts}'
+
+
+def _tokenizer(values: flags.FlagValues) -> str:
+  from compactlm_jax.data.tokenizer import train_wordpiece
+
+  made = train_wordpiece(values.input, values.vocab_size, values.output, lowercase=values.lowercase)
+  return f'{values.output}: {made.vocab_size:,} word pieces'
+
+
+def _train(values: flags.FlagValues) -> str:
+  from compactlm_jax.config import RunConfig, from_config_dict
+  from compactlm_jax.jobs import run_train
+
+  config = from_config_dict(RunConfig, values.config)
+  allowed = tuple(name.strip() for name in values.allow_change.split(',') if name.strip())
+  results = run_train(config, values.workdir, allow_change=allowed, steal_lock=values.steal_lock)
+  return f'{values.workdir}/results.json: {json.dumps(results["metrics"])}'
+
+
+def _export(values: flags.FlagValues) -> str:
+  from compactlm_jax.jobs import run_export
+
+  bundle = run_export(values.checkpoint, values.output)
+  cfg = bundle.config
+  return f'{values.output}: {cfg.architecture}, {cfg.num_layers} layers, {cfg.hidden_size} wide'
+
+
+COMMANDS = {
+  'demo': Command(
+    'Distil a real encoder on real text, and show what was gained.',
+    'compactlm demo --workdir=demo_run',
+    _text('workdir', 'demo_run', 'Where assets, data and models are kept; a second run reuses them.'),
+    (),
+    _demo,
+  ),
+  'prepare': Command(
+    'Tokenise text into rows of equal length: a TFDS dataset of ArrayRecord shards.',
+    "compactlm prepare --input='text/*.txt.gz' --tokenizer=MODEL --output=data/rows --seq_len=128",
+    _all(
+      _text('input', None, 'Comma-separated globs of text files (.gz is read), tfds:NAME, or hf:NAME[:CONFIG].'),
+      _text('tokenizer', None, 'Folder with the tokenizer, for example a model folder.'),
+      _text('output', None, 'Folder to write.'),
+      _number('seq_len', None, 'Row length in tokens, special tokens included.'),
+      _choice(
+        'mode',
+        ['packed', 'pairs', 'sentences'],
+        "'packed' fills rows with whole documents, 'pairs' builds two segments as ELECTRA does, 'sentences' puts one "
+        'line in a row.',
+      ),
+      _number('holdout_rows', 0, "Rows that become a 'validation' split."),
+      _number('workers', 0, 'Threads that tokenise; 0 takes all cores. The output does not depend on it.'),
+      _number('seed', 0, 'Of pairs and held-out rows.'),
+      _choice('pair_rule', ['electra', 'convbert'], "'convbert' builds pairs with the bug that ConvBERT trained with."),
+      _text('split', 'train', 'Split of a tfds: or hf: input.'),
+      _text('text_key', 'text', 'Text field of a tfds: or hf: input.'),
+      _switch('overwrite', 'Replace an output that was made with other settings.'),
+    ),
+    ('input', 'tokenizer', 'output', 'seq_len'),
+    _prepare,
+  ),
+  'tokenizer': Command(
+    'Train a WordPiece vocabulary.',
+    "compactlm tokenizer --input='text/*.txt' --vocab_size=30522 --output=tokenizer",
+    _all(
+      _text('input', None, 'Comma-separated globs of text files (.gz is read).'),
+      _number('vocab_size', None, 'Word pieces, special tokens included.'),
+      _text('output', None, 'Folder to write.'),
+      lambda values: flags.DEFINE_bool('lowercase', True, 'Lower-case and strip accents.', flag_values=values),
+    ),
+    ('input', 'vocab_size', 'output'),
+    _tokenizer,
+  ),
+  'train': Command(
+    'Train, distil or fine-tune; the same command resumes after a kill.',
+    'compactlm train --config=configs/tiny.py:distill --workdir=runs/tiny --config.steps=100',
+    _all(
+      _config,
+      _text('workdir', None, 'Run directory: config.json, metrics.jsonl, checkpoints/, results.json.'),
+      _text('allow_change', '', 'Comma-separated fields that may differ from the run that is resumed.'),
+      _switch('steal_lock', 'Take the directory over from a run on another host that is known to be dead.'),
+    ),
+    ('config', 'workdir'),
+    _train,
+  ),
+  'export': Command(
+    'Write a trained model as a Hugging Face folder.',
+    'compactlm export --checkpoint=runs/tiny --output=exported',
+    _all(
+      _text('checkpoint', None, 'Run directory or model folder.'),
+      _text('output', None, 'Folder to write.'),
+      _choice('format', ['hf'], "'hf': config.json, model.safetensors and tokenizer for transformers."),
+    ),
+    ('checkpoint', 'output'),
+    _export,
+  ),
+}
+
+
+def usage() -> str:
+  """The text of `compactlm --help`."""
+  lines = ['compactlm: train, distil and compress BERT-like encoders.', '']
+  lines += ['usage: compactlm COMMAND [--flag=value ...]', '']
+  lines += [f'  {name:<10} {command.summary}' for name, command in COMMANDS.items()]
+  lines += ['', 'compactlm COMMAND --help tells the flags of a command.']
+  codes = '0 done, 65 bad data, 70 numerics or a bug, 74 storage, 75 saved, please restart, 77 directory in use, '
+  return '\n'.join([*lines, *textwrap.wrap('Exit codes: ' + codes + '78 configuration or mismatch.', 100)])
+
+
+def command_help(name: str) -> str:
+  """The text of `compactlm NAME --help`."""
+  command, values = COMMANDS[name], flags.FlagValues()
+  command.define(values)
+  lines = [f'compactlm {name}: {command.summary}', '', f'  {command.example}', '', 'flags:']
+  for flag in [values[key] for key in values]:
+    note = 'required' if flag.name in command.required else f'default: {flag.default!r}' if flag.default else ''
+    text = (flag.help or '') + (f' [{note}]' if note else '')
+    lines += [f'  --{flag.name}', *textwrap.wrap(text, 96, initial_indent='      ', subsequent_indent='      ')]
+  if 'config' in values:
+    lines += ['  --config.FIELD=VALUE', '      Overrides a field of the configuration, for example --config.steps=100.']
+    lines += ['      Lists are comma-separated. The fields are documented in compactlm_jax/config.py.']
+  return '\n'.join(lines)
+
+
+def _parse(name: str, argv: Sequence[str]) -> flags.FlagValues:
+  command, values = COMMANDS[name], flags.FlagValues()
+  command.define(values)
+  try:
+    left = values([f'compactlm {name}', *argv])
+  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as e:
+    raise ConfigError(f'{e}\nSee: compactlm {name} --help') from e
+  if len(left) > 1:
+    raise ConfigError(f'unexpected argument {left[1]!r}; flags are written --name=value. See: compactlm {name} --help')
+  for flag in command.required:
+    if values[flag].value is None:
+      raise ConfigError(f'--{flag} is missing. For example: {command.example}')
+  return values
+
+
+def _log_to_stderr() -> None:
+  # Without this, absl adds a handler of its own that complains about flags that were parsed by other means.
+  logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format='%(message)s', force=True)
+  logging.getLogger('compactlm_jax').setLevel(logging.INFO)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs the command line.
+
+  Args:
+    argv: arguments without the program's name; None takes those of the process.
+
+  Returns:
+    The exit code.
+  """
+  arguments = list(sys.argv[1:] if argv is None else argv)
+  if not arguments or arguments[0] in ('--help', '-h', 'help'):
+    print(usage())
+    return 0 if arguments else 78
+  name, rest = arguments[0], arguments[1:]
+  if name not in COMMANDS:
+    print(f'compactlm: there is no command {name!r}\n\n{usage()}', file=sys.stderr)
+    return 78
+  if {'--help', '-h', '--helpfull', '--helpshort'} & set(rest):
+    print(command_help(name))
+    return 0
+  return _guarded(name, rest)
+
+
+def _guarded(name: str, arguments: Sequence[str]) -> int:
+  _log_to_stderr()
+  try:
+    print(COMMANDS[name].run(_parse(name, arguments)))
+    return 0
+  except CompactLMError as e:
+    print(f'compactlm {name}: {e}', file=sys.stderr)
+    return e.exit_code
+  except KeyboardInterrupt:
+    print(f'compactlm {name}: interrupted', file=sys.stderr)
+    return 130
+  except OSError as e:
+    if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO):
+      traceback.print_exc()
+      return 70
+    print(f'compactlm {name}: {e.strerror}: {e.filename}; free space or fix permissions', file=sys.stderr)
+    return 74
+  except Exception:
+    traceback.print_exc()
+    print(f'compactlm {name}: this is a bug in compactlm-jax; the lines above say where', file=sys.stderr)
+    return 70
+
+
+def entry() -> Any:
+  """The console script: exits at once, without waiting for reading threads of the input pipeline."""
+  code = main()
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(code)
