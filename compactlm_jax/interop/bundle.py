@@ -79,8 +79,7 @@ def save_pretrained(bundle: Bundle, folder: epath.PathLike) -> None:
   config, heads = bundle.config, sorted(set(bundle.params) & set(names.HEADS))
   if bundle.tokenizer is None:
     logging.warning('%s: exported without a tokenizer; whoever loads it must bring the right one', folder)
-  elif matched(config, bundle.tokenizer) != config:
-    config = matched(config, bundle.tokenizer)
+  config = matched(config, bundle.tokenizer)
   classes = bundle.params['classifier']['bias'].shape[-1] if 'classifier' in heads else 0
   described = hf_config.to_hf(config, heads, classes)
   extra = hf_config.unread_heads(config, heads)

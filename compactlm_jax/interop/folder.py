@@ -107,11 +107,11 @@ def open_folder(path: epath.PathLike) -> Folder:
   if manifest.get('format') != EXPORT_FORMAT:
     return folder
   files = manifest.get('files')
-  if not isinstance(files, dict) or not all(
-    isinstance(v, dict) and isinstance(v.get('sha256'), str) for v in files.values()
-  ):
-    raise DataError(f'{folder.path / MANIFEST}: damaged; every file needs a sha256')
-  for name in files:
+  if not isinstance(files, dict):
+    raise DataError(f'{folder.path / MANIFEST}: damaged; it lists no files')
+  for name, entry in files.items():
+    if not isinstance(entry, dict) or not isinstance(entry.get('sha256'), str):
+      raise DataError(f'{folder.path / MANIFEST}: damaged; {name!r} has no sha256')
     if not _plain(name):
       raise DataError(f'{folder.path / MANIFEST}: {name!r} is not a plain file name')
     if not folder.has(name):

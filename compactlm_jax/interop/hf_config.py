@@ -54,7 +54,7 @@ DEFAULTS: dict[str, dict[str, int | float]] = {
 _LOCAL = ('conv_sees_padding', 'dtype', 'remat', 'scan_unroll')
 """Our fields that live under `OUR_KEY`."""
 
-_REFUSED = (
+_REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
   ('position_embedding_type', ('absolute',), 'relative positions are not implemented'),
   ('is_decoder', (False,), 'only encoders are read, without causal masks'),
   ('add_cross_attention', (False,), 'cross-attention is not implemented'),
@@ -79,7 +79,7 @@ def from_hf(raw: Mapping[str, Any], *, pooler: bool = False) -> EncoderConfig:
     ConfigError: an unknown architecture, a wrong type, or something that our encoder cannot express.
   """
   kind = raw.get('model_type')
-  if kind not in DEFAULTS:
+  if not isinstance(kind, str) or kind not in DEFAULTS:
     raise ConfigError(
       f'config.json: model_type {kind!r} is not supported; BERT, ELECTRA and ConvBERT are '
       f'({", ".join(map(repr, DEFAULTS))})'

@@ -8,7 +8,15 @@ from etils import epath
 
 from compactlm_jax.errors import DataError
 
-PATTERNS = ('config.json', 'model*.safetensors', 'model.safetensors.index.json', '*token*.json', 'vocab.txt')
+PATTERNS = (
+  'config.json',
+  'model*.safetensors',
+  'model.safetensors.index.json',
+  '*token*.json',
+  'vocab.txt',
+  'vocab.json',
+  'merges.txt',
+)
 """What is downloaded: weights as safetensors, configuration, tokenizer. Never code, never pickles."""
 
 

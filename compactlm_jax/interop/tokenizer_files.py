@@ -17,7 +17,15 @@ from compactlm_jax.config import EncoderConfig
 from compactlm_jax.errors import ConfigError, DataError
 from compactlm_jax.interop.folder import Folder
 
-NAMES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'vocab.txt', 'added_tokens.json')
+NAMES = (
+  'tokenizer.json',
+  'tokenizer_config.json',
+  'special_tokens_map.json',
+  'added_tokens.json',
+  'vocab.txt',
+  'vocab.json',
+  'merges.txt',
+)
 """Files that make up a tokenizer; `vocab.txt` or `tokenizer.json` must be among them."""
 
 
@@ -45,9 +53,11 @@ class TokenizerFiles:
     raw = self._json('tokenizer.json')
     try:
       model, added = raw['model']['vocab'], raw.get('added_tokens') or []
+      if isinstance(model, list):  # SentencePiece unigram, as in XLM-R: [token, score] by id
+        model = {entry[0]: i for i, entry in enumerate(model)}
       vocab = {str(token): int(i) for token, i in model.items()}
       vocab |= {str(entry['content']): int(entry['id']) for entry in added}
-    except (KeyError, TypeError, AttributeError, ValueError) as e:
+    except (LookupError, TypeError, AttributeError, ValueError) as e:
       raise DataError(f'tokenizer.json: holds no vocabulary of the form token -> id ({e!r})') from e
     for i, token in enumerate(lines or ()):
       if vocab.get(token, i) != i:
@@ -73,9 +83,7 @@ class TokenizerFiles:
     with tempfile.TemporaryDirectory() as folder:
       self.write(folder)
       # Without config.json in the folder, tokenizer_config.json must name the class; a bare vocabulary is BERT's.
-      named = (
-        'tokenizer_class' in self._json('tokenizer_config.json') if 'tokenizer_config.json' in self.files else False
-      )
+      named = 'tokenizer_config.json' in self.files and 'tokenizer_class' in self._json('tokenizer_config.json')
       cls = transformers.AutoTokenizer if named else transformers.BertTokenizer
       return cls.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
