@@ -7,18 +7,16 @@ import contextlib
 import dataclasses
 import errno
 import importlib.metadata
+import logging
 import os
 import random
 import shutil
 import socket
-import sys
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-import tqdm
-from absl import logging
 from etils import epath
 
 from compactlm_jax.data import packing, shards, text
@@ -28,6 +26,8 @@ from compactlm_jax.errors import ConfigError, DataError, StorageError
 
 MODES = ('packed', 'pairs', 'sentences')
 PAIR_RULES = ('electra', 'convbert')
+
+log = logging.getLogger(__name__)
 
 _CHUNK_CHARS = 1 << 17
 _CHECK_ROWS = 2048
@@ -91,42 +91,57 @@ def prepare(
     DataError: no text, no file matches, not UTF-8.
     StorageError: the disk is full or not writable.
   """
-  _check_settings(seq_len, mode, pair_rule, workers, seed, holdout_rows, shard_rows)
-  tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
-  sources = text.open_text(input, split=split, text_key=text_key)
-  settings = {
+  options: dict[str, Any] = {
     'mode': mode,
     'seq_len': seq_len,
     'seed': seed,
-    'pair_rule': pair_rule if mode == 'pairs' else '',
+    'pair_rule': pair_rule,
     'holdout_rows': holdout_rows,
+    'shard_rows': shard_rows,
+  }
+  _check(options, workers)
+  tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
+  sources = text.open_text(input, split=split, text_key=text_key)
+  settings = {
+    **options,
+    'pair_rule': pair_rule if mode == 'pairs' else '',
     'shard_rows': shard_rows or max(1, _SHARD_TOKENS // seq_len),
     'text_key': text_key if sources[0].name.startswith(('tfds:', 'hf:')) else '',
     'tokenizer': tokenizer.fingerprint(),
     'sources': [{'name': s.name, 'size': s.size, 'sha256': s.sha256} for s in sources],
   }
-  target = epath.Path(output)
+  return _write_once(epath.Path(output), sources, tokenizer, settings, workers or os.cpu_count() or 1, overwrite)
+
+
+def _check(options: dict[str, Any], workers: int) -> None:
+  if options['seq_len'] < 8:
+    raise ConfigError(f'seq_len {options["seq_len"]} must be at least 8')
+  if options['mode'] not in MODES:
+    raise ConfigError(f'mode {options["mode"]!r} is unknown; use one of {", ".join(MODES)}')
+  if options['pair_rule'] not in PAIR_RULES:
+    raise ConfigError(f'pair_rule {options["pair_rule"]!r} is unknown; use one of {", ".join(PAIR_RULES)}')
+  for name, value in {'workers': workers, **{k: options[k] for k in ('seed', 'holdout_rows', 'shard_rows')}}.items():
+    if value < 0:
+      raise ConfigError(f'{name} {value} must not be negative')
+
+
+def _write_once(
+  target: epath.Path,
+  sources: Sequence[text.TextSource],
+  tokenizer: Tokenizer,
+  settings: dict[str, Any],
+  workers: int,
+  overwrite: bool,
+) -> Manifest:
   if (existing := _existing(target, settings, overwrite)) is not None:
-    logging.info('%s already holds this dataset; it is reused', target)
+    log.info('%s already holds this dataset; it is reused', target)
     return existing
   # At least this much is written: ids take about two bytes each, a token about four characters of (packed) text.
   _require_space(target.parent, sum(s.size for s in sources) // 2 + _SPARE_BYTES)
   with _atomic_folder(target, overwrite) as scratch:
-    return _write(scratch, sources, tokenizer, settings, workers or os.cpu_count() or 1)
-
-
-def _check_settings(
-  seq_len: int, mode: str, pair_rule: str, workers: int, seed: int, holdout_rows: int, shard_rows: int
-) -> None:
-  if seq_len < 8:
-    raise ConfigError(f'seq_len {seq_len} must be at least 8')
-  if mode not in MODES:
-    raise ConfigError(f'mode {mode!r} is unknown; use one of {", ".join(MODES)}')
-  if pair_rule not in PAIR_RULES:
-    raise ConfigError(f'pair_rule {pair_rule!r} is unknown; use one of {", ".join(PAIR_RULES)}')
-  for name, value in (('workers', workers), ('seed', seed), ('holdout_rows', holdout_rows), ('shard_rows', shard_rows)):
-    if value < 0:
-      raise ConfigError(f'{name} {value} must not be negative')
+    manifest = _write(scratch, sources, tokenizer, settings, workers)
+  log.info('%s: %d rows of %d tokens', target, manifest.counts['rows'], manifest.seq_len)
+  return manifest
 
 
 def _existing(target: epath.Path, settings: dict[str, Any], overwrite: bool) -> Manifest | None:
@@ -240,12 +255,9 @@ def _tokenized(
   # The encoder runs outside the interpreter lock, so threads are enough, and nothing is forked or pickled.
   pool = ThreadPoolExecutor(workers)
   waiting: collections.deque[Future[list[list[int] | None]]] = collections.deque()
-  bar = tqdm.tqdm(
-    total=sum(s.size for s in sources), unit='B', unit_scale=True, desc='tokenise', disable=not sys.stderr.isatty()
-  )
   try:
-    with one_thread_each():
-      for chunk in _chunks(sources, bar, counts):
+    with one_thread_each(), text.progress(sources, 'prepare') as on_bytes:
+      for chunk in _chunks(sources, on_bytes, counts):
         waiting.append(pool.submit(encode, chunk))
         if len(waiting) > 2 * workers:
           yield from waiting.popleft().result()
@@ -253,14 +265,13 @@ def _tokenized(
         yield from waiting.popleft().result()
   finally:
     pool.shutdown(wait=True, cancel_futures=True)
-    bar.close()
 
 
-def _chunks(sources: Sequence[text.TextSource], bar: Any, counts: _Counts) -> Iterator[list[str]]:
+def _chunks(sources: Sequence[text.TextSource], on_bytes: text.OnBytes, counts: _Counts) -> Iterator[list[str]]:
   chunk: list[str] = []
-  chars, done, previous = 0, 0, ''
+  chars, previous = 0, ''
   for source in sources:
-    for line in source.lines(bar.update):
+    for line in source.lines(on_bytes):
       counts.lines += bool(line)
       counts.documents += bool(previous and not line)
       previous = line
@@ -269,8 +280,6 @@ def _chunks(sources: Sequence[text.TextSource], bar: Any, counts: _Counts) -> It
       if chars >= _CHUNK_CHARS:
         yield chunk
         chunk, chars = [], 0
-    done += source.size
-    logging.info('prepare: %s read, %d documents so far', source.name, counts.documents)
   if chunk:
     yield chunk
 

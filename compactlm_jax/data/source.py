@@ -10,12 +10,12 @@ import bisect
 import dataclasses
 import functools
 import itertools
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from absl import logging
 from etils import epath
 
 from compactlm_jax.data.manifest import Manifest, Shard, read_manifest, verify_files
@@ -25,6 +25,8 @@ from compactlm_jax.types import Batch
 Record = dict[str, np.ndarray]
 
 _ENDLESS = 1 << 48
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,8 +126,6 @@ def open_dataset(
     DataError: the dataset is incomplete or damaged; so do reads of damaged rows.
     ConfigError: another tokenizer made the ids, or the split does not exist.
   """
-  import tensorflow_datasets as tfds
-
   if verify not in ('sizes', 'full'):
     raise ConfigError(f"verify {verify!r} is unknown; use 'sizes' or 'full'")
   manifest = read_manifest(path)
@@ -137,17 +137,7 @@ def open_dataset(
       f'{expect_fingerprint[:12]}...); prepare the text again with the tokenizer of the model'
     )
   verify_files(path, manifest, digests=verify == 'full')
-  try:
-    builder = tfds.builder_from_directory(os.fspath(path))
-    lengths = [int(n) for n in builder.info.splits[split].shard_lengths]
-    data = builder.as_data_source(split)
-  except Exception as e:  # TFDS has no common base of its errors
-    raise DataError(f'{path}: cannot be opened as a TFDS dataset ({e}); prepare it again with overwrite') from e
-  if lengths != [s.rows for s in manifest.splits[split]]:
-    raise DataError(
-      f'{epath.Path(path) / "dataset_info.json"}: {lengths} rows per shard, the manifest has others; copy it again'
-    )
-  reader = _Reader(data, manifest.splits[split], manifest, epath.Path(path))
+  reader = _Reader(_records(path, split, manifest), manifest.splits[split], manifest, epath.Path(path))
   damaged: set[int] = set()
   limit = int(bad_record_budget * manifest.rows(split))
   return RowSource(
@@ -163,6 +153,22 @@ def open_dataset(
   )
 
 
+def _records(path: Any, split: str, manifest: Manifest) -> Any:
+  import tensorflow_datasets as tfds
+
+  try:
+    builder = tfds.builder_from_directory(os.fspath(path))
+    lengths = [int(n) for n in builder.info.splits[split].shard_lengths]
+    data = builder.as_data_source(split)
+  except Exception as e:  # TFDS has no common base of its errors
+    raise DataError(f'{path}: cannot be opened as a TFDS dataset ({e}); prepare it again with overwrite') from e
+  if lengths != [s.rows for s in manifest.splits[split]]:
+    raise DataError(
+      f'{epath.Path(path) / "dataset_info.json"}: {lengths} rows per shard, the manifest has others; copy it again'
+    )
+  return data
+
+
 def _fetch_or_neighbour(reader: _Reader, size: int, limit: int, damaged: set[int], index: int) -> Record:
   """The row, or the first intact one after it, so that the replacement is a function of the index alone."""
   for candidate in itertools.chain(range(index, size), range(index)):
@@ -170,7 +176,7 @@ def _fetch_or_neighbour(reader: _Reader, size: int, limit: int, damaged: set[int
       return reader.read(candidate)
     except DataError as e:
       if candidate not in damaged:
-        logging.warning('row replaced by its neighbour: %s', e)
+        log.warning('row replaced by its neighbour: %s', e)
       damaged.add(candidate)
       if len(damaged) > limit:
         raise DataError(

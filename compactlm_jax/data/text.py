@@ -6,20 +6,28 @@ a document; in datasets the end of a record does too.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gzip
 import hashlib
 import io
+import logging
+import sys
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import tqdm
 from etils import epath
 
 from compactlm_jax.errors import ConfigError, DataError
 
 _BLOCK = 1 << 20
 _WILDCARDS = frozenset('*?[')
+_LOG_SECONDS = 30
+
+log = logging.getLogger(__name__)
 
 OnBytes = Callable[[int], None]
 """Called with the number of bytes (of `TextSource.size`) read since the last call."""
@@ -69,6 +77,33 @@ def open_text(spec: str, *, split: str = 'train', text_key: str = 'text') -> tup
       raise DataError(f'input {pattern!r}: no file matches; check the path, and quote globs on the command line')
     paths.update((str(p), p) for p in matches)
   return tuple(_file_source(p) for p in paths.values())
+
+
+@contextlib.contextmanager
+def progress(sources: Sequence[TextSource], what: str) -> Iterator[OnBytes]:
+  """Shows a pass over the sources: a bar on a terminal, a line every half minute in a log.
+
+  Args:
+    sources: what is read.
+    what: name of the pass.
+
+  Returns:
+    What `TextSource.lines` takes.
+  """
+  total = sum(s.size for s in sources)
+  on_terminal = sys.stderr.isatty()
+  done, last = 0, time.monotonic()
+
+  def on_bytes(count: int) -> None:
+    nonlocal done, last
+    done += count
+    bar.update(count)
+    if not on_terminal and (now := time.monotonic()) - last > _LOG_SECONDS:
+      last = now
+      log.info('%s: %.1f of %.1f MB read', what, done / 1e6, total / 1e6)
+
+  with tqdm.tqdm(total=total, unit='B', unit_scale=True, desc=what, disable=not on_terminal) as bar:
+    yield on_bytes
 
 
 def file_sha256(path: epath.Path, on_bytes: OnBytes = lambda _: None) -> str:

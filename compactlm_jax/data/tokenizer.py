@@ -244,28 +244,29 @@ def train_wordpiece(
   scratch = tokenizers.Tokenizer(models.WordPiece(unk_token='[UNK]'))
   scratch.normalizer = normalizer
   scratch.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-  scratch.train_from_iterator(_batches(sources), trainer)
+  scratch.train_from_iterator(_batches(sources, 'count words'), trainer)
   vocab = scratch.get_vocab(with_added_tokens=True)
   _write_folder(target, dict(sorted(vocab.items(), key=lambda item: item[1])), lowercase, model_max_length)
   return load_tokenizer(target)
 
 
-def _batches(sources: Sequence[text.TextSource]) -> Iterator[list[str]]:
+def _batches(sources: Sequence[text.TextSource], what: str) -> Iterator[list[str]]:
   batch: list[str] = []
-  for source in sources:
-    for line in source.lines(lambda _: None):
-      if line:
-        batch.append(line)
-      if len(batch) == _BATCH:
-        yield batch
-        batch = []
+  with text.progress(sources, what) as on_bytes:
+    for source in sources:
+      for line in source.lines(on_bytes):
+        if line:
+          batch.append(line)
+        if len(batch) == _BATCH:
+          yield batch
+          batch = []
   if batch:
     yield batch
 
 
 def _alphabet(sources: Sequence[text.TextSource], normalizer: normalizers.BertNormalizer, limit: int) -> list[str]:
   counts: collections.Counter[str] = collections.Counter()
-  for batch in _batches(sources):
+  for batch in _batches(sources, 'count characters'):
     counts.update(normalizer.normalize_str('\n'.join(batch)))
   chars = sorted((c for c in counts if not c.isspace()), key=lambda c: (-counts[c], c))
   if not chars:

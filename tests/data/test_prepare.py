@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from compactlm_jax.data import packing
+from compactlm_jax.data import packing, text
 from compactlm_jax.data import prepare as prepare_module
 from compactlm_jax.data.manifest import read_manifest
 from compactlm_jax.data.prepare import prepare
@@ -235,8 +235,8 @@ class Articles(tfds.core.GeneratorBasedBuilder):
     return {'train': self._generate_examples()}
 
   def _generate_examples(self):
-    for i, text in enumerate(['the river\nthe house\n\nthe tree', 'a small light']):
-      yield i, {'text': text, 'title': 'large'}
+    for i, article in enumerate(['the river\nthe house\n\nthe tree', 'a small light']):
+      yield i, {'text': article, 'title': 'large'}
 
 
 @pytest.fixture(scope='module')
@@ -293,3 +293,14 @@ def test_real_text(vocabulary, tmp_path):
   assert manifest.counts['real_token_fraction'] > 0.999 and manifest.counts['lines'] == 2461
   assert json.loads((tmp_path / 'out' / 'dataset_info.json').read_text())['fileFormat'] == 'array_record'
   assert len(read_rows(tmp_path / 'out')) == manifest.counts['rows']
+
+
+def test_progress_is_a_bar_on_a_terminal_and_lines_in_a_log(corpus, vocabulary, tmp_path, monkeypatch, capsys, caplog):
+  monkeypatch.setattr(text, '_LOG_SECONDS', -1)
+  with caplog.at_level('INFO', 'compactlm_jax'):
+    prepare(str(corpus), str(vocabulary), tmp_path / 'log', 32)
+  assert 'prepare: 0.0 of 0.0 MB read' in caplog.text and 'rows of 32 tokens' in caplog.text
+  assert capsys.readouterr().err.count('prepare:') == 0
+  monkeypatch.setattr(sys.stderr, 'isatty', lambda: True)
+  prepare(str(corpus), str(vocabulary), tmp_path / 'bar', 32)
+  assert 'prepare: 100%' in capsys.readouterr().err
