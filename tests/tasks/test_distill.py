@@ -1,6 +1,7 @@
 """The distillation task: it learns, leaves the teacher alone, and refuses pairs that do not fit."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,9 @@ STUDENT = EncoderConfig(vocab_size=40, hidden_size=12, num_layers=2, num_heads=4
 V2 = DistillConfig(relations=('qq', 'kk', 'vv'), relation_heads=6)
 HALF = dataclasses.replace(TEACHER, num_layers=2)  # for 'teacher_layers' and 'mse'
 
+# The programs run for milliseconds and compile for seconds: no optimisation.
+fast_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
+
 
 def random_params(config, seed=0, sigma=0.02):
   """Parameters drawn by NumPy: `init_encoder` compiles for seconds."""
@@ -37,7 +41,7 @@ def random_params(config, seed=0, sigma=0.02):
 
 
 def held_out(task, params, batch):
-  return {name: [float(x) for x in pair] for name, pair in jax.jit(task.evaluate)(params, task.frozen, batch).items()}
+  return {name: [float(x) for x in pair] for name, pair in fast_jit(task.evaluate)(params, task.frozen, batch).items()}
 
 
 @pytest.fixture(scope='module')
@@ -54,7 +58,7 @@ def batch():
 
 
 def value_of(task, params, batch, key=0):
-  value, metrics = jax.jit(task.loss)(params, task.frozen, batch, jax.random.key(key), jnp.int32(0))
+  value, metrics = fast_jit(task.loss)(params, task.frozen, batch, jax.random.key(key), jnp.int32(0))
   return float(value), {name: float(m) for name, m in metrics.items()}
 
 
@@ -63,7 +67,7 @@ def test_twenty_steps_lower_the_loss(teacher_params, batch):
   params, tx = random_params(STUDENT), optax.adam(1e-2)
   opt_state = tx.init(params)
 
-  @jax.jit
+  @fast_jit
   def step(params, opt_state, frozen, key):
     (value, _), grads = jax.value_and_grad(task.loss, has_aux=True)(params, frozen, batch, key, jnp.int32(0))
     updates, opt_state = tx.update(grads, opt_state, params)
@@ -82,11 +86,9 @@ def test_twenty_steps_lower_the_loss(teacher_params, batch):
 @pytest.mark.parametrize(
   ('student', 'config', 'parts'),
   [
-    (STUDENT, DistillConfig(), {'relation_qk', 'relation_vv'}),
     (STUDENT, V2, {'relation_qq', 'relation_kk', 'relation_vv'}),
-    (STUDENT, DistillConfig(relations=('qk',), teacher_layer=2), {'relation_qk'}),
     (STUDENT, DistillConfig(layers='uniform', normalize='examples'), {'relation_qk', 'relation_vv'}),
-    (STUDENT, DistillConfig(normalize='padded', teacher_dtype='bfloat16'), {'relation_qk', 'relation_vv'}),
+    (STUDENT, DistillConfig(relations=('qk',), normalize='padded', teacher_dtype='bfloat16'), {'relation_qk'}),
     (HALF, DistillConfig(value_loss='mse', student_init='teacher_layers'), {'relation_qk', 'value_mse'}),
     (
       dataclasses.replace(STUDENT, dtype='bfloat16', remat=True, embedding_size=6, architecture='electra'),
@@ -99,12 +101,12 @@ def test_twenty_steps_lower_the_loss(teacher_params, batch):
       {'relation_qq', 'relation_kk', 'relation_vv'},
     ),
   ],
-  ids=['v1', 'v2', 'attention', 'uniform', 'padded', 'mse', 'electra-bf16', 'convbert'],
+  ids=['v2', 'uniform', 'attention-padded', 'mse', 'electra-bf16', 'convbert'],
 )
 def test_every_option_is_finite_and_trains_the_student(teacher_params, batch, student, config, parts):
   task = make_distill_task(student, TEACHER, teacher_params, config)
   params = random_params(student)
-  loss = jax.jit(jax.value_and_grad(task.loss, has_aux=True))
+  loss = fast_jit(jax.value_and_grad(task.loss, has_aux=True))
   (value, metrics), grads = loss(params, task.frozen, batch, jax.random.key(0), jnp.int32(0))
   assert set(metrics) == parts | {'weight'}
   assert all(np.isfinite(x).all() for x in jax.tree.leaves((value, metrics, grads)))
@@ -119,7 +121,7 @@ def test_no_gradient_reaches_the_teacher(teacher_params, batch):
   def value(frozen, params):
     return task.loss(params, frozen, batch, jax.random.key(0), jnp.int32(0))[0]
 
-  grads = jax.jit(jax.grad(value))(task.frozen, random_params(HALF))
+  grads = fast_jit(jax.grad(value))(task.frozen, random_params(HALF))
   assert all(not np.asarray(g).any() for g in jax.tree.leaves(grads))
 
 
@@ -150,19 +152,19 @@ def test_the_taught_layer_is_the_one_asked_for(teacher_params, batch):
   for layer, zero in ((2, True), (3, False)):
     config = DistillConfig(teacher_layer=layer, student_init='teacher_layers', init_layers=(1, 2))
     task = make_distill_task(student, TEACHER, teacher_params, config)
-    total, _ = held_out(task, jax.jit(task.init)(jax.random.key(0)), batch)['loss']
+    total, _ = held_out(task, fast_jit(task.init)(jax.random.key(0)), batch)['loss']
     assert (abs(total) < 1e-4) == zero
 
 
 def test_the_teachers_unused_top_is_not_computed(teacher_params, batch):
   def flops(layer):
     task = make_distill_task(STUDENT, TEACHER, teacher_params, DistillConfig(teacher_layer=layer))
-    compiled = jax.jit(task.evaluate).lower(encoder_shapes(STUDENT), task.frozen, batch).compile()
+    compiled = fast_jit(task.evaluate).lower(encoder_shapes(STUDENT), task.frozen, batch).compile()
     return compiled.cost_analysis()['flops']
 
   # Layer 1's queries, keys and values need three products; attention, output and feed-forward would be nine more.
   whole = dataclasses.replace(TEACHER, num_layers=1)
-  full = jax.jit(lambda p: encode(p, whole, batch.input_ids, batch.attention_mask).last_BTD)
+  full = fast_jit(lambda p: encode(p, whole, batch.input_ids, batch.attention_mask).last_BTD)
   one_layer = full.lower(encoder_shapes(whole)).compile().cost_analysis()['flops']
   assert 0.9 * one_layer < flops(2) - flops(1) < 1.6 * one_layer
 
@@ -196,7 +198,7 @@ def test_halves_of_a_batch_weigh_to_the_whole(teacher_params, batch):
 def test_start_from_given_parameters_and_from_teacher_layers(teacher_params):
   def word_and_kernel(config, student, start=None):
     task = make_distill_task(student, TEACHER, teacher_params, config, start=start)
-    encoder = jax.jit(task.init)(jax.random.key(3))['encoder']
+    encoder = fast_jit(task.init)(jax.random.key(3))['encoder']
     shapes = jax.tree.map(lambda leaf: leaf.shape, {'encoder': encoder})
     assert shapes == jax.tree.map(lambda leaf: leaf.shape, encoder_shapes(student))
     return encoder['embeddings']['word']['embedding'], encoder['layers']['ffn_in']['kernel']
@@ -216,7 +218,7 @@ def test_every_parameter_has_one_rule_and_the_pooler_is_held(teacher_params):
   task = make_distill_task(STUDENT, TEACHER, teacher_params, DistillConfig())
   params = random_params(STUDENT)
   tx = make_optimizer(OptimizerConfig(), 10, task.trainable)
-  updates = jax.jit(lambda p: tx.update(jax.tree.map(jnp.ones_like, p), tx.init(p), p)[0])(params)
+  updates = fast_jit(lambda p: tx.update(jax.tree.map(jnp.ones_like, p), tx.init(p), p)[0])(params)
   held = {name for name, update in named_leaves(updates).items() if not np.asarray(update).any()}
   assert held == {'encoder/pooler/kernel', 'encoder/pooler/bias'}
 
