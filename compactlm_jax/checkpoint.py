@@ -114,9 +114,8 @@ class Checkpoints:
     return self
 
   def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-    with contextlib.ExitStack() as stack:
-      if error is not None:  # the first error is the one to report
-        stack.enter_context(contextlib.suppress(StorageError))
+    # If there is an error already, it is the one to report.
+    with contextlib.suppress(*([StorageError] if error else [])):
       self.wait()
 
   def all_steps(self) -> list[int]:
@@ -238,17 +237,17 @@ class Checkpoints:
     try:
       response.result()
       self._event('committed', step)
+      path = self._directory / str(step)
+      try:
+        written = stepdir.read_manifest(path, step)
+        if jax.process_index() == 0 and written != manifest.content:
+          raise DamagedError('manifest differs from what was written')
+        _read(path, written['leaves'])
+      except DamagedError as e:
+        self._set_aside([step], barrier=False)
+        raise OSError(f'{path} read back differently: {e}') from e
+      self._event('verified', step)
       if jax.process_index() == 0:
-        path = self._directory / str(step)
-        try:
-          written = stepdir.read_manifest(path, step)
-          if written != manifest.content:
-            raise DamagedError('manifest differs from what was written')
-          _read(path, written['leaves'])
-        except DamagedError as e:
-          self._steps.set_aside(step)
-          raise OSError(f'{path} read back differently: {e}') from e
-        self._event('verified', step)
         others = [s for s in self.all_steps() if s != step]
         for old in others[: max(0, len(others) + 1 - self._keep)]:
           self._steps.delete(old, self._event)
@@ -283,11 +282,12 @@ class Checkpoints:
       ) from error
     log.warning('step %d could not be saved (%s); the next interval tries again', step, reason)
 
-  def _set_aside(self, damaged: Iterable[int]) -> None:
+  def _set_aside(self, damaged: Iterable[int], *, barrier: bool = True) -> None:
     if jax.process_index() == 0:
       for step in damaged:
         self._steps.set_aside(step)
-    _barrier('checkpoints:set_aside')
+    if barrier:
+      _barrier('checkpoints:set_aside')
 
 
 def load_params(directory: epath.PathLike, step: int | None = None) -> tuple[Params, dict[str, Any]]:
@@ -360,19 +360,22 @@ def _read(path: epath.Path, leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
   }
   context = ocp.Context()
   context.pytree.loading.partial_load = True
-  if jax.process_count() > 1:  # each process reads by itself, without barriers
+  if jax.process_count() > 1:
+    # Each process reads by itself, without barriers. All must read equally often: Orbax counts operations per process
+    # and uses the count in the barriers of the next save.
     context.multiprocessing.active_processes = {jax.process_index()}
     context.multiprocessing.primary_host = jax.process_index()
     context.multiprocessing.barrier_sync_key_prefix = f'read{jax.process_index()}'
   try:
     with context:
       arrays = named_leaves(ocp.load_checkpointables(path, {'state': stepdir.nested(like)})['state'])
-  except PermissionError as e:
-    raise StorageError(f'{path}: cannot be read ({e}); fix its permissions') from e
-  except MemoryError:
-    raise
-  except Exception as e:  # Orbax reports damage by many types
-    raise DamagedError(f'state: {type(e).__name__}: {str(e)[:300]}') from e
+  except (PermissionError, MemoryError) as e:
+    raise StorageError(f'{path}: cannot be read ({e}); fix its permissions, or free memory') from e
+  except Exception as e:  # Orbax reports damage by many types, often wrapped
+    first: BaseException = e
+    while cause := first.__cause__ or first.__context__:
+      first = cause
+    raise DamagedError(f'state: {type(first).__name__}: {str(first)[:300]}') from e
   for name, leaf in leaves.items():
     x = arrays.get(name)
     if x is None or list(x.shape) != leaf['shape'] or x.dtype.name != leaf['dtype']:

@@ -157,7 +157,7 @@ class _Lock:
       raise LockedError(f'{self._workdir} is held by {who}; wait for it, stop it, or use another --workdir')
     if not steal:
       raise LockedError(
-        f'{self._workdir} is held by {who}. If that run is certainly dead, pass --steal_lock; else use another --workdir'
+        f'{self._workdir} is held by {who}. If it is certainly dead, pass --steal_lock; else use another --workdir'
       )
     log.warning('stealing the lock of %s', who)
 

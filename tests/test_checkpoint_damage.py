@@ -1,0 +1,206 @@
+"""Damaged checkpoints and full disks: detected, named, and answered by the step before."""
+
+import pathlib
+import shutil
+
+import pytest
+from checkpointing import METADATA, abstract, equal, flip_weight, make_state, restore, snapshot, write
+
+from compactlm_jax import checkpoint
+from compactlm_jax.checkpoint import Checkpoints, load_params
+from compactlm_jax.errors import ConfigError, StorageError
+
+# Where several leaves fail at once, Orbax closes its event loop under the other reads, which then complain unheard.
+pytestmark = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+
+
+@pytest.fixture(scope='module')
+def two_steps(tmp_path_factory):
+  """A directory with steps 1 and 2, to be copied."""
+  directory = tmp_path_factory.mktemp('two')
+  write(directory, (1, 2))
+  return directory
+
+
+def damages(directory, step):
+  """Every file of a step x {truncate, delete, flip one bit at 3 offsets}."""
+  for path in sorted(p for p in (directory / str(step)).rglob('*') if p.is_file()):
+    size, name = path.stat().st_size, path.relative_to(directory)
+    yield name, 'delete', 0
+    if size:
+      yield name, 'truncate', size // 2
+      yield from ((name, 'flip', offset) for offset in sorted({0, size // 2, size - 1}))
+
+
+def inflict(directory, name, how, offset):
+  path = directory / name
+  data = bytearray(path.read_bytes())
+  if how == 'delete':
+    path.unlink()
+  elif how == 'truncate':
+    path.write_bytes(data[:offset])
+  else:
+    data[offset] ^= 1
+    path.write_bytes(data)
+
+
+def check_damage(two_steps, work, name, how, offset):
+  """Restores a damaged copy; True if the damage was detected."""
+  shutil.rmtree(work, ignore_errors=True)
+  shutil.copytree(two_steps, work)
+  inflict(work, name, how, offset)
+  restored, metadata = restore(work)
+  step = int(metadata['step'])
+  assert equal(restored, make_state(step)), f'{name} {how} {offset}: silently wrong'
+  assert metadata == {**METADATA, 'step': step}
+  assert [p.name for p in sorted(work.iterdir())] == (['1', '2'] if step == 2 else ['1', '2.bad'])
+  return step == 1
+
+
+def is_data(name):
+  return '/d/' in str(name)
+
+
+def test_damage_to_the_newest_step_is_detected_sample(two_steps, tmp_path):
+  """Mutation: drop the comparison of `sha256` in `_read` (a flipped weight restores silently)."""
+  cases = [c for i, c in enumerate(damages(two_steps, 2)) if i % 6 == 0 or (is_data(c[0]) and c[1] == 'flip')]
+  found = [check_damage(two_steps, tmp_path / 'w', *case) for case in cases]
+  assert sum(found) >= 3
+  shown = {str(name) for name, how, _ in cases if how == 'flip' and is_data(name)}
+  assert shown
+
+
+@pytest.mark.slow
+def test_damage_to_the_newest_step_is_detected_everywhere(two_steps, tmp_path):
+  """Mutation: as in the sample. Prints the figure of the README."""
+  cases = list(damages(two_steps, 2))
+  found = [check_damage(two_steps, tmp_path / 'w', *case) for case in cases]
+  print(f'\n{len(cases)} damages: {sum(found)} detected, {len(cases) - sum(found)} harmless, 0 silently wrong')
+
+
+def test_a_flipped_weight_is_named_and_the_older_step_restored(two_steps, tmp_path, caplog):
+  """Mutation: drop the comparison of `sha256` in `_read`; or do not call `_set_aside`."""
+  work = tmp_path / 'w'
+  shutil.copytree(two_steps, work)
+  flip_weight(work, 2)
+  weights, metadata = load_params(work)  # reads only
+  assert metadata['step'] == 1 and equal(weights, make_state(1).params) and (work / '2').exists()
+  restored, _ = restore(work)
+  assert equal(restored, make_state(1))
+  assert 'params/encoder/kernel: digest differs' in caplog.text and f'{work}/2' in caplog.text
+  assert (work / '2.bad').is_dir() and not (work / '2').exists()
+  write_again = make_state(2)
+  with Checkpoints(work, 9) as checkpoints:
+    checkpoints.save(2, write_again, METADATA, wait=True)
+    flip_weight(work, 2)
+    restored, _ = checkpoints.restore(abstract(write_again))
+  assert equal(restored, make_state(1)) and (work / '2.bad2').is_dir()
+
+
+def test_metadata_is_protected_as_well(two_steps, tmp_path):
+  """Mutation: drop the digest over the manifest itself."""
+  work = tmp_path / 'w'
+  shutil.copytree(two_steps, work)
+  path = work / '2' / 'manifest' / 'manifest.json'
+  path.write_text(path.read_text().replace('aaaa', 'aaab'))
+  assert restore(work)[1] == {**METADATA, 'step': 1}
+
+
+def test_all_damaged_is_an_error_and_touches_nothing(two_steps, tmp_path):
+  """Mutation: call `_set_aside` as soon as damage is found (the next start would see no steps and start afresh)."""
+  work = tmp_path / 'w'
+  shutil.copytree(two_steps, work)
+  flip_weight(work, 1)
+  (work / '2' / 'manifest' / 'manifest.json').unlink()
+  before = snapshot(work)
+  for _ in range(2):
+    with pytest.raises(StorageError, match=r'none of the checkpoints \[1, 2\] is intact') as refused:
+      restore(work)
+    assert refused.value.exit_code == 74 and snapshot(work) == before
+  with pytest.raises(StorageError, match='none of the checkpoints'):
+    load_params(work)
+  shutil.rmtree(work / '1')
+  (work / '2').rename(work / '2.bad')
+  with pytest.raises(StorageError, match='damaged checkpoints only'):  # never a silent fresh start
+    restore(work)
+
+
+def test_an_explicit_step_does_not_fall_back(two_steps, tmp_path):
+  """Mutation: `steps = all_steps()` whatever `step` is."""
+  work = tmp_path / 'w'
+  shutil.copytree(two_steps, work)
+  assert equal(restore(work, step=1)[0], make_state(1))
+  flip_weight(work, 2)
+  with pytest.raises(StorageError):
+    restore(work, step=2)
+  with pytest.raises(StorageError):
+    load_params(work, step=2)
+  for call in (restore, load_params):
+    with pytest.raises(ConfigError, match='step'):
+      call(work, step=7)
+
+
+class FullDisk:
+  """Stands for Orbax: its answers fail with ENOSPC while `full`."""
+
+  def __init__(self, monkeypatch, late):
+    real, self.full = checkpoint.ocp.save_checkpointables_async, True
+
+    def save(path, items):
+      if not self.full:
+        return real(path, items)
+      if not late:
+        raise OSError(28, 'No space left on device')
+      pathlib.Path(f'{path}.orbax-checkpoint-tmp').mkdir()
+
+      class Response:
+        def result(self):
+          raise ValueError('RESOURCE_EXHAUSTED: No space left on device')
+
+      return Response()
+
+    monkeypatch.setattr(checkpoint.ocp, 'save_checkpointables_async', save)
+
+
+@pytest.mark.parametrize('late', [False, True])
+def test_full_disk_is_retried_then_ends_the_run(tmp_path, monkeypatch, caplog, late):
+  """Mutation: raise at once in `_failed` (no retry), or never (`final or False`)."""
+  write(tmp_path, (1, 2))
+  disk = FullDisk(monkeypatch, late)
+  with pytest.raises(StorageError, match=r'step 9 .*No space left.*the last good step is 7') as refused:
+    with Checkpoints(tmp_path, 9) as checkpoints:
+      for step in (3, 4, 5):
+        checkpoints.save(step, make_state(step), METADATA)  # training goes on
+      disk.full = False
+      checkpoints.save(7, make_state(7), METADATA, wait=True)
+      assert checkpoints.all_steps() == [1, 2, 7]
+      disk.full = True
+      for step in (8, 8, 9, 9, 9):  # the same number of steps and retries, whenever the error shows
+        checkpoints.save(step, make_state(step), METADATA)
+  assert refused.value.exit_code == 74 and 'the next interval tries again' in caplog.text
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['1', '2', '7']
+  assert equal(restore(tmp_path)[0], make_state(7))
+
+
+def test_a_final_save_that_fails_is_an_error_at_once(tmp_path, monkeypatch):
+  """Mutation: `_collect(final=False)` in `save` (a preempted run would claim that its state is saved)."""
+  monkeypatch.setattr(checkpoint, 'free_bytes', lambda path: 100)
+  with Checkpoints(tmp_path, 9) as checkpoints:
+    checkpoints.save(1, make_state(1), METADATA)
+    with pytest.raises(StorageError, match=r'100 bytes free, \d+ wanted.*no older one'):
+      checkpoints.save(2, make_state(2), METADATA, wait=True)
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_a_write_that_reads_back_differently_does_not_count(tmp_path, monkeypatch):
+  """Mutation: drop `_read` in `_finish`."""
+  write(tmp_path, (1,))
+
+  def event(name, step):
+    if name == 'committed':
+      flip_weight(tmp_path, step)
+
+  with Checkpoints(tmp_path, 2, on_event=event) as checkpoints:
+    with pytest.raises(StorageError, match='read back differently.*kernel.*last good step is 1'):
+      checkpoints.save(2, make_state(2), METADATA, wait=True)
+    assert checkpoints.all_steps() == [1] and (tmp_path / '2.bad').is_dir()

@@ -1,0 +1,131 @@
+"""SIGKILL inside a save, and saves by two processes."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from checkpointing import METADATA, abstract, equal, make_state, restore
+
+from compactlm_jax.checkpoint import Checkpoints
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[4])
+import jax
+from checkpointing import METADATA, make_state, place
+from compactlm_jax.checkpoint import Checkpoints
+
+def event(name, step):
+  if (name, step) == (point, 3):
+    os.kill(os.getpid(), signal.SIGKILL)
+  if (name, step) == ('deleting', 1) and point == 'half deleted':
+    os.unlink(f'{sys.argv[1]}/1/state/_METADATA')
+    os.kill(os.getpid(), signal.SIGKILL)
+
+directory, point, commit_file = sys.argv[1], sys.argv[2], sys.argv[3] == 'True'
+if point == 'commit':
+  from orbax.checkpoint.experimental.v1._src.saving import execution
+  real_commit = execution.atomicity.on_commit_callback
+  async def commit(path, **kwargs):
+    if path.get_final().name == '3':
+      os.kill(os.getpid(), signal.SIGKILL)
+    await real_commit(path, **kwargs)
+  execution.atomicity.on_commit_callback = commit
+with Checkpoints(directory, 2, commit_file=commit_file, on_event=event) as checkpoints:
+  for step in (1, 2, 3):
+    checkpoints.save(step, place(make_state(step), 2), METADATA, wait=True)
+"""
+
+KILL_POINTS = [('digest', 2), ('manifest', 2), ('commit', 2), ('committed', 3), ('verified', 3), ('half deleted', 3)]
+
+
+@pytest.mark.parametrize(
+  ('commit_file', 'point', 'latest'),
+  [(False, *p) for p in KILL_POINTS]
+  + [(True, *p) for p in KILL_POINTS if p[0] in ('digest', 'commit', 'half deleted')],
+)
+def test_kill_inside_the_save_window(tmp_path, commit_file, point, latest):
+  """Mutation: drop `clean` (leftovers stay), or write no mark in `delete` (a half deleted step counts)."""
+  env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '2'}
+  args = [
+    sys.executable,
+    '-c',
+    KILLED,
+    str(tmp_path / 'c'),
+    point,
+    str(commit_file),
+    str(pathlib.Path(__file__).parent),
+  ]
+  result = subprocess.run(args, env=env, capture_output=True, text=True)
+  assert result.returncode == -9, result.stderr[-2000:]
+  left = sorted(p.name for p in (tmp_path / 'c').iterdir())
+  with Checkpoints(tmp_path / 'c', 2, commit_file=commit_file) as checkpoints:
+    steps = [1, 2] if latest == 2 else [2, 3] if point == 'half deleted' else [1, 2, 3]
+    assert checkpoints.all_steps() == steps, left
+    assert sorted(p.name for p in (tmp_path / 'c').iterdir()) == [str(s) for s in steps]  # nothing is left over
+    restored, metadata = checkpoints.restore(abstract(make_state(0)))
+    assert metadata['step'] == latest and equal(restored, make_state(latest))
+    checkpoints.save(latest + 1, make_state(latest + 1), METADATA, wait=True)
+    assert checkpoints.all_steps() == [latest, latest + 1]
+
+
+TWO_PROCESSES = """
+import pathlib, sys
+sys.path.insert(0, sys.argv[3])
+import jax
+index, directory = int(sys.argv[1]), sys.argv[2]
+jax.config.update('jax_cpu_collectives_implementation', 'gloo')
+jax.distributed.initialize(f'127.0.0.1:{sys.argv[4]}', 2, index)
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from checkpointing import METADATA, abstract, make_state
+from compactlm_jax.checkpoint import Checkpoints
+mesh = jax.make_mesh((4,), ('fsdp',), axis_types=(jax.sharding.AxisType.Auto,))
+def put(x):
+  host, spec = np.asarray(x), P('fsdp') if x.ndim == 2 else P()
+  return jax.make_array_from_callback(host.shape, NamedSharding(mesh, spec), lambda i: host[i])
+def same(a, b):
+  return all(np.array_equal(np.asarray(s.data), np.asarray(y)[s.index])
+             for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)) for s in x.addressable_shards)
+with Checkpoints(directory, 2) as checkpoints:
+  for step in (1, 2, 3):
+    checkpoints.save(step, jax.tree.map(put, make_state(step)), METADATA)
+  checkpoints.wait()
+  assert checkpoints.all_steps() == [2, 3], checkpoints.all_steps()
+  restored, metadata = checkpoints.restore(abstract(jax.tree.map(put, make_state(0))))
+  assert metadata['step'] == 3 and same(restored, make_state(3))
+  jax.experimental.multihost_utils.sync_global_devices('before damage')
+  if index == 0:
+    path = pathlib.Path(directory) / '3' / 'manifest' / 'manifest.json'
+    path.write_text(path.read_text().replace('aaaa', 'aaab'))
+  jax.experimental.multihost_utils.sync_global_devices('after damage')
+  restored, metadata = checkpoints.restore(abstract(jax.tree.map(put, make_state(0))))
+  assert metadata['step'] == 2 and same(restored, make_state(2))
+print('ok', index)
+"""
+
+
+@pytest.mark.multihost
+def test_two_processes_save_restore_and_fall_back_together(tmp_path):
+  """Mutation: digest only the addressable part in `_host_copies`, or let only process 0 fall back."""
+  import socket
+
+  with socket.socket() as s:
+    s.bind(('127.0.0.1', 0))
+    port = s.getsockname()[1]
+  env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '2'}
+  here = str(pathlib.Path(__file__).parent)
+  runs = [
+    subprocess.Popen(
+      [sys.executable, '-c', TWO_PROCESSES, str(i), str(tmp_path / 'c'), here, str(port)],
+      env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )
+    for i in range(2)
+  ]  # fmt: skip
+  outputs = [r.communicate(timeout=120)[0] for r in runs]
+  assert [r.returncode for r in runs] == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
+  # ... and one process reads what two have written.
+  restored, metadata = restore(tmp_path / 'c')
+  assert metadata['step'] == 2 and equal(restored, make_state(2)) and (tmp_path / 'c' / '3.bad').is_dir()

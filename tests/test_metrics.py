@@ -1,0 +1,152 @@
+"""metrics.jsonl: every line valid JSON, every step once, whatever killed the run before."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+
+from compactlm_jax import metrics
+from compactlm_jax.errors import ConfigError, StorageError
+from compactlm_jax.metrics import MetricsWriter, read_metrics
+
+
+def strict(line):
+  def refuse(name):
+    raise ValueError(name)
+
+  return json.loads(line, parse_constant=refuse)
+
+
+def test_every_line_is_strict_json_and_reads_back(tmp_path):
+  """Mutation: write the float itself in `_number` (NaN is then no JSON, and dumps raises)."""
+  values = {'loss': 0.1 + 0.2, 'bad': math.nan, 'up': math.inf, 'down': -math.inf, 'count': 3}
+  with MetricsWriter(tmp_path, 10, bar=False) as writer:
+    writer.write(1, values)
+  (line,) = (tmp_path / 'metrics.jsonl').read_text().splitlines()
+  assert strict(line) == {'step': 1, **values, 'bad': 'NaN', 'up': 'Infinity', 'down': '-Infinity'}
+  (back,) = read_metrics(tmp_path)
+  assert math.isnan(back.pop('bad')) and back == {'step': 1, **{k: v for k, v in values.items() if k != 'bad'}}
+
+
+def test_resume_keeps_each_step_once(tmp_path):
+  """Mutation: drop the call of `_keep_until` (steps 4 to 6 stand twice)."""
+  with MetricsWriter(tmp_path, 9, bar=False) as writer:
+    for step in range(1, 7):
+      writer.step(step, {'loss': step / 7})
+  with MetricsWriter(tmp_path, 9, start_step=3, bar=False) as writer:
+    for step in range(4, 10):
+      writer.step(step, {'loss': step / 7})
+  assert [(m['step'], m['loss']) for m in read_metrics(tmp_path)] == [(s, s / 7) for s in range(1, 10)]
+
+
+@pytest.mark.parametrize('cut', [1, 2, 7])
+def test_a_torn_last_line_is_dropped(tmp_path, cut):
+  """Mutation: `text.split('\\n')` without `[:-1]` (a line cut just before its newline would glue to the next)."""
+  with MetricsWriter(tmp_path, 9, bar=False) as writer:
+    for step in (1, 2, 3):
+      writer.write(step, {'loss': 0.5})
+  file = tmp_path / 'metrics.jsonl'
+  file.write_bytes(file.read_bytes()[:-cut])
+  assert [m['step'] for m in read_metrics(tmp_path)] == [1, 2]
+  with MetricsWriter(tmp_path, 9, start_step=5, bar=False) as writer:
+    writer.write(6, {'loss': 0.5})
+  assert [strict(line)['step'] for line in file.read_text().splitlines()] == [1, 2, 6]
+
+
+def test_lines_survive_a_kill(tmp_path):
+  """Mutation: remove `flush` (the lines die with the process)."""
+  code = (
+    'import os, sys; from compactlm_jax.metrics import MetricsWriter\n'
+    'w = MetricsWriter(sys.argv[1], 9, bar=False)\n'
+    'w.write(1, {"loss": 1.0}); w.write(2, {"loss": 2.0}); os.kill(os.getpid(), 9)'
+  )
+  result = subprocess.run([sys.executable, '-c', code, str(tmp_path)], env={**os.environ, 'JAX_PLATFORMS': 'cpu'})
+  assert result.returncode == -9
+  assert [m['step'] for m in read_metrics(tmp_path)] == [1, 2]
+
+
+def test_tokens_per_second_counts_unlogged_steps(tmp_path, monkeypatch):
+  """Mutation: add tokens only on logged steps (the rate falls to 100 / 10)."""
+  now = [0.0]
+  monkeypatch.setattr(metrics.time, 'monotonic', lambda: now[0])
+  with MetricsWriter(tmp_path, 20, bar=False) as writer:
+    for step in range(1, 21):
+      now[0] += 1.0
+      writer.step(step, {'loss': 1.0}, tokens=100, logged=step % 10 == 0)
+  assert [(m['step'], m['tokens_per_second']) for m in read_metrics(tmp_path)] == [(10, 100.0), (20, 100.0)]
+
+
+def test_bar_shows_position_loss_rate_and_time_left(tmp_path, capsys):
+  """Mutation: drop `initial=start_step` (the bar then starts at 0 and shows 5/10 only after the resume)."""
+  with MetricsWriter(tmp_path, 10, start_step=4, bar=True) as writer:
+    assert '4/10' in capsys.readouterr().err
+    writer.step(5, {'loss': 0.25, 'loss_mlm': 0.125, 'learning_rate': 1.0}, tokens=64)
+    writer._bar.refresh()
+  shown = capsys.readouterr().err
+  assert '5/10' in shown and 'loss=0.25' in shown and 'loss_mlm=0.125' in shown and 'tokens/s=' in shown
+  assert '<' in shown and 'learning_rate' not in shown  # tqdm writes elapsed<left
+
+
+def test_plain_lines_in_a_log_without_a_terminal(tmp_path, capsys, caplog):
+  """Mutation: open the bar always (carriage returns land in the log)."""
+  with caplog.at_level('INFO'), MetricsWriter(tmp_path, 10) as writer:
+    writer.step(5, {'loss': 0.25}, tokens=64)
+  assert capsys.readouterr().err == '' and 'step 5/10, loss 0.25, tokens/s' in caplog.text and 'left' in caplog.text
+
+
+def test_full_disk_is_a_storage_error(tmp_path):
+  """Mutation: drop `except OSError` in `write`."""
+  with MetricsWriter(tmp_path, 10, bar=False) as writer:
+
+    class Full:
+      def write(self, text):
+        raise OSError(28, 'No space left on device')
+
+      def close(self):
+        pass
+
+    writer._file.close()
+    writer._file = Full()
+    with pytest.raises(StorageError, match=r'metrics.jsonl.*step 3.*No space left'):
+      writer.write(3, {'loss': 1.0})
+
+
+def test_other_processes_write_nothing(tmp_path, monkeypatch):
+  """Mutation: `_active = True` always."""
+  monkeypatch.setattr(metrics.jax, 'process_index', lambda: 1)
+  with MetricsWriter(tmp_path, 10, bar=True) as writer:
+    writer.step(1, {'loss': 1.0})
+    writer.write(1, {'loss': 1.0})
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_tensorboard_is_optional_and_named_when_missing(tmp_path, monkeypatch):
+  """Mutation: import tensorboardX at the top of the module."""
+  monkeypatch.setitem(sys.modules, 'tensorboardX', None)
+  with pytest.raises(ConfigError, match='tensorboard'):
+    MetricsWriter(tmp_path, 10, bar=False, tensorboard=True)
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path, monkeypatch):
+  """Mutation: drop `add_scalar`."""
+  import types
+
+  seen = []
+
+  class Board:
+    def __init__(self, folder):
+      seen.append(folder)
+
+    def add_scalar(self, tag, value, step):
+      seen.append((tag, value, step))
+
+    def close(self):
+      seen.append('closed')
+
+  monkeypatch.setitem(sys.modules, 'tensorboardX', types.SimpleNamespace(SummaryWriter=Board))
+  with MetricsWriter(tmp_path, 10, bar=False, tensorboard=True) as writer:
+    writer.write(2, {'loss': 0.5})
+  assert seen == [str(tmp_path / 'tensorboard'), ('loss', 0.5, 2), 'closed']
