@@ -44,7 +44,7 @@ def case_id(case):
 
 
 def torch_model(cls, options, seed=0):
-  """A transformers model with no parameter left at an initial zero or one."""
+  """A transformers model with no parameter at an initial zero or one, five times as wide as usual."""
   torch, transformers = pytest.importorskip('torch'), pytest.importorskip('transformers')
   kind = cls.split('For')[0].removesuffix('Model')
   sizes = dict(vocab_size=V, num_hidden_layers=2, intermediate_size=4 * options['hidden_size'], num_labels=3)
@@ -53,7 +53,7 @@ def torch_model(cls, options, seed=0):
   generator = torch.Generator().manual_seed(seed)
   with torch.no_grad():
     for name, p in model.named_parameters():
-      noise = 0.3 * torch.randn(p.shape, generator=generator)
+      noise = 0.1 * torch.randn(p.shape, generator=generator)
       p.copy_(1 + noise if name.endswith('LayerNorm.weight') else noise)
   return model
 

@@ -1,6 +1,7 @@
 """Hostile, damaged and incomplete folders are refused by name, and nothing in them runs."""
 
 import json
+import pathlib
 import pickle
 import struct
 
@@ -79,7 +80,7 @@ def test_pickles_are_never_opened(tmp_path):
 
   class Bomb:
     def __reduce__(self):
-      return (open, (str(canary), 'w'))
+      return (pathlib.Path.touch, (canary,))
 
   folder = _write(tmp_path / 'm')
   (folder / 'model.safetensors').unlink()
