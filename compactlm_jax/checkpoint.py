@@ -38,7 +38,6 @@ from compactlm_jax.tree import named_leaves
 from compactlm_jax.types import Params, TrainState
 
 log = logging.getLogger(__name__)
-
 _Event = Callable[[str, int], None]
 
 

@@ -153,13 +153,16 @@ def test_mismatch_is_refused_before_reading(two_steps, tmp_path, monkeypatch, ca
   assert snapshot(tmp_path) == before
 
 
-def test_load_params_needs_no_optimiser(two_steps, tmp_path):
-  """Mutation: leave `startswith('params/')` out (the optimiser is read, and returned under another root)."""
+def test_load_params_reads_no_optimiser(two_steps, tmp_path, monkeypatch):
+  """Mutation: leave `startswith('params/')` out."""
+  asked, real = [], checkpoint._read
+  monkeypatch.setattr(checkpoint, '_read', lambda path, leaves: (asked.extend(leaves), real(path, leaves))[1])
   shutil.copytree(two_steps, tmp_path / 'run' / 'checkpoints')
   for folder in (two_steps, tmp_path / 'run'):
     params, metadata = load_params(folder)
     assert equal(params, make_state(2).params) and metadata == {**METADATA, 'step': 2}
     assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(params))
+  assert asked and all(name.startswith('params/') for name in asked)
   with pytest.raises(ConfigError, match='no checkpoint'):
     load_params(tmp_path / 'empty')
 

@@ -7,8 +7,10 @@ import sys
 
 import pytest
 from checkpointing import METADATA, abstract, equal, make_state, restore
+from etils import epath
 
 from compactlm_jax.checkpoint import Checkpoints
+from compactlm_jax.stepdir import StepDirectory
 
 KILLED = """
 import os, signal, sys
@@ -61,8 +63,9 @@ def test_kill_inside_the_save_window(tmp_path, commit_file, point, latest):
   result = subprocess.run(args, env=env, capture_output=True, text=True)
   assert result.returncode == -9, result.stderr[-2000:]
   left = sorted(p.name for p in (tmp_path / 'c').iterdir())
+  steps = [1, 2] if latest == 2 else [2, 3] if point == 'half deleted' else [1, 2, 3]
+  assert StepDirectory(epath.Path(tmp_path / 'c'), commit_file).steps() == steps, left  # before anything is cleaned
   with Checkpoints(tmp_path / 'c', 2, commit_file=commit_file) as checkpoints:
-    steps = [1, 2] if latest == 2 else [2, 3] if point == 'half deleted' else [1, 2, 3]
     assert checkpoints.all_steps() == steps, left
     assert sorted(p.name for p in (tmp_path / 'c').iterdir()) == [str(s) for s in steps]  # nothing is left over
     restored, metadata = checkpoints.restore(abstract(make_state(0)))
@@ -72,7 +75,7 @@ def test_kill_inside_the_save_window(tmp_path, commit_file, point, latest):
 
 
 TWO_PROCESSES = """
-import pathlib, sys
+import sys
 sys.path.insert(0, sys.argv[3])
 import jax
 index, directory = int(sys.argv[1]), sys.argv[2]
@@ -97,10 +100,14 @@ with Checkpoints(directory, 2) as checkpoints:
   restored, metadata = checkpoints.restore(abstract(jax.tree.map(put, make_state(0))))
   assert metadata['step'] == 3 and same(restored, make_state(3))
   jax.experimental.multihost_utils.sync_global_devices('before damage')
-  if index == 0:
-    path = pathlib.Path(directory) / '3' / 'manifest' / 'manifest.json'
-    path.write_text(path.read_text().replace('aaaa', 'aaab'))
-  jax.experimental.multihost_utils.sync_global_devices('after damage')
+  from compactlm_jax import checkpoint, stepdir
+  real = checkpoint._read
+  def read(path, leaves):
+    arrays = real(path, leaves)
+    if index == 1 and path.name == '3':
+      raise stepdir.DamagedError('seen by one process only')
+    return arrays
+  checkpoint._read = read
   restored, metadata = checkpoints.restore(abstract(jax.tree.map(put, make_state(0))))
   assert metadata['step'] == 2 and same(restored, make_state(2))
 print('ok', index)
@@ -109,7 +116,7 @@ print('ok', index)
 
 @pytest.mark.multihost
 def test_two_processes_save_restore_and_fall_back_together(tmp_path):
-  """Mutation: digest only the addressable part in `_host_copies`, or let only process 0 fall back."""
+  """Mutation: digest only the addressable part in `_host_copies`, or ask only this process in `restore`."""
   import socket
 
   with socket.socket() as s:
