@@ -69,7 +69,7 @@ def _config(values: flags.FlagValues) -> None:
 
 
 def _demo(values: flags.FlagValues) -> str:
-  from compactlm_jax.demo import run_demo
+  from compactlm_jax.demo.main import run_demo
 
   return run_demo(values.workdir)
 
@@ -212,7 +212,7 @@ def command_help(name: str) -> str:
     lines += [f'  --{flag.name}', *textwrap.wrap(text, 96, initial_indent='      ', subsequent_indent='      ')]
   if 'config' in values:
     lines += ['  --config.FIELD=VALUE', '      Overrides a field of the configuration, for example --config.steps=100.']
-    lines += ['      Lists are comma-separated. The fields are documented in compactlm_jax/config.py.']
+    lines += ['      Lists are comma-separated. The fields are documented in compactlm_jax/config/.']
   return '\n'.join(lines)
 
 

@@ -23,7 +23,7 @@ from compactlm_jax.data.synthetic import synthetic_rows, synthetic_table
 from compactlm_jax.data.table import read_table, tokenize_table
 from compactlm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from compactlm_jax.errors import ConfigError
-from compactlm_jax.interop.bundle import Bundle, from_pretrained, save_pretrained
+from compactlm_jax.interop.bundle import Bundle, drop_pooler, from_pretrained, save_pretrained
 from compactlm_jax.interop.folder import open_folder
 from compactlm_jax.interop.tokenizer_files import TokenizerFiles, read_tokenizer
 from compactlm_jax.tasks.distill import make_distill_task
@@ -60,7 +60,10 @@ def load_model(path: epath.PathLike) -> Bundle:
   params, metadata = load_params(run / 'checkpoints')
   encoder = from_config_dict(EncoderConfig, metadata['model']['encoder'], 'encoder.')
   tokenizer = read_tokenizer(open_folder(run / 'tokenizer')) if (run / 'tokenizer').exists() else None
-  return Bundle(encoder, params, tokenizer)
+  bundle = Bundle(encoder, params, tokenizer)
+  # In a bundle a classifier reads the pooler if there is one; this run's reads the first token itself.
+  raw = 'classifier' in params and encoder.pooler and not metadata['model']['finetune']['pooled']
+  return drop_pooler(bundle) if raw else bundle
 
 
 def tokenizer_of(path: epath.PathLike) -> Tokenizer:
@@ -75,10 +78,7 @@ def run_train(config: RunConfig, workdir: str, **options: Any) -> dict[str, Any]
 
 
 def run_export(checkpoint: str, output: str) -> Bundle:
-  """Writes the model of a run (or folder) as a Hugging Face folder.
-
-  A classifier that was trained on the raw first token is exported without the pooler that it does not read.
-  """
+  """Writes the model of a run, or of a folder, as a Hugging Face folder; returns what was written."""
   bundle = load_model(checkpoint)
   save_pretrained(bundle, output)
   return bundle

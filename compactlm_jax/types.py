@@ -93,6 +93,9 @@ class TrainState:
   opt_state: Any
 
 
+Trainable = tuple[tuple[str, bool | tuple[bool, ...]], ...]
+"""Rows of (regex over parameter names, trained?)."""
+
 LossFn = Callable[[Params, Any, Batch, jax.Array, jax.Array], tuple[jax.Array, Metrics]]
 """loss(params, frozen, batch, key, step) -> (value, metrics)."""
 
@@ -111,8 +114,9 @@ class Task:
       accumulation can weigh its micro-batches.
     evaluate: sums and counts of held-out metrics.
     frozen: parameters that are read but never trained or saved (a teacher); None if there are none.
-    trainable: (regex, trained?) pairs over parameter names such as 'encoder/layers/query/kernel'. Every name must
-      match exactly one row.
+    trainable: (regex, trained?) rows over parameter names such as 'encoder/layers/attention/query/kernel'; every
+      name must match exactly one. For stacked layers the value may be a tuple with one entry per layer: layers that
+      get no gradient then do not decay either.
     model: description of the trained model that is written into checkpoints and exports (JSON-able).
   """
 
@@ -121,5 +125,5 @@ class Task:
   loss: LossFn
   evaluate: EvaluateFn
   frozen: Any = None
-  trainable: tuple[tuple[str, bool], ...] = (('.*', True),)
+  trainable: Trainable = (('.*', True),)
   model: Mapping[str, Any] = dataclasses.field(default_factory=dict)

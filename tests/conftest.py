@@ -8,6 +8,6 @@ os.environ.setdefault('HF_HUB_OFFLINE', '1')
 # Tests compile hundreds of tiny programs: LLVM's optimiser would take most of their time.
 os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0')
 
-import jax  # noqa: E402
+import jax
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')

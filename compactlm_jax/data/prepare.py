@@ -91,14 +91,8 @@ def prepare(
     DataError: no text, no file matches, not UTF-8.
     StorageError: the disk is full or not writable.
   """
-  options: dict[str, Any] = {
-    'mode': mode,
-    'seq_len': seq_len,
-    'seed': seed,
-    'pair_rule': pair_rule,
-    'holdout_rows': holdout_rows,
-    'shard_rows': shard_rows,
-  }
+  options: dict[str, Any] = {'mode': mode, 'seq_len': seq_len, 'seed': seed, 'pair_rule': pair_rule}
+  options |= {'holdout_rows': holdout_rows, 'shard_rows': shard_rows}
   _check(options, workers)
   tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
   sources = text.open_text(input, split=split, text_key=text_key)

@@ -164,6 +164,7 @@ def encode(
   )
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def init_encoder(config: EncoderConfig, key: jax.Array) -> Params:
   """Random parameters {'encoder': ...}: truncated normal kernels, zero biases, unit LayerNorms (papers.md 0)."""
   ids = jnp.zeros((1, 2), jnp.int32)

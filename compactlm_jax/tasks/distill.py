@@ -8,9 +8,8 @@ no token-to-token matrix; that branch of the lower layers is trained through the
 
 The loss reads the last layer's queries, keys and values only. What lies above them gets no gradient: that layer's
 convolution branch, attention output, feed-forward and LayerNorms, the pooler, and projections that no relation names.
-They keep their initial value ('teacher_layers' makes that a trained one), apart from weight decay on the layer's
-kernels, which are rows of stacked leaves: it shrinks them by exp(-decay * sum of learning rates), 0.1 % in 400 steps
-at 5e-4 and 0.01. The pooler is marked untrained.
+They keep their initial value ('teacher_layers' makes that a trained one): they are marked untrained, so weight decay
+does not shrink them either.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from compactlm_jax.errors import ConfigError
 from compactlm_jax.losses.minilm import VALUE_MSE, part_names, relation_loss
 from compactlm_jax.losses.reduce import masked_mean, masked_sum
 from compactlm_jax.nn.encoder import encode, init_encoder
-from compactlm_jax.types import Batch, Metrics, Params, Task
+from compactlm_jax.types import Batch, Metrics, Params, Task, Trainable
 
 
 def make_distill_task(
@@ -65,13 +64,7 @@ def make_distill_task(
     ConfigError: a pair or an option that does not fit, before anything is computed.
   """
   check_distill(student, teacher, config)
-  if student_tokenizer and teacher_tokenizer and student_tokenizer != teacher_tokenizer:
-    raise ConfigError(
-      f"config.data.tokenizer: the data's tokenizer {student_tokenizer[:12]} is not the teacher's "
-      f"{teacher_tokenizer[:12]}; prepare the data with the teacher's tokenizer"
-    )
-  if start is not None and config.student_init != 'random':
-    raise ConfigError("config.distill.student_init: a model to start from is given; set student_init to 'random'")
+  _check_start(config, start, student_tokenizer, teacher_tokenizer)
   if config.student_init == 'teacher_layers':
     start = {'encoder': encoder_from_layers(student, teacher, teacher_params['encoder'], config.init_layers)}
   relation_parts = _relation_parts(student, teacher, config)
@@ -94,9 +87,19 @@ def make_distill_task(
     loss=loss,
     evaluate=evaluate,
     frozen=_needed(teacher, teacher_params, layer_pairs(student, teacher, config)[0][-1]),
-    trainable=((r'encoder/pooler/.*', False), (r'(?!encoder/pooler/).*', True)),
+    trainable=_trainable(student),
     model={'encoder': to_json(student), 'distill': to_json(config)},
   )
+
+
+def _check_start(config: DistillConfig, start: Params | None, student_tokenizer: str, teacher_tokenizer: str) -> None:
+  if student_tokenizer and teacher_tokenizer and student_tokenizer != teacher_tokenizer:
+    raise ConfigError(
+      f"config.data.tokenizer: the data's tokenizer {student_tokenizer[:12]} is not the teacher's "
+      f"{teacher_tokenizer[:12]}; prepare the data with the teacher's tokenizer"
+    )
+  if start is not None and config.student_init != 'random':
+    raise ConfigError("config.distill.student_init: a model to start from is given; set student_init to 'random'")
 
 
 def layer_pairs(
@@ -201,6 +204,14 @@ def _relation_parts(student: EncoderConfig, teacher: EncoderConfig, config: Dist
 
 def _metric(part: str) -> str:
   return part if part == VALUE_MSE else f'relation_{part}'
+
+
+def _trainable(student: EncoderConfig) -> Trainable:
+  """All but the pooler and what lies above the last layer's projections."""
+  above = r'encoder/layers/(attention/(output|conv)/.*|attention_norm/.*|ffn_.*)'
+  below_last = (True,) * (student.num_layers - 1) + (False,)
+  rest = rf'(?!encoder/pooler/)(?!{above}).*'
+  return ((r'encoder/pooler/.*', False), (above, below_last), (rest, True))
 
 
 def _needed(teacher: EncoderConfig, params: Params, top: int) -> Params:

@@ -45,9 +45,7 @@ def make_finetune_task(
 
   def logits(params: Params, batch: Batch, key: jax.Array | None) -> jax.Array:
     encoder_key, head_key = (None, None) if key is None else jax.random.split(key)
-    out = encode(
-      params, encoder, batch.input_ids, batch.attention_mask, batch.token_type_ids, dropout_key=encoder_key
-    )
+    out = encode(params, encoder, batch.input_ids, batch.attention_mask, batch.token_type_ids, dropout_key=encoder_key)
     vector_BD = out.pooled_BD if config.pooled else out.last_BTD[:, 0]
     return head.apply({'params': params['classifier']}, vector_BD, head_key)
 

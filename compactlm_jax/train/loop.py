@@ -79,9 +79,7 @@ def train(job: Job, workdir: str, *, allow_change: tuple[str, ...] = (), steal_l
   """
   started, config, total = time.monotonic(), job.config, job.total_steps
   with contextlib.ExitStack() as stack:
-    stack.enter_context(
-      open_run(workdir, config, dict(job.identity), allow_change=allow_change, steal_lock=steal_lock)
-    )
+    stack.enter_context(open_run(workdir, config, dict(job.identity), allow_change=allow_change, steal_lock=steal_lock))
     stop = stack.enter_context(StopRequest())
     _keep_files(job, epath.Path(workdir))
     checkpoints = stack.enter_context(Checkpoints(epath.Path(workdir) / 'checkpoints', keep=config.keep))

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from compactlm_jax.config import OptimizerConfig
-from compactlm_jax.tree import map_named, match_one
+from compactlm_jax.tree import leaf_name, map_named, match_one
+from compactlm_jax.types import Trainable
 
 
 def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
@@ -67,22 +68,35 @@ def scale_by_adam(b1: float, b2: float, eps: float, bias_correction: bool) -> op
   return optax.GradientTransformation(init, update)
 
 
-def make_optimizer(
-  config: OptimizerConfig, total_steps: int, trainable: tuple[tuple[str, bool], ...]
-) -> optax.GradientTransformation:
+def decay_weights(config: OptimizerConfig, trainable: Trainable) -> optax.GradientTransformation:
+  """Adds weight_decay * p where p decays: not to names that match `no_decay`, nor to layers that are not trained."""
+
+  def decayed(name: str, update: jax.Array, param: jax.Array) -> jax.Array:
+    if re.fullmatch(config.no_decay, name):
+      return update
+    trained = match_one(trainable, name, 'trainable')
+    if isinstance(trained, tuple):  # of the stacked layers
+      layers = jnp.asarray(trained, param.dtype).reshape((-1,) + (1,) * (param.ndim - 1))
+      return update + config.weight_decay * layers * param
+    return update + config.weight_decay * param
+
+  def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
+    return jax.tree_util.tree_map_with_path(lambda path, u, p: decayed(leaf_name(path), u, p), updates, params), state
+
+  return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def make_optimizer(config: OptimizerConfig, total_steps: int, trainable: Trainable) -> optax.GradientTransformation:
   """Clip by global norm, Adam, decoupled weight decay, schedule; untrained parameters have no state and stay put.
 
   Args:
     config: the optimiser's options.
     total_steps: optimiser steps of the run.
-    trainable: (regex, trained?) rows over parameter names; every name must match exactly one.
+    trainable: `Task.trainable`; every name must match exactly one row.
 
   Raises:
     ConfigError: at init, a parameter that matches no row or several.
   """
-
-  def decayed(params: Any) -> Any:
-    return map_named(lambda name, _: not re.fullmatch(config.no_decay, name), params)
 
   def labels(params: Any) -> Any:
     return map_named(lambda name, _: 'train' if match_one(trainable, name, 'trainable') else 'hold', params)
@@ -90,7 +104,7 @@ def make_optimizer(
   parts = [
     optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
     scale_by_adam(config.beta1, config.beta2, config.epsilon, config.bias_correction),
-    optax.add_decayed_weights(config.weight_decay, decayed) if config.weight_decay else optax.identity(),
+    decay_weights(config, trainable) if config.weight_decay else optax.identity(),
     optax.scale_by_learning_rate(learning_rate_schedule(config, total_steps)),
   ]
   return optax.partition({'train': optax.chain(*parts), 'hold': optax.set_to_zero()}, labels)

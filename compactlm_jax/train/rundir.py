@@ -306,7 +306,7 @@ def _versions() -> dict[str, Any]:
 
 
 def _hash(config: Mapping[str, Any]) -> str:
-  return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]  # as config.config_hash
+  return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _now() -> str:

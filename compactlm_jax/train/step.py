@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from compactlm_jax.parallel import batch_sharding, replicated, state_shardings
+from compactlm_jax.parallel import batch_sharding, param_shardings, replicated, state_shardings
 from compactlm_jax.tree import map_named, match_one, named_leaves
 from compactlm_jax.types import Batch, Metrics, Task, TrainState
 
@@ -29,7 +29,6 @@ def make_train_step(task: Task, tx: optax.GradientTransformation, seed: int, acc
     seed: of the run.
     accumulate: micro-batches that the rows are split into, weighed by `metrics['weight']`.
   """
-
 
   def loss(params: Any, *args: Any) -> tuple[jax.Array, Metrics]:
     # Without a gradient to held parameters the compiler drops what only they would need.
@@ -82,14 +81,14 @@ def accumulated(gradient: Callable, parts: int) -> Callable:
 
 
 def init_state(task: Task, tx: optax.GradientTransformation, mesh: Mesh, seed: int) -> TrainState:
-  """A fresh state, created where it will live."""
+  """A fresh state, where it will live. Given weights pass through `task.init` as they are, not as constants of jit."""
+  params = task.init(jax.random.key(seed))
+  params = jax.device_put(params, param_shardings(mesh, params))
 
-  def init(key: jax.Array) -> TrainState:
-    params = task.init(key)
+  def rest(params: Any) -> TrainState:
     return TrainState(jnp.zeros([], jnp.int32), params, tx.init(params))
 
-  key = jax.random.key(seed)
-  return jax.jit(init, out_shardings=state_shardings(mesh, jax.eval_shape(init, key)))(key)
+  return jax.jit(rest, out_shardings=state_shardings(mesh, jax.eval_shape(rest, params)))(params)
 
 
 def compile_step(step: StepFn, mesh: Mesh, state: TrainState, frozen: Any) -> Any:

@@ -1,0 +1,30 @@
+"""Configuration: ConfigDicts at the command line, frozen and validated dataclasses inside.
+
+`to_config_dict` turns a dataclass into the ConfigDict that a file in `configs/` returns, `from_config_dict` turns it
+back and validates it once. Nothing below `cli.py` and this package sees a ConfigDict. Lists are comma-separated
+strings at the command line and tuples inside.
+"""
+
+from compactlm_jax.config.convert import from_config_dict, to_config_dict, to_json
+from compactlm_jax.config.encoder import EncoderConfig
+from compactlm_jax.config.run import (
+  DataConfig,
+  DistillConfig,
+  FinetuneConfig,
+  MeshConfig,
+  OptimizerConfig,
+  RunConfig,
+)
+
+__all__ = [
+  'DataConfig',
+  'DistillConfig',
+  'EncoderConfig',
+  'FinetuneConfig',
+  'MeshConfig',
+  'OptimizerConfig',
+  'RunConfig',
+  'from_config_dict',
+  'to_config_dict',
+  'to_json',
+]

@@ -1,0 +1,64 @@
+"""ConfigDicts and JSON to frozen dataclasses, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from typing import Any, TypeVar
+
+import ml_collections
+
+from compactlm_jax.errors import ConfigError
+
+_C = TypeVar('_C')
+
+
+def to_config_dict(config: Any) -> ml_collections.ConfigDict:
+  """The ConfigDict of a dataclass: nested, with tuples as comma-separated strings."""
+  out = ml_collections.ConfigDict()
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if dataclasses.is_dataclass(value):
+      value = to_config_dict(value)
+    elif isinstance(value, tuple):
+      value = ','.join(str(v) for v in value)
+    out[field.name] = value
+  return out.lock()
+
+
+def _coerce(kind: Any, value: Any, path: str) -> Any:
+  origin = typing.get_origin(kind)
+  if dataclasses.is_dataclass(kind):
+    return from_config_dict(typing.cast(type, kind), value, path + '.')
+  if origin is tuple:
+    (item, *_) = typing.get_args(kind)
+    parts = [p.strip() for p in value.split(',') if p.strip()] if isinstance(value, str) else list(value)
+    try:
+      return tuple(item(p) for p in parts)
+    except ValueError as e:
+      raise ConfigError(f'config.{path}: {value!r} is not a comma-separated list of {item.__name__}') from e
+  if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    return float(value)
+  if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+    raise ConfigError(f'config.{path}: {value!r} must be of type {kind.__name__}')
+  return value
+
+
+def from_config_dict(cls: type[_C], config: Any, prefix: str = '') -> _C:
+  """The frozen dataclass `cls` of a ConfigDict, a dict or JSON.
+
+  Raises:
+    ConfigError: an unknown field, a wrong type or an invalid value, named by its full path.
+  """
+  if not isinstance(config, (dict, ml_collections.ConfigDict)):
+    raise ConfigError(f'config.{prefix.rstrip(".")}: expected a section, got {config!r}')
+  kinds = typing.get_type_hints(cls)
+  unknown = sorted(set(config.keys()) - set(kinds))
+  if unknown:
+    raise ConfigError(f'config.{prefix}{unknown[0]}: unknown field; known fields are {", ".join(sorted(kinds))}')
+  return cls(**{name: _coerce(kinds[name], config[name], prefix + name) for name in config.keys()})
+
+
+def to_json(config: Any) -> dict[str, Any]:
+  """A dataclass as plain JSON values."""
+  return to_config_dict(config).to_dict()

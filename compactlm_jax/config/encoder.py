@@ -1,0 +1,120 @@
+"""What an encoder is."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from compactlm_jax.config.check import require
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+  """One encoder: BERT, ELECTRA, ConvBERT, their students and their sub-networks.
+
+  Attributes:
+    architecture: 'bert', 'electra' or 'convbert': the Hugging Face layout that it is read from and written to.
+    vocab_size: rows of the word table.
+    hidden_size: width of the residual stream (D).
+    num_layers: number of layers (N).
+    num_heads: self-attention heads (H); with a convolution branch, also its number of heads.
+    head_size: size of one head (K); 0 means hidden_size / num_heads.
+    intermediate_size: feed-forward neurons (F); 0 means 4 * hidden_size.
+    embedding_size: width of the embedding tables (E); 0 means hidden_size. If it differs, a projection follows.
+    max_positions: rows of the position table.
+    type_vocab_size: rows of the token-type table.
+    conv_kernel_size: taps (odd) of the span-based dynamic convolution beside self-attention; 0 for none.
+    conv_sees_padding: True lets the convolution read padded positions as the original ConvBERT and its Hugging Face
+      port do (parity); False zeroes them, so that outputs do not depend on how far a batch is padded (clean).
+    num_groups: groups of the feed-forward matrices (1: ordinary Dense).
+    pooler: BERT's tanh pooler on the first token.
+    layer_norm_epsilon: added to the variance.
+    hidden_dropout: rate on embeddings and on each sub-layer's output.
+    attention_dropout: rate on attention probabilities.
+    initializer_range: standard deviation of the truncated normal initialiser.
+    pad_token_id: id of [PAD]; positions that hold it are not special by themselves, the mask decides.
+    dtype: 'float32' or 'bfloat16' for matrix products. Parameters, softmax, LayerNorm and losses stay float32.
+    remat: recompute each layer's activations in the backward pass.
+    scan_unroll: layers per iteration of the scan; 0 unrolls all of them.
+  """
+
+  architecture: str = 'bert'
+  vocab_size: int = 30522
+  hidden_size: int = 768
+  num_layers: int = 12
+  num_heads: int = 12
+  head_size: int = 0
+  intermediate_size: int = 0
+  embedding_size: int = 0
+  max_positions: int = 512
+  type_vocab_size: int = 2
+  conv_kernel_size: int = 0
+  conv_sees_padding: bool = False
+  num_groups: int = 1
+  pooler: bool = False
+  layer_norm_epsilon: float = 1e-12
+  hidden_dropout: float = 0.1
+  attention_dropout: float = 0.1
+  initializer_range: float = 0.02
+  pad_token_id: int = 0
+  dtype: str = 'float32'
+  remat: bool = False
+  scan_unroll: int = 0
+
+  def __post_init__(self) -> None:
+    f = 'encoder.'
+    require(
+      self.architecture in ('bert', 'electra', 'convbert'),
+      f + 'architecture',
+      f"{self.architecture!r} is unknown; use 'bert', 'electra' or 'convbert'",
+    )
+    for name in (
+      'vocab_size',
+      'hidden_size',
+      'num_layers',
+      'num_heads',
+      'max_positions',
+      'type_vocab_size',
+      'num_groups',
+    ):
+      require(getattr(self, name) >= 1, f + name, f'{getattr(self, name)} must be at least 1')
+    if not self.head_size:
+      require(
+        self.hidden_size % self.num_heads == 0,
+        f + 'num_heads',
+        f'hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}; set head_size',
+      )
+      object.__setattr__(self, 'head_size', self.hidden_size // self.num_heads)
+    if not self.intermediate_size:
+      object.__setattr__(self, 'intermediate_size', 4 * self.hidden_size)
+    if not self.embedding_size:
+      object.__setattr__(self, 'embedding_size', self.hidden_size)
+    for name in ('hidden_size', 'intermediate_size'):
+      require(
+        getattr(self, name) % self.num_groups == 0,
+        f + 'num_groups',
+        f'{name} {getattr(self, name)} is not divisible by num_groups {self.num_groups}',
+      )
+    require(
+      self.conv_kernel_size == 0 or self.conv_kernel_size % 2 == 1,
+      f + 'conv_kernel_size',
+      f'{self.conv_kernel_size} must be odd, or 0 for no convolution',
+    )
+    require(self.dtype in ('float32', 'bfloat16'), f + 'dtype', f"{self.dtype!r}; use 'float32' or 'bfloat16'")
+    for name in ('hidden_dropout', 'attention_dropout'):
+      require(0 <= getattr(self, name) < 1, f + name, f'{getattr(self, name)} must be in [0, 1)')
+
+  @classmethod
+  def mixed(cls, *, heads: int, head_ratio: int, **fields: Any) -> EncoderConfig:
+    """A ConvBERT from its published numbers: `heads` configured heads, reduced by `head_ratio` in each branch.
+
+    The head size is hidden_size / heads in every case; with fewer heads than `head_ratio` one head per branch is left
+    (ConvBERT, `modeling.py: attention_layer`).
+    """
+    per_branch = max(1, heads // head_ratio)
+    return cls(
+      architecture='convbert',
+      num_heads=per_branch,
+      head_size=fields['hidden_size'] // heads,
+      **{'conv_kernel_size': 9, **fields},
+    )

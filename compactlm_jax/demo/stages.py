@@ -1,0 +1,115 @@
+"""The demo's stages: text, distillation, fine-tuning. A stage that is finished is not repeated."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from compactlm_jax.config import DataConfig, DistillConfig, EncoderConfig, OptimizerConfig, RunConfig, to_json
+from compactlm_jax.data.prepare import prepare
+from compactlm_jax.errors import ConfigError
+from compactlm_jax.interop.bundle import Bundle
+from compactlm_jax.jobs import run_train
+from compactlm_jax.train.rundir import read_run
+
+SEQ_LEN = 64
+HELD_OUT = 3000
+TUNED = 2000
+SEEDS = (0, 1, 2)
+STUDENT_LAYERS = (2, 4, 6)
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+  """Prepared data.
+
+  Attributes:
+    rows: packed rows for distillation.
+    held_out: packed rows of sentences that no training sees.
+    train, dev: tables for fine-tuning; dev holds the sentences of `held_out`.
+  """
+
+  rows: str
+  held_out: str
+  train: str
+  dev: str
+
+
+def prepare_text(sentences: list[tuple[str, float]], teacher: epath.Path, folder: epath.Path) -> Text:
+  """Holds sentences out, writes the tables for fine-tuning, and packs the rows for distillation."""
+  order = [int(i) for i in np.random.default_rng(0).permutation(len(sentences))]
+  rated = [i for i in order if sentences[i][1] != 0]
+  held_out, tuned = rated[:HELD_OUT], rated[HELD_OUT : HELD_OUT + TUNED]
+  hidden = set(held_out)
+  rest = [i for i in order if i not in hidden]
+  folder.mkdir(parents=True, exist_ok=True)
+  for name, chosen in (('rows', rest), ('held_out', held_out)):
+    text = folder / f'{name}.txt'
+    text.write_text('\n'.join(sentences[i][0] for i in chosen) + '\n')
+    prepare(str(text), str(teacher), folder / name, SEQ_LEN, 'packed')
+  for name, chosen in (('train', tuned), ('dev', held_out)):
+    lines = [f'{"positive" if sentences[i][1] > 0 else "negative"}\t{sentences[i][0]}' for i in chosen]
+    (folder / f'{name}.tsv').write_text('\n'.join(['label\ttext', *lines]) + '\n')
+  return Text(*(str(folder / name) for name in ('rows', 'held_out', 'train.tsv', 'dev.tsv')))
+
+
+def student_of(teacher: EncoderConfig) -> EncoderConfig:
+  """Half the teacher's layers, same width."""
+  return dataclasses.replace(teacher, num_layers=len(STUDENT_LAYERS), pooler=False, scan_unroll=0)
+
+
+def distill_config(teacher: Bundle, folder: epath.Path, text: Text, steps: int) -> RunConfig:
+  """MiniLM v1 on packed rows; the student starts from three of the teacher's layers."""
+  return RunConfig(
+    task='distill',
+    steps=steps,
+    batch_size=32,
+    checkpoint_every=200,
+    teacher=str(folder),
+    encoder=student_of(teacher.config),
+    data=DataConfig(path=text.rows, eval_path=text.held_out),
+    optimizer=OptimizerConfig(learning_rate=3e-4, warmup_fraction=0.1, weight_decay=0.01),
+    distill=DistillConfig(student_init='teacher_layers', init_layers=STUDENT_LAYERS),
+  )
+
+
+def finetune_config(model: epath.Path, text: Text, seed: int) -> RunConfig:
+  """Positive or negative? The same recipe for every model."""
+  return RunConfig(
+    task='finetune',
+    seed=seed,
+    epochs=2.0,
+    batch_size=32,
+    log_every=5,
+    model=str(model),
+    data=DataConfig(train=text.train, dev=text.dev, seq_len=48),
+    optimizer=OptimizerConfig(learning_rate=1e-4, warmup_fraction=0.1),
+  )
+
+
+def finished(config: RunConfig, workdir: epath.Path) -> dict[str, Any]:
+  """Results of the run in `workdir`, which is started or resumed unless it is complete."""
+  done = workdir / 'results.json'
+  if done.exists():
+    try:
+      if to_json(read_run(workdir)[0]) == to_json(config):
+        return json.loads(done.read_text())
+    except (ConfigError, ValueError):
+      pass
+  if (workdir / 'config.json').exists() and to_json(read_run(workdir)[0]) != to_json(config):
+    workdir.rmtree()  # another version of the demo made it
+  return run_train(config, str(workdir))
+
+
+def accuracy(model: epath.Path, text: Text, runs: epath.Path) -> tuple[float, float]:
+  """(mean, standard deviation) of the held-out accuracy in percent over the fine-tuning seeds."""
+  scores = []
+  for seed in SEEDS:
+    results = finished(finetune_config(model, text, seed), runs / f'{model.name}-seed{seed}')
+    scores.append(100 * results['metrics']['accuracy'])
+  return statistics.mean(scores), statistics.stdev(scores)
