@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from compactlm_jax.config import EncoderConfig, MeshConfig, OptimizerConfig, RunConfig, config_hash
+from compactlm_jax.config import EncoderConfig, MeshConfig, OptimizerConfig, RunConfig, to_json
 from compactlm_jax.errors import ConfigError, LockedError, StorageError
 from compactlm_jax.train import rundir
 from compactlm_jax.train.rundir import free_space_check, open_run, read_run
@@ -221,7 +221,7 @@ def test_record_holds_what_a_reader_needs_and_nothing_about_the_user(tmp_path, m
   monkeypatch.setenv('SECRET_TOKEN', 'hunter2')
   trained(tmp_path)
   config, record = read_run(tmp_path)
-  assert config == CONFIG and record['config_hash'] == config_hash(CONFIG) and record['identity'] == IDENTITY
+  assert config == CONFIG and record['config'] == to_json(CONFIG) and record['identity'] == IDENTITY
   assert record['libraries']['jax'] and record['code']['sources']
   assert record['jax']['XLA_FLAGS'] == '--xla_dump_to=~/dump'
   text = (tmp_path / 'config.json').read_text()
