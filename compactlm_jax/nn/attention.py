@@ -11,6 +11,7 @@ from compactlm_jax.config import EncoderConfig
 from compactlm_jax.nn.layers import MaskedDense, MaskFn, kernel_init
 from compactlm_jax.ops.attention import attention, mask_bias
 from compactlm_jax.ops.dynamic_conv import depthwise_conv, dynamic_conv
+from compactlm_jax.ops.fusion import materialize
 from compactlm_jax.types import QKV
 
 
@@ -57,10 +58,11 @@ class SpanDynamicConv(nn.Module):
     merged = span * q_BTHK.reshape(span.shape)
     logits = MaskedDense(heads * taps, cfg, self.mask_fn, name='taps')(merged)
     logits_BTHW = logits.reshape(*logits.shape[:2], heads, taps).astype(jnp.float32)
-    taps_BTHW = jax.nn.softmax(logits_BTHW, axis=-1).astype(x_BTD.dtype)
+    # Taps first: the softmax and the sums over taps then run over long rows.
+    taps_WBTH = jax.nn.softmax(materialize(jnp.moveaxis(logits_BTHW, -1, 0)), axis=0).astype(x_BTD.dtype)
     v = MaskedDense(heads * size, cfg, self.mask_fn, name='value')(x_BTD)
     v = v if cfg.conv_sees_padding else v * real_BT1
-    return dynamic_conv(v.reshape(*v.shape[:2], heads, size), taps_BTHW)
+    return dynamic_conv(v.reshape(*v.shape[:2], heads, size), taps_WBTH)
 
 
 class MixedAttention(nn.Module):
@@ -71,7 +73,7 @@ class MixedAttention(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x_BTD: Float[Array, 'B T D'], mask_BT: Int[Array, 'B T'], key: jax.Array | None
+    self, x_BTD: Float[Array, 'B T D'], mask_BT: Int[Array, 'B T'], key: jax.Array | None, site: int | Array
   ) -> tuple[Float[Array, 'B T D'], QKV]:
     """Returns the projected output (before dropout and residual) and the queries, keys and values."""
     cfg = self.config
@@ -81,7 +83,8 @@ class MixedAttention(nn.Module):
       return out.reshape(*out.shape[:2], cfg.num_heads, cfg.head_size)
 
     qkv = QKV(project('query'), project('key'), project('value'))
-    heads = attention(qkv.q_BTHK, qkv.k_BTHK, qkv.v_BTHK, mask_bias(mask_BT), rate=cfg.attention_dropout, key=key)
+    bias_B11S = mask_bias(mask_BT)
+    heads = attention(qkv.q_BTHK, qkv.k_BTHK, qkv.v_BTHK, bias_B11S, rate=cfg.attention_dropout, key=key, site=site)
     if cfg.conv_kernel_size:
       conv = SpanDynamicConv(cfg, self.mask_fn, name='conv')(x_BTD, qkv.q_BTHK, mask_BT)
       heads = jnp.concatenate([heads, conv], axis=2)

@@ -16,8 +16,11 @@ from jaxtyping import Array, Float, Int
 from compactlm_jax.config import EncoderConfig
 from compactlm_jax.nn.attention import MixedAttention
 from compactlm_jax.nn.layers import Embeddings, GroupedDense, LayerNorm, MaskedDense, MaskFn
+from compactlm_jax.ops.dense import gelu
 from compactlm_jax.ops.dropout import dropout
 from compactlm_jax.types import QKV, EncoderOutput, Params
+
+_SITES = 3  # places of dropout in a layer
 
 
 class EncoderLayer(nn.Module):
@@ -28,21 +31,21 @@ class EncoderLayer(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x_BTD: Float[Array, 'B T D'], mask_BT: Int[Array, 'B T'], key: jax.Array | None
+    self, x_BTD: Float[Array, 'B T D'], mask_BT: Int[Array, 'B T'], key: jax.Array | None, index: Int[Array, '']
   ) -> tuple[Float[Array, 'B T D'], QKV]:
     cfg = self.config
-    keys = [None] * 3 if key is None else list(jax.random.split(key, 3))
+    sites = [_SITES * index + i for i in range(_SITES)]  # of dropout, by number of the layer in the model
 
     def dense(features: int, name: str) -> nn.Module:
       if cfg.num_groups > 1:
         return GroupedDense(features, cfg.num_groups, cfg, name=name)
       return MaskedDense(features, cfg, self.mask_fn, name=name)
 
-    attended_BTD, qkv = MixedAttention(cfg, self.mask_fn, name='attention')(x_BTD, mask_BT, keys[0])
-    attended_BTD = dropout(attended_BTD, cfg.hidden_dropout, keys[1])
+    attended_BTD, qkv = MixedAttention(cfg, self.mask_fn, name='attention')(x_BTD, mask_BT, key, sites[0])
+    attended_BTD = dropout(attended_BTD, cfg.hidden_dropout, key, sites[1])
     x_BTD = LayerNorm(cfg.layer_norm_epsilon, name='attention_norm')(x_BTD + attended_BTD)
-    h_BTF = jax.nn.gelu(dense(cfg.intermediate_size, 'ffn_in')(x_BTD), approximate=False)
-    out_BTD = dropout(dense(cfg.hidden_size, 'ffn_out')(h_BTF), cfg.hidden_dropout, keys[2])
+    h_BTF = gelu(dense(cfg.intermediate_size, 'ffn_in')(x_BTD))
+    out_BTD = dropout(dense(cfg.hidden_size, 'ffn_out')(h_BTF), cfg.hidden_dropout, key, sites[2])
     return LayerNorm(cfg.layer_norm_epsilon, name='ffn_norm')(x_BTD + out_BTD), qkv
 
 
@@ -71,8 +74,7 @@ class Encoder(nn.Module):
   ) -> EncoderOutput:
     """See `encode`."""
     cfg = self.config
-    embed_key = None if dropout_key is None else jax.random.fold_in(dropout_key, cfg.num_layers)
-    x_BTD = self.embeddings(input_ids_BT, token_type_ids_BT, embed_key)
+    x_BTD = self.embeddings(input_ids_BT, token_type_ids_BT, dropout_key, _SITES * cfg.num_layers)
     run = functools.partial(self._run, mask_BT=mask_BT, key=dropout_key, all_hidden=all_hidden)
     hidden, captured, done = [x_BTD[None]], {}, 0
     for layer in () if self.is_initializing() else sorted(set(qkv_layers)):
@@ -96,8 +98,7 @@ class Encoder(nn.Module):
     cfg = self.config
 
     def body(layer: EncoderLayer, x_BTD, index):
-      layer_key = None if key is None else jax.random.fold_in(key, index)
-      x_BTD, qkv = layer(x_BTD, mask_BT, layer_key)
+      x_BTD, qkv = layer(x_BTD, mask_BT, key, index)
       return x_BTD, (x_BTD if all_hidden else None, qkv if capture else None)
 
     def scan(layer: EncoderLayer, x_BTD):

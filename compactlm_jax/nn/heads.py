@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from compactlm_jax.config import EncoderConfig
 from compactlm_jax.nn.layers import LayerNorm, MaskedDense, kernel_init
+from compactlm_jax.ops.dense import gelu
 from compactlm_jax.ops.dropout import dropout
 
 
@@ -20,7 +21,7 @@ class MlmHead(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, '*b D'], word_VE: Float[Array, 'V E']) -> Float[Array, '*b V']:
     cfg = self.config
-    h = jax.nn.gelu(MaskedDense(cfg.embedding_size, cfg, name='dense')(x), approximate=False)
+    h = gelu(MaskedDense(cfg.embedding_size, cfg, name='dense')(x))
     h = LayerNorm(cfg.layer_norm_epsilon, name='norm')(h)
     bias_V = self.param('output_bias', nn.initializers.zeros, (cfg.vocab_size,))
     logits = jnp.einsum('...E,VE->...V', h, word_VE.astype(h.dtype), preferred_element_type=jnp.float32)
@@ -34,7 +35,7 @@ class RtdHead(nn.Module):
 
   @nn.compact
   def __call__(self, x_BTD: Float[Array, 'B T D']) -> Float[Array, 'B T']:
-    h = jax.nn.gelu(MaskedDense(self.config.hidden_size, self.config, name='dense')(x_BTD), approximate=False)
+    h = gelu(MaskedDense(self.config.hidden_size, self.config, name='dense')(x_BTD))
     return MaskedDense(1, self.config, name='output')(h)[..., 0].astype(jnp.float32)
 
 

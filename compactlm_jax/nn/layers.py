@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from compactlm_jax.config import EncoderConfig
+from compactlm_jax.ops.dense import add_bias, dense, layer_norm
 from compactlm_jax.ops.dropout import dropout
 from compactlm_jax.ops.masks import masked_weight
 
@@ -24,11 +25,6 @@ def kernel_init(stddev: float) -> nn.initializers.Initializer:
     return stddev * jax.random.truncated_normal(key, -2.0, 2.0, shape, dtype)
 
   return init
-
-
-def _as_row(vector: Float[Array, ' d'], x: Float[Array, '*b d']) -> Float[Array, '...']:
-  """`vector` with x's rank and dtype, to be broadcast over all but the last axis."""
-  return vector.reshape((1,) * (x.ndim - 1) + (-1,)).astype(x.dtype)
 
 
 class MaskedDense(nn.Module):
@@ -49,8 +45,7 @@ class MaskedDense(nn.Module):
     if self.has_variable('scores', 'kernel') and self.mask_fn is not None:
       scores = self.get_variable('scores', 'kernel')
       kernel = masked_weight(kernel, scores, self.mask_fn(scores))
-    out = x @ kernel.astype(x.dtype)
-    return out + _as_row(bias, out)
+    return dense(x, kernel, bias)
 
 
 class GroupedDense(nn.Module):
@@ -68,8 +63,7 @@ class GroupedDense(nn.Module):
     bias = self.param('bias', nn.initializers.zeros, (self.features,))
     split = x.reshape(*x.shape[:-1], self.groups, size)
     out = jnp.einsum('...gi,gio->...go', split, kernel.astype(x.dtype))
-    out = out.reshape(*x.shape[:-1], self.features)
-    return out + _as_row(bias, out)
+    return add_bias(out.reshape(*x.shape[:-1], self.features), bias.astype(x.dtype))
 
 
 class LayerNorm(nn.Module):
@@ -81,11 +75,7 @@ class LayerNorm(nn.Module):
   def __call__(self, x: Float[Array, '*b d']) -> Float[Array, '*b d']:
     scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
     bias = self.param('bias', nn.initializers.zeros, (x.shape[-1],))
-    x32 = x.astype(jnp.float32)
-    centred = x32 - x32.mean(-1, keepdims=True)
-    variance = jnp.square(centred).mean(-1, keepdims=True)
-    normal = centred * jax.lax.rsqrt(variance + self.epsilon)
-    return (normal * _as_row(scale, normal) + _as_row(bias, normal)).astype(x.dtype)
+    return layer_norm(x, scale, bias, self.epsilon)
 
 
 class Embedding(nn.Module):
@@ -110,7 +100,7 @@ class Embeddings(nn.Module):
 
   @nn.compact
   def __call__(
-    self, input_ids_BT: Int[Array, 'B T'], token_type_ids_BT: Int[Array, 'B T'], key: jax.Array | None
+    self, input_ids_BT: Int[Array, 'B T'], token_type_ids_BT: Int[Array, 'B T'], key: jax.Array | None, site: int
   ) -> Float[Array, 'B T D']:
     cfg, size = self.config, self.config.embedding_size
     word_BTE = Embedding(cfg.vocab_size, size, cfg, name='word')(input_ids_BT)
@@ -118,7 +108,7 @@ class Embeddings(nn.Module):
     position_1TE = Embedding(cfg.max_positions, size, cfg, name='position')(positions)
     type_BTE = Embedding(cfg.type_vocab_size, size, cfg, name='token_type')(token_type_ids_BT)
     x_BTE = LayerNorm(cfg.layer_norm_epsilon, name='norm')(word_BTE + position_1TE + type_BTE)
-    x_BTE = dropout(x_BTE.astype(cfg.dtype), cfg.hidden_dropout, key)
+    x_BTE = dropout(x_BTE.astype(cfg.dtype), cfg.hidden_dropout, key, site)
     if size == cfg.hidden_size:
       return x_BTE
     return MaskedDense(cfg.hidden_size, cfg, name='projection')(x_BTE)

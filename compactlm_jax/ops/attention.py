@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
-from compactlm_jax.ops.dropout import dropout
+from compactlm_jax.ops.dropout import apply_mask, site_words
+from compactlm_jax.ops.fusion import materialize
 
 
 def mask_bias(mask_BS: Int[Array, 'B S']) -> Float[Array, 'B 1 1 S']:
@@ -22,21 +27,88 @@ def attention(
   *,
   rate: float = 0.0,
   key: jax.Array | None = None,
+  site: int | Array = 0,
 ) -> Float[Array, 'B T H K']:
   """softmax(q k^T / sqrt(K) + bias) v, softmax in float32 (papers.md 0; dropout is not renormalised).
+
+  The backward pass is written out: it keeps one T x S array per head (unnormalised probabilities), draws the dropout
+  mask again, and never transposes a T x S array.
 
   Args:
     q_BTHK: queries.
     k_BSHK: keys.
     v_BSHK: values.
-    bias_B11S: from `mask_bias`.
+    bias_B11S: from `mask_bias`; it gets no gradient.
     rate: dropout rate on the probabilities.
     key: dropout key, None for evaluation.
+    site: number of the place in the model, see `dropout`.
 
   Returns:
     The mixed values, in the dtype of `v_BSHK`.
   """
-  scale = q_BTHK.shape[-1] ** -0.5
-  logits_BHTS = jnp.einsum('BTHK,BSHK->BHTS', q_BTHK * scale, k_BSHK, preferred_element_type=jnp.float32)
-  probs_BHTS = jax.nn.softmax(logits_BHTS + bias_B11S, axis=-1).astype(v_BSHK.dtype)
-  return jnp.einsum('BHTS,BSHK->BTHK', dropout(probs_BHTS, rate, key), v_BSHK)
+  rate = 0.0 if key is None else rate
+  words = site_words(key, site) if key is not None and rate else None
+  return _attention(q_BTHK, k_BSHK, v_BSHK, bias_B11S, rate, words)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attention(q: Array, k: Array, v: Array, bias: Array, rate: float, words: Array | None) -> Array:
+  return _forward(q, k, v, bias, rate, words)[0]
+
+
+def _forward(q: Array, k: Array, v: Array, bias: Array, rate: float, words: Array | None) -> tuple[Array, Any]:
+  """(output, what the backward pass needs). Arrays lie as [B * H, T, K] and [B * H, T, S] in between."""
+  batch, length, heads, size = q.shape
+  q_, k_, v_ = _split(q * np.asarray(size**-0.5, q.dtype)), _split(k), _split(v)
+  logits = _dot(q_, k_, 2, 2)
+  logits = (logits.reshape(batch, heads, length, -1) + bias).reshape(logits.shape)
+  exps = materialize(jnp.exp(logits - logits.max(-1, keepdims=True)))
+  inverse = materialize(1 / exps.sum(-1, keepdims=True))
+  dropped = materialize(_drop((exps * inverse).astype(v.dtype), rate, words))
+  out = _merge(_dot(dropped, v_, 2, 1).astype(v.dtype), batch)
+  return out, (q_, k_, v_, exps.astype(v.dtype), inverse, out, words)
+
+
+def _backward(rate: float, saved: Any, g: Array) -> tuple[Array | None, ...]:
+  q_, k_, v_, exps, inverse, out, words = saved
+  batch, length, heads, size = g.shape
+  scale = np.asarray(size**-0.5, g.dtype)
+  # sum over s of p * dp, without another pass over T x S: it equals the sum over the head of g * out.
+  delta = jnp.sum(g.astype(jnp.float32) * out, -1).swapaxes(1, 2).reshape(batch * heads, length, 1)
+  g_, delta = _split(g), materialize(delta)
+  probs = exps * inverse
+  dv = _merge_transposed(_dot(g_, materialize(_drop(probs.astype(g.dtype), rate, words)), 1, 1), batch)
+  dprobs = _drop(_dot(g_, v_, 2, 2), rate, words)
+  dlogits = materialize((probs * (dprobs - delta)).astype(g.dtype))
+  dq = _merge(_dot(dlogits, k_, 2, 1), batch).astype(g.dtype) * scale
+  dk = _merge_transposed(_dot(q_, dlogits, 1, 1), batch)
+  dwords = None if words is None else np.zeros(words.shape, jax.dtypes.float0)
+  return dq, dk.astype(g.dtype), dv.astype(g.dtype), None, dwords
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _drop(x: Array, rate: float, words: Array | None) -> Array:
+  return x if words is None else apply_mask(x, rate, words)
+
+
+def _dot(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
+  """Batched product over the first axis, contracting the given axes, accumulated in float32."""
+  return jax.lax.dot_general(a, b, (((axis_a,), (axis_b,)), ((0,), (0,))), preferred_element_type=jnp.float32)
+
+
+def _split(x_BTHK: Array) -> Array:
+  """[B, T, H, K] -> [B * H, T, K]."""
+  batch, length, heads, size = x_BTHK.shape
+  return materialize(x_BTHK.swapaxes(1, 2).reshape(batch * heads, length, size))
+
+
+def _merge(x: Array, batch: int) -> Array:
+  """[B * H, T, K] -> [B, T, H, K]."""
+  return materialize(x.reshape(batch, -1, *x.shape[1:]).swapaxes(1, 2))
+
+
+def _merge_transposed(x: Array, batch: int) -> Array:
+  """[B * H, K, T] -> [B, T, H, K]."""
+  return materialize(x.reshape(batch, -1, *x.shape[1:]).transpose(0, 3, 1, 2))

@@ -1,0 +1,119 @@
+"""Matrix products, bias, GELU and LayerNorm, with backward passes that stay quick on a CPU.
+
+Each is the textbook formula. The backward passes are written out because the automatic ones transpose large arrays or
+recompute reductions inside element-wise loops; values and gradients are equal up to rounding.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from compactlm_jax.ops.fusion import materialize
+
+
+def dense(x: Float[Array, '*b i'], kernel: Float[Array, 'i o'], bias: Float[Array, ' o']) -> Float[Array, '*b o']:
+  """x @ kernel + bias, in x's dtype."""
+  return add_bias(_matmul(x, kernel.astype(x.dtype)), bias.astype(x.dtype))
+
+
+@jax.custom_vjp
+def _matmul(x: Array, kernel: Array) -> Array:
+  return (_rows(x) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def _matmul_fwd(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+  return _matmul(x, kernel), (x, kernel)
+
+
+def _matmul_bwd(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+  x, kernel = saved
+  dx = jax.lax.dot_general(_rows(g), kernel, (((1,), (1,)), ((), ())))
+  # Directly [in, out]: no transposed copy of the gradient.
+  dkernel = jax.lax.dot_general(_rows(x), _rows(g), (((0,), (0,)), ((), ())))
+  return dx.reshape(x.shape), dkernel
+
+
+_matmul.defvjp(_matmul_fwd, _matmul_bwd)
+
+
+@jax.custom_vjp
+def add_bias(x: Float[Array, '*b o'], bias: Float[Array, ' o']) -> Float[Array, '*b o']:
+  """x + bias over all but the last axis."""
+  return x + as_row(bias, x)
+
+
+def _add_bias_bwd(_: None, g: Array) -> tuple[Array, Array]:
+  return g, _rows(g).sum(0)
+
+
+add_bias.defvjp(lambda x, bias: (add_bias(x, bias), None), _add_bias_bwd)
+
+
+@jax.custom_vjp
+def gelu(x: Float[Array, '*s']) -> Float[Array, '*s']:
+  """x * Phi(x), with the error function (not the tanh approximation)."""
+  return jax.nn.gelu(x, approximate=False)
+
+
+def _gelu_bwd(x: Array, g: Array) -> tuple[Array]:
+  x32 = x.astype(jnp.float32)
+  phi = 0.5 * (1 + jax.lax.erf(x32 * np.float32(0.5**0.5)))
+  slope = phi + x32 * jnp.exp(-0.5 * x32 * x32) * np.float32((2 * np.pi) ** -0.5)
+  return ((g * slope).astype(x.dtype),)
+
+
+gelu.defvjp(lambda x: (gelu(x), x), _gelu_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def layer_norm(
+  x: Float[Array, '*b d'], scale: Float[Array, ' d'], bias: Float[Array, ' d'], epsilon: float
+) -> Float[Array, '*b d']:
+  """(x - mean) / sqrt(variance + epsilon) * scale + bias over the last axis.
+
+  Statistics in float32 and in two passes, so that nothing cancels; the result has x's dtype.
+  """
+  centred, inverse = _statistics(x, epsilon)
+  return _scaled(centred, inverse, scale, bias, x)
+
+
+def _statistics(x: Array, epsilon: float) -> tuple[Array, Array]:
+  x = x.astype(jnp.float32)
+  centred = x - x.mean(-1, keepdims=True)
+  return materialize(centred), materialize(jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + epsilon))
+
+
+def _scaled(centred: Array, inverse: Array, scale: Array, bias: Array, like: Array) -> Array:
+  return (centred * inverse * as_row(scale, centred) + as_row(bias, centred)).astype(like.dtype)
+
+
+def _layer_norm_fwd(x: Array, scale: Array, bias: Array, epsilon: float) -> tuple[Array, tuple[Array, ...]]:
+  centred, inverse = _statistics(x, epsilon)
+  return _scaled(centred, inverse, scale, bias, x), (centred.astype(x.dtype), inverse, scale)
+
+
+def _layer_norm_bwd(epsilon: float, saved: tuple[Array, ...], g: Array) -> tuple[Array, Array, Array]:
+  centred, inverse, scale = saved
+  g32, inverse = _rows(g).astype(jnp.float32), inverse.reshape(-1, 1)
+  normal = _rows(centred) * inverse
+  scaled = g32 * scale[None]
+  mean, along = materialize((scaled.mean(-1, keepdims=True), (scaled * normal).mean(-1, keepdims=True)))
+  dx = inverse * (scaled - mean - normal * along)
+  return dx.reshape(g.shape).astype(g.dtype), (g32 * normal).sum(0), g32.sum(0)
+
+
+layer_norm.defvjp(_layer_norm_fwd, _layer_norm_bwd)
+
+
+def as_row(vector: Float[Array, ' d'], x: Float[Array, '*b d']) -> Float[Array, '...']:
+  """`vector` with x's rank, to be broadcast over all but the last axis."""
+  return vector.reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+def _rows(x: Array) -> Array:
+  return x.reshape(-1, x.shape[-1])
