@@ -1,16 +1,17 @@
 """The smallest jobs that run every part of training, for tests of the step, the mesh, the loop and the jobs."""
 
 import dataclasses
+import re
 
 import jax
 import numpy as np
-import optax
 
-from compactlm_jax.config import DataConfig, EncoderConfig, FinetuneConfig, MeshConfig, OptimizerConfig, RunConfig
+from compactlm_jax.config import DataConfig, EncoderConfig, FinetuneConfig, OptimizerConfig, RunConfig
 from compactlm_jax.jobs import build_job
 from compactlm_jax.parallel import make_mesh, param_shardings, to_global
 from compactlm_jax.train.optimizer import make_optimizer
 from compactlm_jax.train.step import compile_step, init_state, make_train_step
+from compactlm_jax.types import Task
 
 ENCODER = EncoderConfig(
   vocab_size=64, hidden_size=16, num_layers=2, num_heads=2, intermediate_size=32, max_positions=16, scan_unroll=1
@@ -56,8 +57,6 @@ def run_steps(config, steps=10, devices=None, change=lambda batch: batch):
 
 def toy_task(loss, params, **fields):
   """A Task of a loss(params, batch, key, step) -> (value, metrics) on given parameters."""
-  from compactlm_jax.types import Task
-
   return Task(
     name='toy',
     init=lambda key: jax.tree.map(jax.numpy.asarray, params),
@@ -67,8 +66,8 @@ def toy_task(loss, params, **fields):
   )
 
 
-def sgd(rate=0.1):
-  return optax.sgd(rate)
-
-
-__all__ = ['ENCODER', 'STILL', 'MeshConfig', 'place_job', 'run_steps', 'sgd', 'tiny_config', 'toy_task']
+def moved(program):
+  """Shapes of what the collectives of a compiled program bring to a device, sums (all-reduce) aside."""
+  collectives = r'(?:all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?'
+  lines = re.findall(rf'= (.*) {collectives}\(', program)
+  return [tuple(int(n) for n in dims.split(',') if n) for line in lines for dims in re.findall(r'\[([0-9,]*)\]', line)]

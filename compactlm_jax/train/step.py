@@ -44,7 +44,7 @@ def make_train_step(task: Task, tx: optax.GradientTransformation, seed: int, acc
     (loss, metrics), grads = accumulated(gradient, accumulate)(state.params, frozen, batch, key, state.step)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     good = jnp.isfinite(loss) & jnp.isfinite(norm)
     params, opt_state = jax.tree.map(
       lambda new, old: jnp.where(good, new, old), (params, opt_state), (state.params, state.opt_state)
@@ -75,7 +75,8 @@ def accumulated(gradient: Callable, parts: int) -> Callable:
     shapes = jax.eval_shape(gradient, params, frozen, jax.tree.map(lambda x: x[0], split), key, step)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), (shapes, jax.ShapeDtypeStruct((), jnp.float32)))
     (total, weight), _ = jax.lax.scan(add, zeros, (jnp.arange(parts), split))
-    return jax.tree.map(lambda x: x / weight, total)
+    (loss, metrics), grads = jax.tree.map(lambda x: x / weight, total)
+    return (loss, {**metrics, 'weight': weight}), grads
 
   return run
 
