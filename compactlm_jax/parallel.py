@@ -1,6 +1,7 @@
 """The device mesh, and where each array lives on it.
 
-Axes: 'data' (rows; parameters replicated), 'fsdp' (rows; parameters sharded), 'model' (hidden dimensions).
+Axes: 'data' (rows; parameters replicated), 'fsdp' (rows; parameters and moments stored in slices and gathered for each
+step), 'model' (hidden dimensions).
 """
 
 from __future__ import annotations
@@ -89,12 +90,28 @@ def param_shardings(mesh: Mesh, params: Any) -> Any:
   return map_named(place, params)
 
 
+def gathered(mesh: Mesh, params: Any) -> Any:
+  """`params` (traced) in one piece over 'fsdp' while a step reads them.
+
+  Left to itself, the compiler also brings rows to slices of parameters (seen with XLA's CPU and embedding tables, and
+  with the products inside a scan over layers): for encoders activations are far larger than parameters.
+  """
+  if mesh.shape['fsdp'] == 1:
+    return params
+
+  def whole(placed: NamedSharding) -> NamedSharding:
+    return NamedSharding(mesh, P(*(None if axis == 'fsdp' else axis for axis in placed.spec)))
+
+  return jax.lax.with_sharding_constraint(params, jax.tree.map(whole, param_shardings(mesh, params)))
+
+
 def state_shardings(mesh: Mesh, state: Any) -> Any:
   """The placement of a whole TrainState: moments lie as the parameters that they belong to, scalars everywhere."""
   placed = named_leaves(param_shardings(mesh, state.params))
 
   def place(name: str, leaf: Any) -> NamedSharding:
-    owner = next((p for p in placed if name.endswith('/' + p)), None) if leaf.shape else None
+    # The longest: 'generator/encoder/...' ends as 'encoder/...' does.
+    owner = max((p for p in placed if name.endswith('/' + p)), key=len, default='') if leaf.shape else ''
     return placed[owner] if owner else NamedSharding(mesh, P())
 
   return map_named(place, state)

@@ -41,18 +41,20 @@ def place_job(config, devices=None):
   tx = make_optimizer(config.optimizer, job.total_steps, job.task.trainable)
   state = init_state(job.task, tx, mesh, config.seed)
   frozen = None if job.task.frozen is None else jax.device_put(job.task.frozen, param_shardings(mesh, job.task.frozen))
-  step = make_train_step(job.task, tx, config.seed, config.optimizer.accumulate)
+  step = make_train_step(job.task, tx, config.seed, config.optimizer.accumulate, mesh)
   return job, mesh, state, frozen, compile_step(step, mesh, state, frozen)
 
 
 def run_steps(config, steps=10, devices=None, change=lambda batch: batch):
-  """(losses, last state, last metrics) of the first steps of a run."""
+  """(losses, last state, last metrics, compiled program) of the first steps of a run."""
   job, mesh, state, frozen, step = place_job(config, devices)
+  batches = [to_global(mesh, change(job.batches.batch(i))) for i in range(steps)]
+  compiled = step.lower(state, frozen, batches[0]).compile()
   losses = []
-  for i in range(steps):
-    state, metrics = step(state, frozen, to_global(mesh, change(job.batches.batch(i))))
+  for batch in batches:
+    state, metrics = compiled(state, frozen, batch)
     losses.append(float(metrics['loss']))
-  return np.array(losses), state, metrics
+  return np.array(losses), state, metrics, compiled.as_text()
 
 
 def toy_task(loss, params, **fields):

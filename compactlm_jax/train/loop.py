@@ -122,7 +122,7 @@ def _set_up(job: Job, checkpoints: Checkpoints) -> tuple[Any, TrainState, Any, A
     state = restored[0]
     log.info('resuming at step %d of %d', int(state.step), job.total_steps)
   frozen = None if job.task.frozen is None else jax.device_put(job.task.frozen, param_shardings(mesh, job.task.frozen))
-  step_fn = make_train_step(job.task, tx, config.seed, config.optimizer.accumulate)
+  step_fn = make_train_step(job.task, tx, config.seed, config.optimizer.accumulate, mesh)
   return mesh, state, frozen, compile_step(step_fn, mesh, state, frozen)
 
 

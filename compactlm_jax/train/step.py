@@ -10,14 +10,16 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from compactlm_jax.parallel import batch_sharding, param_shardings, replicated, state_shardings
+from compactlm_jax.parallel import batch_sharding, gathered, param_shardings, replicated, state_shardings
 from compactlm_jax.tree import map_named, match_one, named_leaves
 from compactlm_jax.types import Batch, Metrics, Task, TrainState
 
 StepFn = Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]
 
 
-def make_train_step(task: Task, tx: optax.GradientTransformation, seed: int, accumulate: int = 1) -> StepFn:
+def make_train_step(
+  task: Task, tx: optax.GradientTransformation, seed: int, accumulate: int = 1, mesh: Mesh | None = None
+) -> StepFn:
   """train_step(state, frozen, batch) -> (state, metrics).
 
   The key of a step is fold_in(seed, step), so a resumed run draws what an uninterrupted one draws. An update with a
@@ -28,14 +30,18 @@ def make_train_step(task: Task, tx: optax.GradientTransformation, seed: int, acc
     tx: the optimiser.
     seed: of the run.
     accumulate: micro-batches that the rows are split into, weighed by `metrics['weight']`.
+    mesh: where the step will run; None for one device.
   """
 
-  def loss(params: Any, *args: Any) -> tuple[jax.Array, Metrics]:
+  def whole(params: Any) -> Any:
+    return params if mesh is None else gathered(mesh, params)
+
+  def loss(params: Any, frozen: Any, *args: Any) -> tuple[jax.Array, Metrics]:
     # Without a gradient to held parameters the compiler drops what only they would need.
     def held(name: str, leaf: jax.Array) -> jax.Array:
       return leaf if match_one(task.trainable, name, 'trainable') else jax.lax.stop_gradient(leaf)
 
-    return task.loss(map_named(held, params), *args)
+    return task.loss(map_named(held, whole(params)), whole(frozen), *args)
 
   gradient = jax.value_and_grad(loss, has_aux=True)
 

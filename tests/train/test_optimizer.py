@@ -145,7 +145,9 @@ def test_layers_that_are_not_trained_do_not_decay():
   params, trainable = {'layers': {'kernel': kernel}}, (('.*', (True, False, True)),)
   config = OptimizerConfig(**{**PLAIN, 'weight_decay': 0.5})
   (after,), _ = trajectory(config, params, [jax.tree.map(np.zeros_like, params)], trainable)
-  np.testing.assert_allclose(after['layers']['kernel'], kernel * np.array([0.995, 1, 0.995]).reshape(3, 1, 1), rtol=1e-6)
+  np.testing.assert_allclose(
+    after['layers']['kernel'], kernel * np.array([0.995, 1, 0.995]).reshape(3, 1, 1), rtol=1e-6
+  )
   assert np.array_equal(after['layers']['kernel'][1], kernel[1])
 
 
