@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
 import logging
 import os
+import pathlib
+import re
 import sys
 import textwrap
 import traceback
@@ -29,43 +32,54 @@ class Command:
     define: adds its flags.
     required: flags that must be given.
     run: does the work; returns what is printed at the end.
+    configured: takes --config and --config.FIELD.
   """
 
   summary: str
   example: str
-  define: Callable[[flags.FlagValues], None]
+  define: Callable[[flags.FlagValues], Any]
   required: tuple[str, ...]
   run: Callable[[flags.FlagValues], str]
+  configured: bool = False
+
+  def flag_values(self, arguments: Sequence[str] = ()) -> flags.FlagValues:
+    """Its flags, not parsed yet; `arguments` say which fields of the configuration become flags."""
+    values = flags.FlagValues()
+    if self.configured:
+      config_flags.DEFINE_config_file(
+        'config',
+        None,
+        'FILE.py:VARIANT, from configs/ or your own.',
+        lock_config=True,
+        flag_values=values,
+        sys_argv=['compactlm', *arguments],
+      )
+    self.define(values)
+    return values
 
 
-def _text(name: str, default: str | None, text: str) -> Callable[[flags.FlagValues], None]:
+def _text(name: str, default: str | None, text: str) -> Callable[[flags.FlagValues], Any]:
   return lambda values: flags.DEFINE_string(name, default, text, flag_values=values)
 
 
-def _number(name: str, default: int | None, text: str) -> Callable[[flags.FlagValues], None]:
+def _number(name: str, default: int | None, text: str) -> Callable[[flags.FlagValues], Any]:
   return lambda values: flags.DEFINE_integer(name, default, text, lower_bound=0, flag_values=values)
 
 
-def _switch(name: str, text: str) -> Callable[[flags.FlagValues], None]:
+def _switch(name: str, text: str) -> Callable[[flags.FlagValues], Any]:
   return lambda values: flags.DEFINE_bool(name, False, text, flag_values=values)
 
 
-def _choice(name: str, options: list[str], text: str) -> Callable[[flags.FlagValues], None]:
+def _choice(name: str, options: list[str], text: str) -> Callable[[flags.FlagValues], Any]:
   return lambda values: flags.DEFINE_enum(name, options[0], options, text, flag_values=values)
 
 
-def _all(*parts: Callable[[flags.FlagValues], None]) -> Callable[[flags.FlagValues], None]:
+def _all(*parts: Callable[[flags.FlagValues], Any]) -> Callable[[flags.FlagValues], Any]:
   def define(values: flags.FlagValues) -> None:
     for part in parts:
       part(values)
 
   return define
-
-
-def _config(values: flags.FlagValues) -> None:
-  config_flags.DEFINE_config_file(
-    'config', None, 'FILE.py:VARIANT, from configs/ or your own.', lock_config=True, flag_values=values
-  )
 
 
 def _demo(values: flags.FlagValues) -> str:
@@ -169,13 +183,13 @@ COMMANDS = {
     'Train, distil or fine-tune; the same command resumes after a kill.',
     'compactlm train --config=configs/tiny.py:distill --workdir=runs/tiny --config.steps=100',
     _all(
-      _config,
       _text('workdir', None, 'Run directory: config.json, metrics.jsonl, checkpoints/, results.json.'),
       _text('allow_change', '', 'Comma-separated fields that may differ from the run that is resumed.'),
       _switch('steal_lock', 'Take the directory over from a run on another host that is known to be dead.'),
     ),
     ('config', 'workdir'),
     _train,
+    configured=True,
   ),
   'export': Command(
     'Write a trained model as a Hugging Face folder.',
@@ -203,32 +217,68 @@ def usage() -> str:
 
 def command_help(name: str) -> str:
   """The text of `compactlm NAME --help`."""
-  command, values = COMMANDS[name], flags.FlagValues()
-  command.define(values)
+  command = COMMANDS[name]
+  values = command.flag_values()
   lines = [f'compactlm {name}: {command.summary}', '', f'  {command.example}', '', 'flags:']
   for flag in [values[key] for key in values]:
     note = 'required' if flag.name in command.required else f'default: {flag.default!r}' if flag.default else ''
     text = (flag.help or '') + (f' [{note}]' if note else '')
     lines += [f'  --{flag.name}', *textwrap.wrap(text, 96, initial_indent='      ', subsequent_indent='      ')]
-  if 'config' in values:
+  if command.configured:
     lines += ['  --config.FIELD=VALUE', '      Overrides a field of the configuration, for example --config.steps=100.']
     lines += ['      Lists are comma-separated. The fields are documented in compactlm_jax/config/.']
   return '\n'.join(lines)
 
 
 def _parse(name: str, argv: Sequence[str]) -> flags.FlagValues:
-  command, values = COMMANDS[name], flags.FlagValues()
-  command.define(values)
+  command = COMMANDS[name]
+  values, file = command.flag_values(argv), _config_file(argv) if command.configured else ''
+  if file and not pathlib.Path(file).is_file():
+    raise ConfigError(f'--config: there is no file {file}. For example: {command.example}')
   try:
     left = values([f'compactlm {name}', *argv])
-  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as e:
-    raise ConfigError(f'{e}\nSee: compactlm {name} --help') from e
+  except CompactLMError:  # of the file's own get_config
+    raise
+  except Exception as e:  # the file is the user's code: whatever it raises is about the configuration
+    problem = _parse_problem(e, argv, file).rstrip('.')
+    raise ConfigError(f'{problem}{"" if problem.endswith("?") else "."} See: compactlm {name} --help') from e
   if len(left) > 1:
     raise ConfigError(f'unexpected argument {left[1]!r}; flags are written --name=value. See: compactlm {name} --help')
   for flag in command.required:
     if values[flag].value is None:
       raise ConfigError(f'--{flag} is missing. For example: {command.example}')
   return values
+
+
+def _config_file(argv: Sequence[str]) -> str:
+  """The file in --config=FILE:VARIANT or --config FILE:VARIANT."""
+  for argument, following in zip(argv, [*argv[1:], '']):
+    flag, given, value = argument.partition('=')
+    if flag in ('--config', '-config'):
+      return (value if given else following).partition(':')[0]
+  return ''
+
+
+def _parse_problem(error: Exception, argv: Sequence[str], file: str) -> str:
+  """One line, from the many forms in which absl, ml_collections and configuration files complain."""
+  if isinstance(error, flags.UnrecognizedFlagError) and error.flagname.startswith('config.') and not file:
+    return '--config=FILE.py:VARIANT is missing'
+  if isinstance(error, (KeyError, AttributeError)):
+    for argument in argv:  # ml_collections names only the part of a field that it did not find
+      field = argument.lstrip('-').partition('=')[0].split('.')
+      for i, part in enumerate(field):
+        if i and field[0] == 'config' and re.search(rf"'{re.escape(part)}\\?'", str(error)):
+          hint = re.search(r'Did you mean "([^"]+)"', str(error))
+          return f'{".".join(field[: i + 1])}: unknown field' + (f'; did you mean {hint[1]}?' if hint else '')
+  lines = [line for line in str(error).splitlines() if line.strip()] or ['']
+  if isinstance(error, flags.IllegalFlagValueError) and 'parsing config file' not in lines[0]:
+    return lines[0].removeprefix('flag ')
+  if isinstance(error, flags.UnrecognizedFlagError) or (isinstance(error, flags.Error) and not file):
+    return lines[0].replace(' ?', '?')
+  own = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.endswith(file)]
+  where = f', line {own[-1].lineno}' if own and file and not isinstance(error, flags.Error) else ''
+  kind = '' if isinstance(error, flags.Error) else f'{type(error).__name__}: '
+  return f'{file}{where}: {kind}{lines[-1]}' if file else f'{kind}{lines[-1]}'
 
 
 def _log_to_stderr() -> None:
@@ -275,7 +325,8 @@ def _guarded(name: str, arguments: Sequence[str]) -> int:
     if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO):
       traceback.print_exc()
       return 70
-    print(f'compactlm {name}: {e.strerror}: {e.filename}; free space or fix permissions', file=sys.stderr)
+    where = f': {e.filename}' if e.filename else ''
+    print(f'compactlm {name}: {e.strerror or e}{where}; free space or fix permissions', file=sys.stderr)
     return 74
   except Exception:
     traceback.print_exc()
@@ -286,6 +337,7 @@ def _guarded(name: str, arguments: Sequence[str]) -> int:
 def entry() -> Any:
   """The console script: exits at once, without waiting for reading threads of the input pipeline."""
   code = main()
-  sys.stdout.flush()
-  sys.stderr.flush()
+  with contextlib.suppress(BrokenPipeError):  # the reader of a pipe has seen enough
+    sys.stdout.flush()
+    sys.stderr.flush()
   os._exit(code)

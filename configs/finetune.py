@@ -8,12 +8,13 @@ Command: compactlm train --config=configs/finetune.py:table --workdir=RUN --conf
 """
 
 from compactlm_jax.config import DataConfig, OptimizerConfig, RunConfig, to_config_dict
+from compactlm_jax.errors import ConfigError
 
 
 def get_config(variant: str = 'table'):
   """The configuration for labelled tables (.tsv or .jsonl)."""
   if variant != 'table':
-    raise ValueError(f"configs/finetune.py has no variant {variant!r}; use 'table'")
+    raise ConfigError(f"configs/finetune.py has no variant {variant!r}; use 'table'")
   return to_config_dict(
     RunConfig(
       task='finetune',

@@ -14,6 +14,7 @@ from compactlm_jax.config import (
   RunConfig,
   to_config_dict,
 )
+from compactlm_jax.errors import ConfigError
 
 ENCODER = EncoderConfig(
   vocab_size=1000, hidden_size=64, num_layers=2, num_heads=4, max_positions=64, embedding_size=64, scan_unroll=1
@@ -40,5 +41,5 @@ VARIANTS = {
 def get_config(variant: str = 'distill'):
   """The configuration of a tiny run."""
   if variant not in VARIANTS:
-    raise ValueError(f'configs/tiny.py has no variant {variant!r}; use one of {", ".join(VARIANTS)}')
+    raise ConfigError(f'configs/tiny.py has no variant {variant!r}; use one of {", ".join(VARIANTS)}')
   return to_config_dict(VARIANTS[variant])

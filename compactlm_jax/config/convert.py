@@ -32,15 +32,15 @@ def _coerce(kind: Any, value: Any, path: str) -> Any:
     return from_config_dict(typing.cast(type, kind), value, path + '.')
   if origin is tuple:
     (item, *_) = typing.get_args(kind)
-    parts = [p.strip() for p in value.split(',') if p.strip()] if isinstance(value, str) else list(value)
     try:
+      parts = [p.strip() for p in value.split(',') if p.strip()] if isinstance(value, str) else list(value)
       return tuple(item(p) for p in parts)
-    except ValueError as e:
+    except (TypeError, ValueError) as e:
       raise ConfigError(f'config.{path}: {value!r} is not a comma-separated list of {item.__name__}') from e
   if kind is float and isinstance(value, int) and not isinstance(value, bool):
     return float(value)
   if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-    raise ConfigError(f'config.{path}: {value!r} must be of type {kind.__name__}')
+    raise ConfigError(f'config.{path}: {value!r} is not of type {kind.__name__}')
   return value
 
 
@@ -48,14 +48,17 @@ def from_config_dict(cls: type[_C], config: Any, prefix: str = '') -> _C:
   """The frozen dataclass `cls` of a ConfigDict, a dict or JSON.
 
   Raises:
-    ConfigError: an unknown field, a wrong type or an invalid value, named by its full path.
+    ConfigError: an unknown or missing field, a wrong type or an invalid value, named by its full path.
   """
   if not isinstance(config, (dict, ml_collections.ConfigDict)):
-    raise ConfigError(f'config.{prefix.rstrip(".")}: expected a section, got {config!r}')
+    raise ConfigError(f'{".".join(["config", prefix])[:-1]}: expected a section, got {config!r}')
   kinds = typing.get_type_hints(cls)
   unknown = sorted(set(config.keys()) - set(kinds))
   if unknown:
     raise ConfigError(f'config.{prefix}{unknown[0]}: unknown field; known fields are {", ".join(sorted(kinds))}')
+  for field in dataclasses.fields(typing.cast(Any, cls)):
+    if field.default is dataclasses.MISSING and field.name not in config:
+      raise ConfigError(f'config.{prefix}{field.name}: is missing')
   return cls(**{name: _coerce(kinds[name], config[name], prefix + name) for name in config.keys()})
 
 

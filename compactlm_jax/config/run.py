@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 from compactlm_jax.config.check import require
 from compactlm_jax.config.encoder import EncoderConfig
@@ -38,6 +39,7 @@ class DataConfig:
 
   def __post_init__(self) -> None:
     require(self.seq_len >= 4, 'data.seq_len', f'{self.seq_len} must be at least 4')
+    require(self.eval_rows >= 0, 'data.eval_rows', f'{self.eval_rows} must not be negative')
     require(len(self.text_columns) in (1, 2), 'data.text_columns', f'{self.text_columns} must name one or two columns')
     require(0 <= self.bad_record_budget <= 1e-2, 'data.bad_record_budget', 'must be a fraction between 0 and 0.01')
 
@@ -78,7 +80,18 @@ class OptimizerConfig:
 
   def __post_init__(self) -> None:
     f = 'optimizer.'
-    require(self.learning_rate >= 0, f + 'learning_rate', 'must not be negative')
+    # Within these bounds finite gradients give finite updates: the step need not look at updates again.
+    require(0 <= self.learning_rate <= 10, f + 'learning_rate', f'{self.learning_rate} must be in [0, 10]')
+    for name in ('beta1', 'beta2'):
+      require(0 <= getattr(self, name) <= 0.99999, f + name, f'{getattr(self, name)} must be in [0, 0.99999]')
+    require(1e-12 <= self.epsilon < float('inf'), f + 'epsilon', f'{self.epsilon} must be at least 1e-12')
+    require(0 <= self.weight_decay <= 1, f + 'weight_decay', f'{self.weight_decay} must be in [0, 1]')
+    require(0 <= self.clip_norm < float('inf'), f + 'clip_norm', f'{self.clip_norm} must be finite; 0 does not clip')
+    require(self.warmup_steps >= 0, f + 'warmup_steps', f'{self.warmup_steps} must not be negative')
+    try:
+      re.compile(self.no_decay)
+    except re.error as e:
+      require(False, f + 'no_decay', f'{self.no_decay!r} is not a regular expression ({e})')
     require(self.decay in ('linear', 'constant'), f + 'decay', f"{self.decay!r}; use 'linear' or 'constant'")
     require(self.decay_from in ('start', 'warmup'), f + 'decay_from', f"{self.decay_from!r}; use 'start' or 'warmup'")
     require(self.accumulate >= 1, f + 'accumulate', 'must be at least 1')
@@ -171,6 +184,10 @@ class FinetuneConfig:
   dropout: float = 0.1
   pooled: bool = False
 
+  def __post_init__(self) -> None:
+    require(self.num_classes >= 0, 'finetune.num_classes', f'{self.num_classes} must not be negative')
+    require(0 <= self.dropout < 1, 'finetune.dropout', f'{self.dropout} must be in [0, 1)')
+
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
@@ -216,8 +233,11 @@ class RunConfig:
       'steps',
       'set steps or epochs to a positive number',
     )
+    require(self.epochs < float('inf'), 'epochs', f'{self.epochs} must be finite')
     for name in ('batch_size', 'checkpoint_every', 'log_every', 'keep'):
       require(getattr(self, name) >= 1, name, f'{getattr(self, name)} must be at least 1')
+    require(self.eval_every >= 0, 'eval_every', f'{self.eval_every} must not be negative; 0 evaluates at the end only')
+    require(0 <= self.seed < 2**31, 'seed', f'{self.seed} must be in [0, 2^31)')
     require(
       self.batch_size % self.optimizer.accumulate == 0,
       'optimizer.accumulate',

@@ -86,6 +86,9 @@ def train(job: Job, workdir: str, *, allow_change: tuple[str, ...] = (), steal_l
     mesh, state, frozen, step_fn = _set_up(job, checkpoints)
     evaluate = make_evaluate(job.task, mesh)
     first = int(state.step)
+    if first >= total and (results := _results_of(workdir, total)):
+      log.info('all %d steps are done; results.json is kept (delete it to evaluate again)', total)
+      return results
     writer = stack.enter_context(MetricsWriter(workdir, total, start_step=first))
     reporter = Reporter(job.task, config, learning_rate_schedule(config.optimizer, total), writer, workdir)
     metadata = {'model': dict(job.task.model), 'task': job.task.name, 'identity': dict(job.identity)}
@@ -94,15 +97,16 @@ def train(job: Job, workdir: str, *, allow_change: tuple[str, ...] = (), steal_l
       state, metrics = step_fn(state, frozen, to_global(mesh, batch))
       done, stopping = step + 1, stop.requested(step + 1)
       reporter.add(done, metrics, batch, state, frozen)
+      # Before the save: a run that resumes from this step does not evaluate it again.
+      if config.eval_every and done % config.eval_every == 0 and done < total and job.eval_batches and not stopping:
+        reporter.flush()
+        scores = evaluate(state.params, frozen, job.eval_batches())
+        writer.write(done, {f'eval_{name}': value for name, value in scores.items()})
       if stopping or done == total or done % config.checkpoint_every == 0:
         reporter.flush()
         checkpoints.save(done, state, metadata, wait=stopping or done == total)
       if stopping and done < total:
         raise PreemptedError(f'asked to stop: step {done} is saved in {workdir}; the same command continues from it')
-      if config.eval_every and done % config.eval_every == 0 and done < total and job.eval_batches:
-        reporter.flush()
-        scores = evaluate(state.params, frozen, job.eval_batches())
-        writer.write(done, {f'eval_{name}': value for name, value in scores.items()})
 
     scores = evaluate(state.params, frozen, job.eval_batches()) if job.eval_batches else {}
     return _finish(job, workdir, scores, time.monotonic() - started)
@@ -131,6 +135,15 @@ def _keep_files(job: Job, workdir: epath.Path) -> None:
     for name, content in job.files.items():
       (workdir / name).parent.mkdir(parents=True, exist_ok=True)
       (workdir / name).write_bytes(content)
+
+
+def _results_of(workdir: str, total: int) -> dict[str, Any] | None:
+  """What a run of `total` steps that is over has left; None if it was cut off before."""
+  try:
+    results = json.loads((epath.Path(workdir) / 'results.json').read_text())
+    return results if results['steps'] == total and isinstance(results['metrics'], dict) else None
+  except (OSError, ValueError, KeyError, TypeError):
+    return None
 
 
 def _finish(job: Job, workdir: str, scores: Mapping[str, float], seconds: float) -> dict[str, Any]:
