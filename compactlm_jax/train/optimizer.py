@@ -44,7 +44,7 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.S
 class AdamState(NamedTuple):
   """Step count and the two moments, float32, shaped like the parameters."""
 
-  count: jax.Array
+  count: jax.Array  # type: ignore[assignment]  # as optax names it; tuples have a method of that name
   mu: Any
   nu: Any
 
