@@ -1,0 +1,77 @@
+"""Evaluation: each row counts once, however batches are cut and padded."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from compactlm_jax.config import MeshConfig
+from compactlm_jax.data.source import eval_batches
+from compactlm_jax.data.synthetic import synthetic_rows
+from compactlm_jax.parallel import make_mesh
+from compactlm_jax.train.evaluate import make_evaluate
+from compactlm_jax.types import Task
+
+ROWS = synthetic_rows(rows=21, seq_len=8, vocab_size=64)
+
+
+def evaluate(params, frozen, batch):
+  """Means over rows and over tokens, from ids alone."""
+  value_B = batch.input_ids.sum(-1) * params['scale'] + (0.0 if frozen is None else frozen)
+  tokens_BT = batch.attention_mask * batch.weights[:, None]
+  return {
+    'per_row': ((value_B * batch.weights).sum(), batch.weights.sum()),
+    'per_token': ((batch.input_ids * tokens_BT).sum(), tokens_BT.sum()),
+    'nothing': (jnp.float32(0), jnp.float32(0)),
+  }
+
+
+def task(fn=evaluate):
+  return Task('toy', lambda key: {}, lambda *args: (jnp.float32(0), {}), fn)
+
+
+def expected(rows):
+  ids = np.stack([ROWS[i]['input_ids'] for i in range(rows)]).astype(np.float64)
+  real = sum(int(ROWS[i]['length']) for i in range(rows))
+  return {'per_row': 2 * ids.sum() / rows, 'per_token': ids.sum() / real}
+
+
+@pytest.mark.parametrize(('batch_size', 'devices'), [(8, 1), (8, 8), (24, 8), (16, 2)])
+def test_each_row_counts_once(batch_size, devices):
+  """21 rows in padded batches. Mutation: average the means of batches, or ignore weights."""
+  mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
+  found = make_evaluate(task(), mesh)({'scale': jnp.float32(2)}, None, eval_batches(ROWS, batch_size))
+  for name, value in expected(21).items():
+    np.testing.assert_allclose(found[name], value, rtol=1e-6)
+  assert np.isnan(found['nothing'])  # no unit at all: nothing to average, and no error
+
+
+def test_long_sums_are_added_in_float64():
+  """Mutation: keep the totals in float32: after 2^24 each further 1 is lost."""
+  big = task(lambda params, frozen, batch: {'x': (jnp.float32(1) + batch.weights[0] * 2**24, jnp.float32(1))})
+  row = dataclasses.replace(next(iter(eval_batches(ROWS, 8))))
+  heavy = dataclasses.replace(row, weights=np.ones(8, np.float32))
+  light = dataclasses.replace(row, weights=np.zeros(8, np.float32))
+  run = make_evaluate(big, make_mesh(MeshConfig(), jax.devices()[:1]))
+  found = run({}, None, [heavy, *[light] * 9])
+  assert found['x'] == (2**24 + 9) / 10
+
+
+def test_evaluation_is_compiled_once_for_all_calls():
+  """Mutation: jit inside `evaluate`."""
+  traces = []
+
+  def counted(params, frozen, batch):
+    traces.append(batch.input_ids.shape)
+    return evaluate(params, frozen, batch)
+
+  run = make_evaluate(task(counted), make_mesh(MeshConfig(), jax.devices()[:1]))
+  for scale in (1, 2):
+    run({'scale': jnp.float32(scale)}, jnp.float32(1), eval_batches(ROWS, 8))
+  assert traces == [(8, 8)]
+
+
+def test_no_batches_give_no_metrics():
+  assert make_evaluate(task(), make_mesh(MeshConfig()))({}, None, iter([])) == {}
