@@ -245,6 +245,8 @@ def _parse(name: str, argv: Sequence[str]) -> flags.FlagValues:
   if len(left) > 1:
     raise ConfigError(f'unexpected argument {left[1]!r}; flags are written --name=value. See: compactlm {name} --help')
   for flag in command.required:
+    if flag == 'config' and file and values[flag].value is None:
+      raise ConfigError(f'{file}: get_config() returns nothing')
     if values[flag].value is None:
       raise ConfigError(f'--{flag} is missing. For example: {command.example}')
   return values
@@ -321,14 +323,11 @@ def _guarded(name: str, arguments: Sequence[str]) -> int:
   except KeyboardInterrupt:
     print(f'compactlm {name}: interrupted', file=sys.stderr)
     return 130
-  except OSError as e:
-    if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO):
-      traceback.print_exc()
-      return 70
-    where = f': {e.filename}' if e.filename else ''
-    print(f'compactlm {name}: {e.strerror or e}{where}; free space or fix permissions', file=sys.stderr)
-    return 74
-  except Exception:
+  except Exception as e:
+    if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO):
+      where = f': {e.filename}' if e.filename else ''
+      print(f'compactlm {name}: {e.strerror}{where}; free space or fix permissions', file=sys.stderr)
+      return 74
     traceback.print_exc()
     print(f'compactlm {name}: this is a bug in compactlm-jax; the lines above say where', file=sys.stderr)
     return 70

@@ -122,5 +122,11 @@ def bad_leaves(task: Task, seed: int, state: TrainState, frozen: Any, batch: Bat
     step: 0-based.
   """
   key = jax.random.fold_in(jax.random.key(seed), step)
-  grads = jax.grad(lambda p: task.loss(p, frozen, batch, key, jnp.int32(step))[0])(state.params)
-  return [name for name, g in named_leaves(grads).items() if not bool(jnp.isfinite(g).all())]
+
+
+  def finite(params: Any, *args: Any) -> Any:
+    grads = jax.grad(lambda p: task.loss(p, *args)[0])(params)
+    return jax.tree.map(lambda g: jnp.isfinite(g).all(), grads)
+
+  found = jax.jit(finite)(state.params, frozen, batch, key, jnp.int32(step))
+  return [name for name, ok in named_leaves(found).items() if not ok]
