@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -60,7 +61,7 @@ def load_model(path: epath.PathLike) -> Bundle:
   params, metadata = load_params(run / 'checkpoints')
   encoder = from_config_dict(EncoderConfig, metadata['model']['encoder'], 'encoder.')
   tokenizer = read_tokenizer(open_folder(run / 'tokenizer')) if (run / 'tokenizer').exists() else None
-  bundle = Bundle(encoder, params, tokenizer)
+  bundle = Bundle(encoder, jax.tree.map(jnp.asarray, params), tokenizer)
   # In a bundle a classifier reads the pooler if there is one; this run's reads the first token itself.
   raw = 'classifier' in params and encoder.pooler and not metadata['model']['finetune']['pooled']
   return drop_pooler(bundle) if raw else bundle
@@ -163,6 +164,7 @@ def _prepared(config: RunConfig, fingerprint: str, owner: Bundle) -> _Data:
   """A prepared dataset whose ids the owner's tokenizer made, or generated rows without a path."""
   if not config.data.path:
     raise ConfigError('config.data.path: name a dataset written by `compactlm prepare`')
+  _check_tokenizer(config, fingerprint)
   budget = config.data.bad_record_budget
   path = epath.Path(config.data.path)
   source = rows.open_dataset(path, 'train', fingerprint, bad_record_budget=budget)
@@ -176,6 +178,12 @@ def _prepared(config: RunConfig, fingerprint: str, owner: Bundle) -> _Data:
   return _Data(source, dev, digest, owner.tokenizer)
 
 
+def _check_tokenizer(config: RunConfig, fingerprint: str) -> None:
+  named = config.data.tokenizer
+  if named and tokenizer_of(named).fingerprint() != fingerprint:
+    raise ConfigError(f'config.data.tokenizer: {named} is not the tokenizer of {config.teacher or config.model}')
+
+
 def _finetune(config: RunConfig) -> tuple[Task, _Data]:
   if not config.data.train:
     sizes: dict[str, Any] = {'seq_len': config.data.seq_len, 'vocab_size': config.encoder.vocab_size}
@@ -186,6 +194,7 @@ def _finetune(config: RunConfig) -> tuple[Task, _Data]:
   if not config.model:
     raise ConfigError('config.model: name the model folder or run to fine-tune')
   bundle, tokenizer = load_model(config.model), tokenizer_of(config.model)
+  _check_tokenizer(config, tokenizer.fingerprint())
   if config.data.seq_len > bundle.config.max_positions:
     raise ConfigError(
       f'config.data.seq_len: {config.data.seq_len} is more than the {bundle.config.max_positions} positions of '
@@ -193,6 +202,11 @@ def _finetune(config: RunConfig) -> tuple[Task, _Data]:
     )
   columns = (config.data.text_columns, config.data.label_column)
   table = read_table(config.data.train, *columns)
+  if config.finetune.num_classes not in (0, len(table.classes)):
+    raise ConfigError(
+      f'config.finetune.num_classes: {config.finetune.num_classes}, but {config.data.train} has {len(table.classes)} '
+      f'classes ({", ".join(table.classes[:8])}); set it to 0'
+    )
   train_rows = tokenize_table(table, tokenizer, config.data.seq_len)
   dev = None
   if config.data.dev:
