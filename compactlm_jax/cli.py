@@ -83,8 +83,10 @@ def _all(*parts: Callable[[flags.FlagValues], Any]) -> Callable[[flags.FlagValue
 
 
 def _demo(values: flags.FlagValues) -> str:
+  from compactlm_jax.cpu import keep_memory
   from compactlm_jax.demo.main import run_demo
 
+  keep_memory()
   return run_demo(values.workdir)
 
 
@@ -118,8 +120,10 @@ def _tokenizer(values: flags.FlagValues) -> str:
 
 def _train(values: flags.FlagValues) -> str:
   from compactlm_jax.config import RunConfig, from_config_dict
+  from compactlm_jax.cpu import keep_memory
   from compactlm_jax.jobs import run_train
 
+  keep_memory()
   config = from_config_dict(RunConfig, values.config)
   allowed = tuple(name.strip() for name in values.allow_change.split(',') if name.strip())
   results = run_train(config, values.workdir, allow_change=allowed, steal_lock=values.steal_lock)
