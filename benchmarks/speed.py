@@ -27,6 +27,7 @@ import torch
 import transformers
 
 from compactlm_jax.config import EncoderConfig, OptimizerConfig
+from compactlm_jax.cpu import keep_memory
 from compactlm_jax.nn.encoder import encode, init_encoder
 from compactlm_jax.train.optimizer import make_optimizer
 
@@ -162,6 +163,7 @@ def main() -> None:
   parser.add_argument('--dropout', type=float, default=0.1)
   parser.add_argument('--json', default='')
   args = parser.parse_args()
+  keep_memory()  # as the command line does; PyTorch, in the same process, gains from it too
   torch.set_num_threads(os.cpu_count() or 1)
   rng = np.random.default_rng(0)
   ours_peak, torch_peak = peaks(args.rounds)

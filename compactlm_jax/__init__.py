@@ -1,9 +1,9 @@
 """Train, distil and compress BERT-like encoders on TPUs.
 
-    import compactlm_jax as clm
-    bundle = clm.from_pretrained('folder')
-    out = clm.encode(bundle.params, bundle.config, input_ids, attention_mask)
-    clm.save_pretrained(bundle, 'other_folder')
+import compactlm_jax as clm
+bundle = clm.from_pretrained('folder')
+out = clm.encode(bundle.params, bundle.config, input_ids, attention_mask)
+clm.save_pretrained(bundle, 'other_folder')
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ from jax.sharding import PartitionSpec as P
 
 from compactlm_jax import stepdir
 from compactlm_jax.errors import ConfigError, NumericsError, StorageError
-from compactlm_jax.stepdir import DamagedError, StepDirectory, free_bytes
+from compactlm_jax.stepdir import DamagedError, StepDirectory, absolute, free_bytes
 from compactlm_jax.tree import named_leaves
 from compactlm_jax.types import Params, TrainState
 
@@ -91,7 +91,7 @@ class Checkpoints:
     retries: int = 3,
     on_event: _Event = lambda name, step: None,
   ) -> None:
-    self._directory, self._keep, self._retries, self._event = epath.Path(directory), max(keep, 2), retries, on_event
+    self._directory, self._keep, self._retries, self._event = absolute(directory), max(keep, 2), retries, on_event
     self._context = ocp.Context()
     self._context.array.saving.use_compression = False  # float noise shrinks by 7 % and takes 5 times as long
     if commit_file:
@@ -305,7 +305,7 @@ def load_params(directory: epath.PathLike, step: int | None = None) -> tuple[Par
     ConfigError: there is no checkpoint, or no such step.
     StorageError: none is intact.
   """
-  folder = epath.Path(directory)
+  folder = absolute(directory)
   folder = folder / 'checkpoints' if (folder / 'checkpoints').exists() else folder
   known = StepDirectory(folder, stepdir.is_remote(folder)).steps()
   if not known or (step is not None and step not in known):

@@ -39,6 +39,11 @@ def is_remote(path: epath.PathLike) -> bool:
   return '://' in str(path)
 
 
+def absolute(path: epath.PathLike) -> epath.Path:
+  """The path from the root, as Orbax wants it; object stores have no other."""
+  return epath.Path(path) if is_remote(path) else epath.Path(path).resolve()
+
+
 @dataclasses.dataclass(frozen=True)
 class StepDirectory:
   """A directory of checkpoints.

@@ -40,6 +40,14 @@ def test_round_trip_with_donation(tmp_path, commit_file):
   assert equal(restored, make_state(4)) and metadata == {**METADATA, 'step': 4}
 
 
+def test_a_relative_directory(tmp_path, monkeypatch):
+  """Mutation: take `epath.Path(directory)` as it is; Orbax then fails in the background."""
+  monkeypatch.chdir(tmp_path)
+  with Checkpoints('runs/checkpoints', 3) as checkpoints:
+    checkpoints.save(1, place(make_state(1), 1), METADATA, wait=True)
+  assert load_params('runs')[1]['step'] == 1
+
+
 @pytest.mark.parametrize(('saved', 'read'), [(4, 1), (4, 8), (1, 8), (8, 2)])
 def test_restores_onto_another_device_count(tmp_path, saved, read):
   """Mutation: return `host` unsliced from the callback in `_place`."""

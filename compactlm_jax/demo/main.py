@@ -101,8 +101,10 @@ def undistilled(teacher: Bundle, config: RunConfig) -> Bundle:
 
 def with_dropout(model: Bundle, like: EncoderConfig) -> Bundle:
   """The model with the teacher's dropout rates in its configuration, for whoever fine-tunes it."""
-  rates = {'hidden_dropout': like.hidden_dropout, 'attention_dropout': like.attention_dropout}
-  return dataclasses.replace(model, config=dataclasses.replace(model.config, **rates))
+  config = dataclasses.replace(
+    model.config, hidden_dropout=like.hidden_dropout, attention_dropout=like.attention_dropout
+  )
+  return dataclasses.replace(model, config=config)
 
 
 def row(

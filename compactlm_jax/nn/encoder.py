@@ -153,7 +153,7 @@ def encode(
   variables: dict[str, Any] = {'params': params['encoder']}
   if 'scores' in params:
     variables['scores'] = params['scores']['encoder']
-  return Encoder(config, mask_fn).apply(
+  out = Encoder(config, mask_fn).apply(
     variables,
     input_ids,
     mask,
@@ -163,6 +163,8 @@ def encode(
     qkv_layers=qkv_layers,
     skip_above=skip_above,
   )
+  assert isinstance(out, EncoderOutput)  # apply is typed for mutable collections too
+  return out
 
 
 @functools.partial(jax.jit, static_argnums=0)

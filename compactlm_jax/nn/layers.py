@@ -43,7 +43,7 @@ class MaskedDense(nn.Module):
     kernel = self.param('kernel', kernel_init(self.config.initializer_range), shape)
     bias = self.param('bias', nn.initializers.zeros, (self.features,))
     if self.has_variable('scores', 'kernel') and self.mask_fn is not None:
-      scores = self.get_variable('scores', 'kernel')
+      scores: Array = self.get_variable('scores', 'kernel')
       kernel = masked_weight(kernel, scores, self.mask_fn(scores))
     return dense(x, kernel, bias)
 

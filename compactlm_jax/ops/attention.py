@@ -69,7 +69,7 @@ def _forward(q: Array, k: Array, v: Array, bias: Array, rate: float, words: Arra
   return out, (q_, k_, v_, exps.astype(v.dtype), inverse, out, words)
 
 
-def _backward(rate: float, saved: Any, g: Array) -> tuple[Array | None, ...]:
+def _backward(rate: float, saved: Any, g: Array) -> tuple[Any, ...]:
   q_, k_, v_, exps, inverse, out, words = saved
   batch, length, heads, size = g.shape
   scale = np.asarray(size**-0.5, g.dtype)

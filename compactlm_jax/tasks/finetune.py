@@ -47,21 +47,21 @@ def make_finetune_task(
     encoder_key, head_key = (None, None) if key is None else jax.random.split(key)
     out = encode(params, encoder, batch.input_ids, batch.attention_mask, batch.token_type_ids, dropout_key=encoder_key)
     vector_BD = out.pooled_BD if config.pooled else out.last_BTD[:, 0]
-    return head.apply({'params': params['classifier']}, vector_BD, head_key)
+    return jnp.asarray(head.apply({'params': params['classifier']}, vector_BD, head_key))
+
+  def losses_and_hits(logits_BC: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    labels_B = jnp.asarray(batch.labels)
+    return cross_entropy(logits_BC, labels_B), jnp.equal(logits_BC.argmax(-1), labels_B).astype(jnp.float32)
 
   def loss(params: Params, frozen: Any, batch: Batch, key: jax.Array, step: jax.Array) -> tuple[jax.Array, Metrics]:
-    logits_BC = logits(params, batch, key)
-    weights = jnp.ones(logits_BC.shape[0]) if batch.weights is None else batch.weights
-    accuracy = masked_mean((logits_BC.argmax(-1) == batch.labels).astype(jnp.float32), weights)
-    return masked_mean(cross_entropy(logits_BC, batch.labels), weights), {'accuracy': accuracy, 'weight': weights.sum()}
+    losses_B, hits_B = losses_and_hits(logits(params, batch, key), batch)
+    weights_B = jnp.ones_like(losses_B) if batch.weights is None else batch.weights
+    metrics = {'accuracy': masked_mean(hits_B, weights_B), 'weight': weights_B.sum()}
+    return masked_mean(losses_B, weights_B), metrics
 
   def evaluate(params: Params, frozen: Any, batch: Batch) -> dict[str, tuple[jax.Array, jax.Array]]:
-    logits_BC = logits(params, batch, None)
-    right = (logits_BC.argmax(-1) == batch.labels).astype(jnp.float32)
-    return {
-      'loss': masked_sum(cross_entropy(logits_BC, batch.labels), batch.weights),
-      'accuracy': masked_sum(right, batch.weights),
-    }
+    losses_B, hits_B = losses_and_hits(logits(params, batch, None), batch)
+    return {'loss': masked_sum(losses_B, batch.weights), 'accuracy': masked_sum(hits_B, batch.weights)}
 
   unused = r'encoder/pooler/.*' if encoder.pooler and not config.pooled else r'(?!)'
   return Task(

@@ -123,7 +123,6 @@ def bad_leaves(task: Task, seed: int, state: TrainState, frozen: Any, batch: Bat
   """
   key = jax.random.fold_in(jax.random.key(seed), step)
 
-
   def finite(params: Any, *args: Any) -> Any:
     grads = jax.grad(lambda p: task.loss(p, *args)[0])(params)
     return jax.tree.map(lambda g: jnp.isfinite(g).all(), grads)
