@@ -1,6 +1,6 @@
 """Cost of a distillation step, relative to teacher forward + student training step, in one run on this machine.
 
-The distillation step is the library's own (`make_train_step` of the task 'distill', MiniLM v1, AdamW, clipping). The two
+The distillation step is the library's own (`make_train_step` of the task, with AdamW and clipping). The two
 parts it is compared with run as programs of their own: the whole teacher's forward pass, and a training step of the
 student with the same optimiser and a plain loss on its last hidden state. The calls take turns; the quickest counts.
 

@@ -1,14 +1,14 @@
 """MiniLM and MiniLMv2: every published student, the teacher-assistant chain, and the paper's ablations.
 
 Claim: a student trained with these settings on English Wikipedia and BookCorpus reaches, after fine-tuning, what the
-authors report (development sets; SQuAD2 F1 / MNLI-m / SST-2; papers 3.1 and 3.2). Not yet reproduced here; the one
+authors report (development sets; SQuAD2 F1 / MNLI-m / SST-2; Wang et al. 2020, 2021). Not yet reproduced here; the one
 public reproduction found, of v2-l6-h768, has MNLI-m 82.9 for the published 84.2.
   BERT-base teacher: 76.8 / 84.5 / 93.2        l6-h768: 76.4 / 84.0 / 92.0
   l6-h384, l4-h384, l3-h384: 72.4 / 82.2 / 91.0, 69.4 / 80.3 / 90.2, 66.2 / 78.8 / 89.3
   the same through an assistant: 72.7 / 82.4 / 91.2, 69.7 / 80.6 / 90.6, 66.9 / 79.1 / 89.7
   in-house teacher of BERT-base size, 160 GB of text: inhouse-l12-h384 81.7 / 85.7 / 93.0, and through it
   inhouse-from-assistant-l6-h384 75.6 / 83.3 / 91.5
-  l12-h384-e128: 80.6 / 85.2 / 92.1 (authors' answer to reviewers, papers 0a; its settings were not given, here those
+  l12-h384-e128: 80.6 / 85.2 / 92.1 (authors' answer to reviewers, NeurIPS 2020; its settings were not given, here those
   of inhouse-l12-h384)
   v2 (MNLI-m / SQuAD2 F1), BERT-base: v2-l6-h768 84.2 / 76.3, v2-l6-h384 82.8 / 72.9; BERT-large: 85.0 / 77.7 and
   83.0 / 74.3; RoBERTa-large: l6-h768 87.0 / 81.6, l12-h384 86.9 / 82.3, l6-h384 84.4 / 76.4
@@ -59,7 +59,7 @@ def run(
 
 
 def v2(encoder: EncoderConfig, relation_heads: int, teacher_layer: int = 0) -> RunConfig:
-  """MiniLMv2: query, key and value relations over relation heads; lr 6e-4, batch 256 (papers 3.2)."""
+  """MiniLMv2: query, key and value relations over relation heads; lr 6e-4, batch 256 (MiniLM)."""
   relations = DistillConfig(relations=('qq', 'kk', 'vv'), relation_heads=relation_heads, teacher_layer=teacher_layer)
   return run(encoder, 6e-4, 256, distill=relations)
 

@@ -46,7 +46,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-  """AdamW with the options of the originals (papers: ELECTRA 1.5, MiniLM 3.1, movement pruning 4.5).
+  """AdamW with the options of the originals (ELECTRA, MiniLM, movement pruning).
 
   Attributes:
     learning_rate: peak of the schedule.
@@ -124,7 +124,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DistillConfig:
-  """MiniLM v1 and v2 (papers: 3.1, 3.2) and the ablations of the paper.
+  """MiniLM v1 and v2 (Wang et al. 2020, 2021) and the ablations of the paper.
 
   Attributes:
     relations: any of 'qk' (self-attention), 'vv', 'qq', 'kk'. v1: qk,vv. v2: qq,kk,vv.

@@ -69,7 +69,7 @@ def sentence_pairs(
   Sentences of a document are collected until they reach a target length (seq_len; in 5 % of the examples uniform in
   [5, seq_len]) and then split into A and B around half of it, or kept in A (10 %). The random numbers of a document
   come from (seed, number of the document), so that rows do not depend on how the work is shared out; the original
-  draws from one unseeded stream per process (google-research/electra `build_pretraining_dataset.py`; papers 1.6, 2.6).
+  draws from one unseeded stream per process (google-research/electra `build_pretraining_dataset.py`).
 
   Args:
     lines: tokenised lines.

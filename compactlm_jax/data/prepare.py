@@ -76,7 +76,7 @@ def prepare(
       ELECTRA's two-segment examples (`packing.sentence_pairs`), 'sentences' puts one line in each row, cut at T.
     workers: threads that tokenise; 0 takes all cores.
     seed: of the pairs and of the held-out rows.
-    pair_rule: 'electra', or 'convbert' for the condition before its fix (papers 2.6), in mode 'pairs'.
+    pair_rule: 'electra', or 'convbert' for the condition before its fix (ConvBERT), in mode 'pairs'.
     holdout_rows: rows, drawn uniformly, that become a 'validation' split.
     split: split of a dataset input.
     text_key: text field of a dataset input.

@@ -30,7 +30,7 @@ def relation_loss(
   """The parts of MiniLM's loss per example, and how much each example weighs in their mean.
 
   Masked keys take no part. The loss is the sum of the parts (weights 1:1), averaged over examples with the returned
-  weights, which makes the three normalisations (papers 3.4):
+  weights, which makes the three normalisations:
     'tokens': mean over heads and valid query rows of the whole batch;
     'examples': mean over heads and valid rows of each example, then over examples;
     'padded': mean over heads and all rows of the padded length, pad query rows included.
@@ -48,7 +48,7 @@ def relation_loss(
   Raises:
     ConfigError: head counts or widths that do not fit; `tasks.distill` refuses them before training.
 
-  Source: MiniLM, equations 1-5, MiniLMv2 (papers 3.1, 3.2).
+  Source: Wang et al. 2020, MiniLM, equations 1-5; Wang et al. 2021, MiniLMv2.
   """
   teacher = jax.lax.stop_gradient(teacher)
   real_BT = mask_BT.astype(jnp.float32)

@@ -16,7 +16,7 @@ from compactlm_jax.types import QKV
 
 
 class DepthwiseConv(nn.Module):
-  """Depthwise convolution over time, no bias; initialised with deviation 1 / taps (papers.md 2.1)."""
+  """Depthwise convolution over time, no bias; initialised with deviation 1 / taps (ConvBERT)."""
 
   taps: int
 
@@ -29,7 +29,7 @@ class DepthwiseConv(nn.Module):
 class SpanDynamicConv(nn.Module):
   """Span-based dynamic convolution: each position's kernel comes from its query and its neighbourhood.
 
-  K_s = separable convolution of x; taps = softmax(Dense(K_s * q)); out = taps applied to the values (papers.md 2.1).
+  K_s = separable convolution of x; taps = softmax(Dense(K_s * q)); out = taps applied to the values (ConvBERT).
   """
 
   config: EncoderConfig

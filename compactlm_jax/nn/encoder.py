@@ -169,7 +169,7 @@ def encode(
 
 @functools.partial(jax.jit, static_argnums=0)
 def init_encoder(config: EncoderConfig, key: jax.Array) -> Params:
-  """Random parameters {'encoder': ...}: truncated normal kernels, zero biases, unit LayerNorms (papers.md 0)."""
+  """Random parameters {'encoder': ...}: truncated normal kernels, zero biases, unit LayerNorms (BERT)."""
   ids = jnp.zeros((1, 2), jnp.int32)
   return {'encoder': Encoder(config).init(key, ids, ids, ids)['params']}
 

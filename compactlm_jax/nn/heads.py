@@ -14,7 +14,7 @@ from compactlm_jax.ops.dropout import dropout
 
 
 class MlmHead(nn.Module):
-  """Dense, GELU, LayerNorm, then the transposed word table and a bias (papers.md 1.4)."""
+  """Dense, GELU, LayerNorm, then the transposed word table and a bias (ELECTRA)."""
 
   config: EncoderConfig
 
@@ -29,7 +29,7 @@ class MlmHead(nn.Module):
 
 
 class RtdHead(nn.Module):
-  """Replaced-token detection: Dense, GELU, Dense to one logit per token (papers.md 1.4)."""
+  """Replaced-token detection: Dense, GELU, Dense to one logit per token (ELECTRA)."""
 
   config: EncoderConfig
 

@@ -49,7 +49,7 @@ class MaskedDense(nn.Module):
 
 
 class GroupedDense(nn.Module):
-  """Dense on `groups` contiguous slices of the features, concatenated; no shuffle (papers.md 2.2)."""
+  """Dense on `groups` contiguous slices of the features, concatenated; no shuffle (ConvBERT)."""
 
   features: int
   groups: int
@@ -94,7 +94,7 @@ class Embedding(nn.Module):
 
 
 class Embeddings(nn.Module):
-  """word + position + token type -> LayerNorm -> dropout -> projection if the sizes differ (papers.md 2.3)."""
+  """word + position + token type -> LayerNorm -> dropout -> projection if the sizes differ (ConvBERT)."""
 
   config: EncoderConfig
 

@@ -29,7 +29,7 @@ def attention(
   key: jax.Array | None = None,
   site: int | Array = 0,
 ) -> Float[Array, 'B T H K']:
-  """softmax(q k^T / sqrt(K) + bias) v, softmax in float32 (papers.md 0; dropout is not renormalised).
+  """softmax(q k^T / sqrt(K) + bias) v, softmax in float32 (BERT; dropout is not renormalised).
 
   The backward pass is written out: it keeps one T x S array per head (unnormalised probabilities), draws the dropout
   mask again, and never transposes a T x S array.

@@ -1,4 +1,4 @@
-"""Convolutions of ConvBERT's span-based dynamic convolution (papers.md 2.1).
+"""Convolutions of ConvBERT's span-based dynamic convolution.
 
 Both are sums of W shifted products: the unfolded [B, T, C, W] tensor of the original is never built, neither forward
 nor backward.

@@ -1,4 +1,4 @@
-"""Weight masks from scores, and the straight-through estimator (papers.md 4.1)."""
+"""Weight masks from scores, and the straight-through estimator (Sanh et al. 2020, movement pruning)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """KL divergence between the relations of two models, head chunk by head chunk, with its gradient in the same pass.
 
 A relation of one head is softmax(X Y^T / sqrt(d) + mask), a T x T matrix of distributions over the keys: X, Y = Q, K
-gives the self-attention distributions, V, V the value relation (MiniLM 3; papers 3.1, 3.2). All heads of both models
+gives the self-attention distributions, V, V the value relation (MiniLM, section 3). All heads of both models
 at T = 512 are gigabytes. Here only one chunk of heads exists at a time, forward and backward: the gradient of the KL
 with respect to the student's logits is p_student - p_teacher, known as soon as the loss is, so the pass that computes
 the loss also contracts it with the student's operands. What the backward pass needs is then the size of the operands.
@@ -23,12 +23,12 @@ CHUNK_BYTES = 4 << 20
 2 to 3 times faster at B = 16, T = 128 than all heads at once."""
 
 # Finite, so that a masked key has probability exactly 0 in both models and 0 * (difference of two logits) is 0, not
-# NaN (papers 3.1); halved, so that subtracting a row's maximum cannot overflow.
+# NaN; halved, so that subtracting a row's maximum cannot overflow.
 _MASKED = float(jnp.finfo(jnp.float32).min) / 2
 
 
 def split_heads(x_BTHK: Float[Array, 'B T H K'], relation_heads: int) -> Float[Array, 'B T R J']:
-  """Concatenates attention heads and splits them again into relation heads (MiniLMv2; papers 3.2).
+  """Concatenates attention heads and splits them again into relation heads (MiniLMv2).
 
   Args:
     x_BTHK: queries, keys or values.
@@ -87,7 +87,7 @@ def relation_kl(
   Raises:
     ConfigError: head counts differ, or `chunk` does not divide them.
 
-  Source: MiniLM, equations 1-4 (papers 3.1).
+  Source: Wang et al. 2020, MiniLM, equations 1-4.
   """
   (batch, length, heads, _), student_heads = teacher_x_BTHK.shape, student_x_BTHJ.shape[2]
   if heads != student_heads:

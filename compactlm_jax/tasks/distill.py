@@ -1,4 +1,4 @@
-"""MiniLM and MiniLMv2: a student learns the relations of a frozen teacher's layer (papers 3).
+"""MiniLM and MiniLMv2: a student learns the relations of a frozen teacher's layer (Wang et al. 2020, 2021).
 
 What is compared are the queries, keys and values of self-attention, before scaling and dropout, so the loss is defined
 for every encoder with self-attention: BERT, ELECTRA's discriminator or generator, and ConvBERT, whose self-attention

@@ -18,7 +18,7 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.S
   """step -> learning rate.
 
   Linear warm-up, then linear decay to zero at `total_steps`. With `decay_from='start'` the decay factor
-  1 - step / total_steps multiplies the warm-up too, so the peak stays below `learning_rate` (ELECTRA, papers.md 1.5).
+  1 - step / total_steps multiplies the warm-up too, so the peak stays below `learning_rate` (ELECTRA).
 
   Args:
     config: the schedule's options.

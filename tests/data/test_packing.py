@@ -107,7 +107,7 @@ def test_the_condition_before_the_fix_leaves_b_empty(many):
 
 
 def _reference(sentences, seq_len, draws):
-  """One example, written from the description in papers 1.6; `draws` holds the random numbers in order."""
+  """One example, written from ELECTRA's description; `draws` holds the random numbers in order."""
   goal = 10**6 if next(draws) < 0.1 else (seq_len - 3) // 2
   a, b = [], []
   for s in sentences:

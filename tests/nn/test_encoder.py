@@ -17,7 +17,7 @@ from compactlm_jax.tree import named_leaves
 mixed = EncoderConfig.mixed
 encode = jax.jit(module.encode, static_argnames=('config', 'all_hidden', 'qkv_layers', 'skip_above'))
 
-# papers.md section 0; a generator's word table belongs to its discriminator, but is counted there.
+# Published sizes, exact from the shapes; a generator's word table belongs to its discriminator, but is counted there.
 PUBLISHED = {
   'bert-base': (EncoderConfig(pooler=True), 109_482_240),
   'electra-base': (EncoderConfig(architecture='electra'), 108_891_648),
@@ -206,6 +206,6 @@ def test_invalid_sizes_name_the_field(fields, name):
 
 
 def test_head_ratio_as_published():
-  """n = int(A / ratio), at least 1; the head size stays d / A (papers.md 2.1)."""
+  """n = int(A / ratio), at least 1; the head size stays d / A (ConvBERT)."""
   got = [(c.num_heads, c.head_size) for a in (1, 2, 4, 12) for c in [mixed(heads=a, head_ratio=2, hidden_size=48)]]
   assert got == [(1, 48), (1, 24), (2, 12), (6, 4)]
