@@ -13,6 +13,7 @@ import importlib.util
 import json
 import logging
 import math
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -77,7 +78,9 @@ class MetricsWriter:
     except OSError as e:
       raise StorageError(f'{self._path}: cannot be written ({e}); free space or fix permissions') from e
     if sys.stderr.isatty() if bar is None else bar:
-      self._bar = tqdm(total=total_steps, initial=start_step, unit='step', dynamic_ncols=True, file=sys.stderr)
+      # A terminal that does not tell its size says 0 x 0, and tqdm would show nothing there.
+      columns = shutil.get_terminal_size((100, 20)).columns
+      self._bar = tqdm(total=total_steps, initial=start_step, unit='step', ncols=columns, nrows=20, file=sys.stderr)
 
   def __enter__(self) -> MetricsWriter:
     return self
