@@ -13,7 +13,7 @@ import re
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from absl import flags
@@ -287,10 +287,20 @@ def _parse_problem(error: Exception, argv: Sequence[str], file: str) -> str:
   return f'{file}{where}: {kind}{lines[-1]}' if file else f'{kind}{lines[-1]}'
 
 
-def _log_to_stderr() -> None:
-  # Without this, absl adds a handler of its own that complains about flags that were parsed by other means.
-  logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format='%(message)s', force=True)
-  logging.getLogger('compactlm_jax').setLevel(logging.INFO)
+@contextlib.contextmanager
+def _log_to_stderr() -> Iterator[None]:
+  """Plain lines: warnings of all libraries, and what this one has to say."""
+  # Without a handler on the root, absl adds one of its own that complains about flags parsed by other means.
+  handler, root, own = logging.StreamHandler(sys.stderr), logging.getLogger(), logging.getLogger('compactlm_jax')
+  handler.setFormatter(logging.Formatter('%(message)s'))
+  root.addHandler(handler)
+  level = own.level
+  own.setLevel(logging.INFO)
+  try:
+    yield
+  finally:
+    own.setLevel(level)
+    root.removeHandler(handler)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -317,9 +327,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _guarded(name: str, arguments: Sequence[str]) -> int:
-  _log_to_stderr()
   try:
-    print(COMMANDS[name].run(_parse(name, arguments)))
+    with _log_to_stderr():
+      print(COMMANDS[name].run(_parse(name, arguments)))
     return 0
   except CompactLMError as e:
     print(f'compactlm {name}: {e}', file=sys.stderr)

@@ -67,8 +67,10 @@ def test_held_out_sentences_are_never_trained_on(tmp_path, monkeypatch):
   (tmp_path / 'all.txt').write_text('\n'.join(s for s, _ in sentences))
   train_wordpiece(str(tmp_path / 'all.txt'), 80, tmp_path / 'tokenizer')
   text = stages.prepare_text(sentences, epath.Path(tmp_path) / 'tokenizer', epath.Path(tmp_path) / 'text')
-  dev, train = ({line.split('\t')[1] for line in open(f).read().split('\n')[1:-1]} for f in (text.dev, text.train))
-  rows, held_out = (set(open(f'{f}.txt').read().split('\n')[:-1]) for f in (text.rows, text.held_out))
+  dev, train = (
+    {line.split('\t')[1] for line in epath.Path(f).read_text().split('\n')[1:-1]} for f in (text.dev, text.train)
+  )
+  rows, held_out = (set(epath.Path(f'{f}.txt').read_text().split('\n')[:-1]) for f in (text.rows, text.held_out))
   assert len(dev) == 20 and len(train) == 30 and dev == held_out
   assert not dev & train and not dev & rows and rows | held_out == {s for s, _ in sentences}
   assert all(dict(sentences)[s] != 0 for s in dev | train)
@@ -88,6 +90,7 @@ def test_keeping_memory_stops_page_faults():
 
   code = """
 import resource, sys
+from compactlm_jax.cpu import keep_memory
 if sys.argv[1] == '1': assert keep_memory()
 import jax, jax.numpy as jnp
 f = jax.jit(lambda x: jnp.sin(jnp.cumsum(jnp.cumsum(x, 0), 1)).sum())
