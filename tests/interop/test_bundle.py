@@ -197,7 +197,7 @@ def test_a_bundle_is_frozen():
 
 
 def _demo_model():
-  root = pathlib.Path(os.environ.get('COMPACTLM_DEMO_ASSETS', REPO / 'demo_assets'))
+  root = pathlib.Path(os.environ.get('COMPACTLM_DEMO_ASSETS', REPO / 'demo_run/models/teacher'))
   found = [p.parent for p in sorted(root.rglob('model.safetensors')) if (p.parent / 'config.json').exists()]
   return found[0] if found else None
 
