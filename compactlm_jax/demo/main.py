@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import pathlib
 import statistics
+import sys
 import time
 
 import jax
@@ -141,13 +143,15 @@ def table(rows: list[Row]) -> str:
 
 def next_steps(root: epath.Path, seconds: float) -> str:
   """What can be typed next."""
-  student = root / 'models' / 'student'
+  student, binaries = root / 'models' / 'student', pathlib.Path(sys.executable).parent
+  if binaries.is_relative_to(pathlib.Path.cwd()):
+    binaries = binaries.relative_to(pathlib.Path.cwd())
   return f"""Relation KL (nats per head and token, lower is better) and accuracy are on sentences that no training saw;
 spread is the highest minus the lowest accuracy over the seeds of fine-tuning.
 Took {seconds:.0f} s. The distilled student is a Hugging Face folder: {student}
 
 Next:
-  python -c "from transformers import AutoModel; print(AutoModel.from_pretrained('{student}'))"   # with PyTorch
-  python -c "import compactlm_jax as clm; print(clm.from_pretrained('{student}').config)"
-  compactlm train --config=configs/finetune.py:table --workdir=runs/mine --config.model={student} \\
+  python -c "from transformers import AutoModel; print(AutoModel.from_pretrained('{student}'))"   # where PyTorch is
+  {binaries}/python -c "import compactlm_jax as clm; print(clm.from_pretrained('{student}').config)"
+  {binaries}/compactlm train --config=configs/finetune.py:table --workdir=runs/mine --config.model={student} \\
     --config.data.train={root}/text/train.tsv --config.data.dev={root}/text/dev.tsv"""
