@@ -53,8 +53,8 @@ class _Manifest:
     return self._write(directory)
 
   async def load(self, directory: ocp.path.Path) -> Any:
-    """Unused: `stepdir.read_manifest` reads the file."""
-    raise NotImplementedError
+    """Part of Orbax's protocol; `stepdir.read_manifest` reads the file, before Orbax reads anything."""
+    raise TypeError(f'{directory}: manifests are read by stepdir.read_manifest')
 
   async def _write(self, directory: ocp.path.PathAwaitingCreation) -> None:
     folder = await directory.await_creation()
