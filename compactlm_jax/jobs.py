@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from compactlm_jax.checkpoint import load_params
 from compactlm_jax.config import EncoderConfig, RunConfig, from_config_dict
 from compactlm_jax.data import source as rows
 from compactlm_jax.data.manifest import read_manifest
@@ -27,6 +28,7 @@ from compactlm_jax.errors import ConfigError
 from compactlm_jax.interop.bundle import Bundle, drop_pooler, from_pretrained, save_pretrained
 from compactlm_jax.interop.folder import open_folder
 from compactlm_jax.interop.tokenizer_files import TokenizerFiles, read_tokenizer
+from compactlm_jax.nn.encoder import init_encoder
 from compactlm_jax.tasks.distill import make_distill_task
 from compactlm_jax.tasks.finetune import make_finetune_task
 from compactlm_jax.train.loop import Job, train
@@ -56,8 +58,6 @@ def load_model(path: epath.PathLike) -> Bundle:
   run = epath.Path(path)
   if not (run / 'checkpoints').exists():
     return from_pretrained(path)
-  from compactlm_jax.checkpoint import load_params
-
   params, metadata = load_params(run / 'checkpoints')
   encoder = from_config_dict(EncoderConfig, metadata['model']['encoder'], 'encoder.')
   tokenizer = read_tokenizer(open_folder(run / 'tokenizer')) if (run / 'tokenizer').exists() else None
@@ -124,8 +124,8 @@ def params_digest(params: Params) -> str:
 def _distill(config: RunConfig) -> tuple[Task, _Data]:
   if not config.teacher:
     return _distill_generated(config)
-  teacher = load_model(config.teacher)
-  data = _prepared(config, tokenizer_of(config.teacher).fingerprint(), teacher)
+  teacher, fingerprint = load_model(config.teacher), tokenizer_of(config.teacher).fingerprint()
+  data = _prepared(config, fingerprint, teacher)
   start = load_model(config.model) if config.model else None
   student = _with_run_options(start.config, config.encoder) if start else config.encoder
   task = make_distill_task(
@@ -135,21 +135,19 @@ def _distill(config: RunConfig) -> tuple[Task, _Data]:
     config.distill,
     start=start.params if start else None,
     student_tokenizer=data.train.fingerprint,
-    teacher_tokenizer=tokenizer_of(config.teacher).fingerprint(),
+    teacher_tokenizer=fingerprint,
   )
   return task, data
 
 
 def _distill_generated(config: RunConfig) -> tuple[Task, _Data]:
   """A random teacher, twice as deep: for trying the machinery without any file."""
-  from compactlm_jax.nn.encoder import init_encoder
-
   if config.data.path:
     raise ConfigError('config.teacher: name a model folder or a run; only generated data can do without')
   deeper = dataclasses.replace(config.encoder, num_layers=2 * config.encoder.num_layers)
   # Wide kernels: a fresh teacher's relations are almost uniform, and there would be nothing to learn.
   deeper = dataclasses.replace(deeper, initializer_range=0.1)
-  teacher = jax.jit(init_encoder, static_argnums=0)(deeper, jax.random.key(config.seed + 1))
+  teacher = init_encoder(deeper, jax.random.key(config.seed + 1))
   return make_distill_task(config.encoder, deeper, teacher, config.distill), _generated(config)
 
 
@@ -161,7 +159,7 @@ def _generated(config: RunConfig) -> _Data:
 
 
 def _prepared(config: RunConfig, fingerprint: str, owner: Bundle) -> _Data:
-  """A prepared dataset whose ids the owner's tokenizer made, or generated rows without a path."""
+  """A prepared dataset whose ids the owner's tokenizer made."""
   if not config.data.path:
     raise ConfigError('config.data.path: name a dataset written by `compactlm prepare`')
   _check_tokenizer(config, fingerprint)

@@ -17,20 +17,12 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from compactlm_jax.data import text
 from compactlm_jax.errors import ConfigError, DataError
+from compactlm_jax.types import TOKENIZER_FILES
 
 SPECIAL_TOKENS = ('[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]')
 """Special tokens of trained vocabularies, in the order of their ids."""
 
 _ROLES = ('pad', 'unk', 'cls', 'sep', 'mask')
-_FILES = (
-  'tokenizer.json',
-  'tokenizer_config.json',
-  'special_tokens_map.json',
-  'added_tokens.json',
-  'vocab.txt',
-  'vocab.json',
-  'merges.txt',
-)
 _BATCH = 1000
 
 
@@ -77,7 +69,7 @@ class Tokenizer:
     """Copies the original tokenizer files into `folder`, which is made if need be."""
     target = epath.Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    for name in _FILES:
+    for name in TOKENIZER_FILES:
       if (file := epath.Path(self.folder) / name).exists():
         (target / name).write_bytes(file.read_bytes())
 
@@ -225,7 +217,7 @@ def train_wordpiece(
     DataError: no text.
   """
   target = epath.Path(output)
-  if not overwrite and any((target / name).exists() for name in _FILES):
+  if not overwrite and any((target / name).exists() for name in TOKENIZER_FILES):
     raise ConfigError(f'{target} already holds a tokenizer; choose another output or set overwrite')
   if vocab_size < len(SPECIAL_TOKENS) + 4:
     raise ConfigError(f'vocab_size {vocab_size} is too small; use at least {len(SPECIAL_TOKENS) + 4}')

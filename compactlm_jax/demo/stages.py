@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from typing import Any
 
@@ -95,22 +96,21 @@ def finetune_config(model: epath.Path, text: Text, seed: int) -> RunConfig:
 
 def finished(config: RunConfig, workdir: epath.Path) -> dict[str, Any]:
   """Results of the run in `workdir`, which is started or resumed unless it is complete."""
-  done = workdir / 'results.json'
-  if done.exists():
-    try:
-      if to_json(read_run(workdir)[0]) == to_json(config):
-        return json.loads(done.read_text())
-    except (ConfigError, ValueError):
-      pass
-  if (workdir / 'config.json').exists() and to_json(read_run(workdir)[0]) != to_json(config):
+  try:
+    same = to_json(read_run(workdir)[0]) == to_json(config)
+  except ConfigError:
+    same = False
+  if not same and workdir.exists():
     workdir.rmtree()  # another version of the demo made it
-  return run_train(config, str(workdir))
+  done = workdir / 'results.json'
+  return json.loads(done.read_text()) if done.exists() else run_train(config, str(workdir))
 
 
 def accuracies(model: epath.Path, text: Text, runs: epath.Path, seeds: tuple[int, ...]) -> list[float]:
-  """Held-out accuracy in percent after fine-tuning with each seed."""
+  """Held-out accuracy in percent after fine-tuning with each seed; runs of other weights are not reused."""
+  weights = hashlib.sha256((model / 'model.safetensors').read_bytes()).hexdigest()[:8]
   scores = []
   for seed in seeds:
-    results = finished(finetune_config(model, text, seed), runs / f'{model.name}-seed{seed}')
+    results = finished(finetune_config(model, text, seed), runs / f'{model.name}-{weights}-seed{seed}')
     scores.append(100 * results['metrics']['accuracy'])
   return scores

@@ -16,17 +16,7 @@ from etils import epath
 from compactlm_jax.config import EncoderConfig
 from compactlm_jax.errors import ConfigError, DataError
 from compactlm_jax.interop.folder import Folder
-
-NAMES = (
-  'tokenizer.json',
-  'tokenizer_config.json',
-  'special_tokens_map.json',
-  'added_tokens.json',
-  'vocab.txt',
-  'vocab.json',
-  'merges.txt',
-)
-"""Files that make up a tokenizer; `vocab.txt` or `tokenizer.json` must be among them."""
+from compactlm_jax.types import TOKENIZER_FILES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +24,7 @@ class TokenizerFiles:
   """A tokenizer that knows no path, so that an export copies it byte for byte.
 
   Attributes:
-    files: file name -> content, of `NAMES`.
+    files: file name -> content, of `TOKENIZER_FILES`.
   """
 
   files: Mapping[str, bytes]
@@ -115,7 +105,7 @@ def read_tokenizer(folder: Folder) -> TokenizerFiles | None:
   Raises:
     DataError: a file that cannot be read.
   """
-  files = {name: folder.read(name) for name in NAMES if folder.has(name)}
+  files = {name: folder.read(name) for name in TOKENIZER_FILES if folder.has(name)}
   return TokenizerFiles(files) if {'vocab.txt', 'tokenizer.json'} & set(files) else None
 
 
