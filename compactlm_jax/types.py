@@ -24,17 +24,6 @@ Params = dict[str, Any]
 Metrics = dict[str, jax.Array]
 """Name -> scalar."""
 
-TOKENIZER_FILES = (
-  'tokenizer.json',
-  'tokenizer_config.json',
-  'special_tokens_map.json',
-  'added_tokens.json',
-  'vocab.txt',
-  'vocab.json',
-  'merges.txt',
-)
-"""Files that make up a Hugging Face tokenizer; `vocab.txt` or `tokenizer.json` must be among them."""
-
 _T = TypeVar('_T')
 
 

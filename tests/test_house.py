@@ -11,9 +11,10 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / 'compactlm_jax'
 FILES = sorted(PACKAGE.rglob('*.py'))
 
-BASE = {'errors', 'types', 'config', 'tree'}
+BASE = {'errors', 'filenames', 'types', 'config', 'tree'}
 ALLOWED = {
   'errors': set(),
+  'filenames': set(),
   'types': set(),
   'config': {'errors'},
   'tree': {'errors'},

@@ -17,7 +17,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from compactlm_jax.data import text
 from compactlm_jax.errors import ConfigError, DataError
-from compactlm_jax.types import TOKENIZER_FILES
+from compactlm_jax.filenames import TOKENIZER_FILES
 
 SPECIAL_TOKENS = ('[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]')
 """Special tokens of trained vocabularies, in the order of their ids."""

@@ -15,8 +15,8 @@ from etils import epath
 
 from compactlm_jax.config import EncoderConfig
 from compactlm_jax.errors import ConfigError, DataError
+from compactlm_jax.filenames import TOKENIZER_FILES
 from compactlm_jax.interop.folder import Folder
-from compactlm_jax.types import TOKENIZER_FILES
 
 
 @dataclasses.dataclass(frozen=True)
