@@ -117,6 +117,7 @@ class Task:
     trainable: (regex, trained?) rows over parameter names such as 'encoder/layers/attention/query/kernel'; every
       name must match exactly one. For stacked layers the value may be a tuple with one entry per layer: layers that
       get no gradient then do not decay either.
+    summarize: means of `evaluate` -> further metrics that are functions of them (perplexity).
     model: description of the trained model that is written into checkpoints and exports (JSON-able).
   """
 
@@ -126,4 +127,5 @@ class Task:
   evaluate: EvaluateFn
   frozen: Any = None
   trainable: Trainable = (('.*', True),)
+  summarize: Callable[[Mapping[str, float]], Mapping[str, float]] = lambda means: {}
   model: Mapping[str, Any] = dataclasses.field(default_factory=dict)

@@ -7,6 +7,7 @@ strings at the command line and tuples inside.
 
 from compactlm_jax.config.convert import from_config_dict, to_config_dict, to_json
 from compactlm_jax.config.encoder import EncoderConfig
+from compactlm_jax.config.pretrain import ElectraConfig, MaskConfig
 from compactlm_jax.config.run import (
   DataConfig,
   DistillConfig,
@@ -19,8 +20,10 @@ from compactlm_jax.config.run import (
 __all__ = [
   'DataConfig',
   'DistillConfig',
+  'ElectraConfig',
   'EncoderConfig',
   'FinetuneConfig',
+  'MaskConfig',
   'MeshConfig',
   'OptimizerConfig',
   'RunConfig',

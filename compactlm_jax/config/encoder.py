@@ -26,6 +26,10 @@ class EncoderConfig:
     conv_kernel_size: taps (odd) of the span-based dynamic convolution beside self-attention; 0 for none.
     conv_sees_padding: True lets the convolution read padded positions as the original ConvBERT and its Hugging Face
       port do (parity); False zeroes them, so that outputs do not depend on how far a batch is padded (clean).
+    conv_kind: 'span' makes each kernel from the query and the span around it (ConvBERT); 'dynamic' from the query alone
+      (plain dynamic convolution, the ablation).
+    self_attention: False leaves the convolution branch alone (the ablation `conv_only`); needs `conv_kernel_size`.
+    causal: position t reads positions <= t only, in both branches (a left-to-right language model).
     num_groups: groups of the feed-forward matrices (1: ordinary Dense).
     pooler: BERT's tanh pooler on the first token.
     layer_norm_epsilon: added to the variance.
@@ -50,6 +54,9 @@ class EncoderConfig:
   type_vocab_size: int = 2
   conv_kernel_size: int = 0
   conv_sees_padding: bool = False
+  conv_kind: str = 'span'
+  self_attention: bool = True
+  causal: bool = False
   num_groups: int = 1
   pooler: bool = False
   layer_norm_epsilon: float = 1e-12
@@ -100,6 +107,12 @@ class EncoderConfig:
       f + 'conv_kernel_size',
       f'{self.conv_kernel_size} must be odd, or 0 for no convolution',
     )
+    require(self.conv_kind in ('span', 'dynamic'), f + 'conv_kind', f"{self.conv_kind!r}; use 'span' or 'dynamic'")
+    require(
+      self.self_attention or self.conv_kernel_size > 0,
+      f + 'self_attention',
+      'False leaves nothing that mixes positions; set encoder.conv_kernel_size',
+    )
     require(self.dtype in ('float32', 'bfloat16'), f + 'dtype', f"{self.dtype!r}; use 'float32' or 'bfloat16'")
     for name in ('hidden_dropout', 'attention_dropout'):
       require(0 <= getattr(self, name) < 1, f + name, f'{getattr(self, name)} must be in [0, 1)')
@@ -111,6 +124,11 @@ class EncoderConfig:
     The head size is hidden_size / heads in every case; with fewer heads than `head_ratio` one head per branch is left
     (ConvBERT, `modeling.py: attention_layer`).
     """
+    require(
+      heads < head_ratio or heads % head_ratio == 0,
+      'encoder.num_heads',
+      f'{heads} configured heads do not divide by the head ratio {head_ratio}',
+    )
     per_branch = max(1, heads // head_ratio)
     return cls(
       architecture='convbert',

@@ -7,6 +7,10 @@ import re
 
 from compactlm_jax.config.check import require
 from compactlm_jax.config.encoder import EncoderConfig
+from compactlm_jax.config.pretrain import ElectraConfig, MaskConfig
+
+
+TASKS = ('electra', 'mlm', 'lm', 'distill', 'finetune')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +198,7 @@ class RunConfig:
   """One job of `compactlm train`.
 
   Attributes:
-    task: 'distill' or 'finetune'.
+    task: 'electra', 'mlm', 'lm', 'distill' or 'finetune'.
     seed: the only source of randomness, together with the step.
     steps: optimiser steps; 0 means `epochs` passes over the training rows.
     epochs: see `steps`.
@@ -225,9 +229,11 @@ class RunConfig:
   mesh: MeshConfig = MeshConfig()
   distill: DistillConfig = DistillConfig()
   finetune: FinetuneConfig = FinetuneConfig()
+  mask: MaskConfig = MaskConfig()
+  electra: ElectraConfig = ElectraConfig()
 
   def __post_init__(self) -> None:
-    require(self.task in ('distill', 'finetune'), 'task', f"{self.task!r} is unknown; use 'distill' or 'finetune'")
+    require(self.task in TASKS, 'task', f'{self.task!r} is unknown; use one of {", ".join(TASKS)}')
     require(
       self.steps >= 0 and self.epochs >= 0 and (self.steps > 0 or self.epochs > 0),
       'steps',

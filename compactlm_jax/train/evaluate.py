@@ -23,6 +23,7 @@ def make_evaluate(task: Task, mesh: Mesh) -> Any:
       for name, pair in step(params, frozen, to_global(mesh, batch)).items():
         # float64 on the host: a long evaluation adds up without rounding away late batches.
         totals[name] = totals.get(name, np.zeros(2)) + np.array([float(pair[0]), float(pair[1])])
-    return {name: float(total / count) if count else float('nan') for name, (total, count) in totals.items()}
+    means = {name: float(total / count) if count else float('nan') for name, (total, count) in totals.items()}
+    return {**means, **task.summarize(means)}
 
   return evaluate
