@@ -9,7 +9,6 @@ from compactlm_jax.config.check import require
 from compactlm_jax.config.encoder import EncoderConfig
 from compactlm_jax.config.pretrain import ElectraConfig, MaskConfig
 
-
 TASKS = ('electra', 'mlm', 'lm', 'distill', 'finetune')
 
 

@@ -12,8 +12,10 @@ import pytest
 from compactlm_jax.config import (
   DataConfig,
   DistillConfig,
+  ElectraConfig,
   EncoderConfig,
   FinetuneConfig,
+  MaskConfig,
   MeshConfig,
   OptimizerConfig,
   RunConfig,
@@ -53,9 +55,19 @@ def test_every_configuration_survives_the_round_trip(name, config):
 
 def test_every_field_is_documented():
   """Mutation: add a field without a line in the docstring."""
-  for kind in (RunConfig, DataConfig, OptimizerConfig, MeshConfig, DistillConfig, FinetuneConfig, EncoderConfig):
+  for kind in (
+    RunConfig,
+    DataConfig,
+    OptimizerConfig,
+    MeshConfig,
+    DistillConfig,
+    FinetuneConfig,
+    EncoderConfig,
+    MaskConfig,
+    ElectraConfig,
+  ):
     for field in dataclasses.fields(kind):
-      sections = ('data', 'optimizer', 'mesh', 'distill', 'finetune')
+      sections = ('data', 'optimizer', 'mesh', 'distill', 'finetune', 'mask', 'electra')
       if kind is RunConfig and field.name in sections:
         continue
       listed = re.search(rf'^ +(\w+, )*{field.name}(, \w+)*( and \w+)?: ', kind.__doc__, re.MULTILINE)
@@ -107,7 +119,7 @@ def test_missing_sections_take_their_defaults():
   ('config', 'message'),
   [
     ({'steps': 3}, 'config.task: is missing'),
-    (base(task='distil'), "config.task: 'distil' is unknown; use 'distill' or 'finetune'"),
+    (base(task='distil'), "config.task: 'distil' is unknown; use one of electra, mlm, lm, distill, finetune"),
     (base(stepz=1), 'config.stepz: unknown field; known fields are batch_size, '),
     (base(optimizer={'lr': 1.0}), 'config.optimizer.lr: unknown field; known fields are accumulate, '),
     (base(optimizer=3), 'config.optimizer: expected a section, got 3'),
