@@ -45,6 +45,7 @@ class RowSource:
     name: what to call it in messages.
     classes: class names, if rows are labelled with classes.
     damaged: indices of rows that were found damaged and replaced so far (`bad_record_budget`).
+    words_per_token: words per token after the first of each row (`Manifest.words_per_token`); 0 if it is unknown.
   """
 
   fetch: Callable[[int], Record]
@@ -55,6 +56,7 @@ class RowSource:
   name: str = ''
   classes: tuple[str, ...] = ()
   damaged: set[int] = dataclasses.field(default_factory=set, compare=False)
+  words_per_token: float = 0.0
 
   def __len__(self) -> int:
     return self.size
@@ -66,10 +68,10 @@ class RowSource:
     return self.fetch(index)
 
   def part(self, start: int, stop: int) -> RowSource:
-    """The rows start <= index < stop as a source of their own."""
+    """The rows start <= index < stop as a source of their own; how many words they hold is not known."""
     if not 0 <= start < stop <= self.size:
       raise ConfigError(f'{self.name}: rows {start} to {stop} do not lie within its {self.size} rows')
-    return dataclasses.replace(self, fetch=lambda i: self.fetch(start + i), size=stop - start)
+    return dataclasses.replace(self, fetch=lambda i: self.fetch(start + i), size=stop - start, words_per_token=0.0)
 
 
 def hold_out(source: RowSource, eval_rows: int) -> tuple[RowSource, RowSource]:
@@ -150,6 +152,7 @@ def open_dataset(
     fingerprint=manifest.fingerprint,
     name=f'{path} ({split})',
     damaged=damaged,
+    words_per_token=0.0 if limit else manifest.words_per_token(split),  # replaced rows have other words
   )
 
 
