@@ -40,9 +40,13 @@ class Manifest:
   Attributes:
     settings: everything that the rows depend on: mode, seq_len, seed, sources, tokenizer fingerprint, ...
     vocab_size: ids are below it.
-    counts: documents, lines, rows, tokens, unknown_tokens, real_token_fraction.
+    counts: documents, lines, rows, tokens, words, unknown_tokens, real_token_fraction.
     splits: shards of each split, in order.
     versions: libraries that wrote the files.
+    contents: rows, tokens (special ones included) and words of each split; empty in manifests that are older than it.
+      A word is a maximal run of characters that are not white space, of which at least one token was made; it belongs
+      to the row with its first token, and is not counted if that was cut off. There is no word for the end of a line,
+      where the word perplexities published for WikiText count an <eos>.
   """
 
   settings: Mapping[str, Any]
@@ -50,6 +54,7 @@ class Manifest:
   counts: Mapping[str, float]
   splits: Mapping[str, tuple[Shard, ...]]
   versions: Mapping[str, str]
+  contents: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
 
   @property
   def seq_len(self) -> int:
@@ -64,6 +69,11 @@ class Manifest:
   def rows(self, split: str) -> int:
     """Number of rows of a split."""
     return sum(s.rows for s in self.splits[split])
+
+  def words_per_token(self, split: str) -> float:
+    """Words per token that a causal model predicts (all but the first of each row); 0 if words were not counted."""
+    content = self.contents.get(split)
+    return content['words'] / max(1, content['tokens'] - content['rows']) if content else 0.0
 
   def dumps(self) -> str:
     """The text of manifest.json."""

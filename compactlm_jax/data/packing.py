@@ -1,17 +1,24 @@
 """From tokenised lines to rows of at most `seq_len` tokens.
 
 Every function takes a stream of token-id lists, one per line, in which None ends a document, and yields rows in order.
-A row depends on the stream and the seed only.
+A row depends on the stream and the seed only. Ids may carry WORD_START: it travels with its token, so that the words of
+a row can be counted wherever the row was cut.
 """
 
 from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 TokenLines = Iterable[list[int] | None]
+
+WORD_START = 1 << 30
+"""Bit of an id that marks the first token of a whitespace-separated word; larger than any id."""
+
+_WORD = re.compile(r'\S+')
 
 
 class Row(NamedTuple):
@@ -19,6 +26,28 @@ class Row(NamedTuple):
 
   ids: list[int]
   second: int
+
+
+def mark_words(line: str, ids: Sequence[int], ends: Iterable[int]) -> list[int]:
+  """Ids with WORD_START on the first token of each word that has one.
+
+  Words are what `line.split()` gives. A word that the tokenizer drops altogether (control characters) is not counted,
+  nor is any word but the last of those that one token spans.
+
+  Args:
+    line: the text.
+    ids: its tokens.
+    ends: index in `line` after the last character of each token. (Starts may lie on the space before a word.)
+  """
+  starts = (match.start() for match in _WORD.finditer(line))
+  word, marked = next(starts, len(line)), []
+  for token, end in zip(ids, ends, strict=True):
+    if end > word:
+      token |= WORD_START
+      while word < end:
+        word = next(starts, len(line))
+    marked.append(token)
+  return marked
 
 
 def pack_documents(lines: TokenLines, seq_len: int, cls_id: int, sep_id: int) -> Iterator[Row]:

@@ -14,7 +14,7 @@ import shutil
 import socket
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -41,6 +41,7 @@ class _Counts:
   lines: int = 0
   rows: int = 0
   tokens: int = 0
+  words: int = 0
   unknown_tokens: int = 0
 
 
@@ -217,10 +218,16 @@ def _write(
   scratch: epath.Path, sources: Sequence[text.TextSource], tokenizer: Tokenizer, settings: dict[str, Any], workers: int
 ) -> Manifest:
   counts = _Counts()
+  contents: dict[str, dict[str, int]] = {}
   with contextlib.closing(_tokenized(sources, tokenizer, workers, counts)) as lines:
-    rows = _rows(lines, tokenizer, settings)
-    examples = _while_there_is_space(scratch, _examples(rows, tokenizer, settings, counts), settings['seq_len'])
-    shards.write_dataset(scratch, examples, settings['seq_len'], settings['shard_rows'])
+    rows = _counted(_rows(lines, tokenizer, settings), tokenizer, counts)
+    examples = _totalled(_split(rows, settings, counts), tokenizer.pad_id, settings['seq_len'], contents)
+    shards.write_dataset(
+      scratch,
+      _while_there_is_space(scratch, examples, settings['seq_len']),
+      settings['seq_len'],
+      settings['shard_rows'],
+    )
   tokenizer.save(scratch / 'tokenizer')
   packages = ('tokenizers', 'tensorflow-datasets', 'array_record')
   manifest = Manifest(
@@ -232,6 +239,7 @@ def _write(
     },
     splits=_digests(scratch),
     versions={name: importlib.metadata.version(name) for name in packages},
+    contents=contents,
   )
   (scratch / FILE).write_text(manifest.dumps())
   return read_manifest(scratch)
@@ -240,11 +248,11 @@ def _write(
 def _tokenized(
   sources: Sequence[text.TextSource], tokenizer: Tokenizer, workers: int, counts: _Counts
 ) -> Generator[list[int] | None, None, None]:
-  """Token ids of each line in order, None after each document."""
+  """Token ids of each line in order, the first of each word marked; None after each document."""
 
   def encode(chunk: list[str]) -> list[list[int] | None]:
-    ids = iter(tokenizer.encode([line for line in chunk if line]))
-    return [next(ids) if line else None for line in chunk]
+    encodings = iter(tokenizer.backend.encode_batch([line for line in chunk if line], add_special_tokens=False))
+    return [_marked(line, next(encodings)) if line else None for line in chunk]
 
   # The encoder runs outside the interpreter lock, so threads are enough, and nothing is forked or pickled.
   pool = ThreadPoolExecutor(workers)
@@ -259,6 +267,10 @@ def _tokenized(
         yield from waiting.popleft().result()
   finally:
     pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _marked(line: str, encoding: Any) -> list[int]:
+  return packing.mark_words(line, encoding.ids, [end for _, end in encoding.offsets])
 
 
 def _chunks(sources: Sequence[text.TextSource], on_bytes: text.OnBytes, counts: _Counts) -> Iterator[list[str]]:
@@ -288,24 +300,35 @@ def _rows(lines: Iterable[list[int] | None], tokenizer: Tokenizer, settings: dic
   return packing.sentence_pairs(lines, seq_len, cls_id, sep_id, seed=seed, rule=rule)
 
 
-def _examples(
-  rows: Iterable[packing.Row], tokenizer: Tokenizer, settings: dict[str, Any], counts: _Counts
-) -> Iterator[tuple[str, dict[str, Any]]]:
-  """(split, example) pairs; held-out rows are a uniform sample (reservoir), known when all rows were seen."""
-  rng = random.Random(settings['seed'])
-  held: list[tuple[int, dict[str, Any]]] = []
+class _Counted(NamedTuple):
+  ids: np.ndarray
+  second: int
+  words: int
+
+
+def _counted(rows: Iterable[packing.Row], tokenizer: Tokenizer, counts: _Counts) -> Iterator[_Counted]:
+  """Takes the marks of words off again."""
   for row in rows:
-    example = _example(row, settings['seq_len'], tokenizer.pad_id)
-    number = counts.rows
+    marked = np.asarray(row.ids, np.int32)
+    ids, words = marked & ~packing.WORD_START, int((marked >= packing.WORD_START).sum())
     counts.rows += 1
-    counts.tokens += len(row.ids)
-    counts.unknown_tokens += row.ids.count(tokenizer.unk_id)
+    counts.tokens += len(ids)
+    counts.words += words
+    counts.unknown_tokens += int((ids == tokenizer.unk_id).sum())
+    yield _Counted(ids, row.second, words)
+
+
+def _split(rows: Iterable[_Counted], settings: dict[str, Any], counts: _Counts) -> Iterator[tuple[str, _Counted]]:
+  """(split, row) pairs; held-out rows are a uniform sample (reservoir), known when all rows were seen."""
+  rng = random.Random(settings['seed'])
+  held: list[tuple[int, _Counted]] = []
+  for number, row in enumerate(rows):
     if len(held) < settings['holdout_rows']:
-      held.append((number, example))
+      held.append((number, row))
       continue
     if held and (slot := rng.randrange(number + 1)) < len(held):
-      (_, example), held[slot] = held[slot], (number, example)
-    yield 'train', example
+      (_, row), held[slot] = held[slot], (number, row)
+    yield 'train', row
   names = ', '.join(s['name'] for s in settings['sources'])
   if not counts.rows:
     raise DataError(f'input {names}: no rows, the text is empty')
@@ -313,11 +336,22 @@ def _examples(
     raise DataError(
       f'input {names}: {counts.rows} rows only, holdout_rows {settings["holdout_rows"]} leaves none to train on'
     )
-  for _, example in sorted(held, key=lambda item: item[0]):
-    yield 'validation', example
+  for _, row in sorted(held, key=lambda item: item[0]):
+    yield 'validation', row
 
 
-def _example(row: packing.Row, seq_len: int, pad_id: int) -> dict[str, Any]:
+def _totalled(
+  rows: Iterable[tuple[str, _Counted]], pad_id: int, seq_len: int, contents: dict[str, dict[str, int]]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+  """(split, example) pairs; `contents` gets what each split holds."""
+  for split, row in rows:
+    content = contents.setdefault(split, {'rows': 0, 'tokens': 0, 'words': 0})
+    for name, number in (('rows', 1), ('tokens', len(row.ids)), ('words', row.words)):
+      content[name] += number
+    yield split, _example(row, seq_len, pad_id)
+
+
+def _example(row: _Counted, seq_len: int, pad_id: int) -> dict[str, Any]:
   input_ids = np.full(seq_len, pad_id, np.int32)
   input_ids[: len(row.ids)] = row.ids
   token_type_ids = np.zeros(seq_len, np.uint8)

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compactlm_jax.data.packing import one_per_line, pack_documents, sentence_pairs
+from compactlm_jax.data.packing import WORD_START, mark_words, one_per_line, pack_documents, sentence_pairs
+from compactlm_jax.data.tokenizer import load_tokenizer
 
 CLS, SEP = 2, 3
 
@@ -133,3 +134,25 @@ def test_pairs_match_a_reference(sentences, seed):
     return
   (row,) = sentence_pairs(stream([sentences]), seq_len, CLS, SEP, seed=seed)
   assert row.ids == _reference(sentences, seq_len, iter(rng.random, None))
+
+
+def test_the_first_token_of_each_word_is_marked():
+  line = "don't a  bc"
+  ends = [3, 4, 5, 7, 10, 11]  # don ' t a b ##c
+  marked = mark_words(line, [9] * 6, ends)
+  assert [m >= WORD_START for m in marked] == [True, False, False, True, True, False]
+  assert all(m & ~WORD_START == 9 for m in marked)
+
+
+@given(
+  st.lists(st.text('abé½각中.-\u200b\ufffd\x01', min_size=1, max_size=5), max_size=8), st.sampled_from(' \t\u3000')
+)
+def test_marks_agree_with_words_tokenised_one_by_one(vocabulary, words, space):
+  """Characters that the tokenizer drops, sets apart, or splits into several tokens.
+
+  Mutation: let a token reach the next word only, not the word that it ends in.
+  """
+  tokenizer, line = load_tokenizer(vocabulary), space.join(words)
+  encoding = tokenizer.backend.encode(line, add_special_tokens=False)
+  marked = mark_words(line, encoding.ids, [end for _, end in encoding.offsets])
+  assert sum(m >= WORD_START for m in marked) == sum(bool(ids) for ids in tokenizer.encode(words))

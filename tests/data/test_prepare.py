@@ -15,6 +15,7 @@ from compactlm_jax.data import packing, text
 from compactlm_jax.data import prepare as prepare_module
 from compactlm_jax.data.manifest import read_manifest
 from compactlm_jax.data.prepare import prepare
+from compactlm_jax.data.source import open_dataset
 from compactlm_jax.data.tokenizer import load_tokenizer
 from compactlm_jax.errors import ConfigError, DataError, StorageError
 
@@ -83,6 +84,7 @@ def test_manifest(corpus, vocabulary, tmp_path):
     'lines': sum(bool(line) for line in text.split('\n')),
     'rows': len(rows),
     'tokens': sum(r['length'] for r in rows),
+    'words': len(text.split()),
     'unknown_tokens': sum(int((r['input_ids'] == 1).sum()) for r in rows),
     'real_token_fraction': round(sum(r['length'] for r in rows) / (32 * len(rows)), 6),
   }
@@ -96,6 +98,34 @@ def test_manifest(corpus, vocabulary, tmp_path):
     assert (shard.bytes, shard.sha256) == (len(content), hashlib.sha256(content).hexdigest())
   assert str(tmp_path) not in (tmp_path / 'out' / 'manifest.json').read_text()
   assert sorted(p.name for p in tmp_path.iterdir()) == ['out']  # no scratch folder stays
+
+
+@pytest.mark.parametrize('mode', ['packed', 'pairs', 'sentences'])
+def test_words_of_each_split_are_those_that_start_in_its_rows(mode, corpus, vocabulary, tmp_path):
+  """Mutation: forget the words of a row that the reservoir takes."""
+  manifest = prepare(str(corpus), str(vocabulary), tmp_path / 'out', 16, mode, holdout_rows=9)
+  tokenizer = load_tokenizer(vocabulary)
+  # In this text a token starts a word unless it continues one or is the dot behind one.
+  pieces = {i: t for t, i in tokenizer.backend.get_vocab().items()}
+  inner = {i for i, t in pieces.items() if t.startswith('##') or t in ('.', '[CLS]', '[SEP]')}
+  for split in ('train', 'validation'):
+    rows = [r['input_ids'][: r['length']].tolist() for r in read_rows(tmp_path / 'out', split)]
+    words, tokens = sum(i not in inner for ids in rows for i in ids), sum(map(len, rows))
+    assert manifest.contents[split] == {'rows': len(rows), 'tokens': tokens, 'words': words}
+    source = open_dataset(tmp_path / 'out', split)
+    assert source.words_per_token == manifest.words_per_token(split) == words / (tokens - len(rows)) > 0.1
+    assert source.part(0, 5).words_per_token == 0  # unknown
+  total = sum(content['words'] for content in manifest.contents.values())
+  assert total == manifest.counts['words'] <= len(corpus.read_text().split())
+  assert mode != 'packed' or total == len(corpus.read_text().split())
+
+
+def test_a_manifest_without_words_can_still_be_read(corpus, vocabulary, tmp_path):
+  prepare(str(corpus), str(vocabulary), tmp_path, 32)
+  old = json.loads((tmp_path / 'manifest.json').read_text())
+  del old['contents']
+  (tmp_path / 'manifest.json').write_text(json.dumps(old))
+  assert read_manifest(tmp_path).words_per_token('train') == 0
 
 
 def test_held_out_rows_are_a_uniform_sample(corpus, vocabulary, tmp_path):
@@ -291,6 +321,8 @@ def test_hugging_face_input(vocabulary, tmp_path, monkeypatch):
 def test_real_text(vocabulary, tmp_path):
   manifest = prepare(str(WIKITEXT), str(vocabulary), tmp_path / 'out', 128, workers=2)
   assert manifest.counts['real_token_fraction'] > 0.999 and manifest.counts['lines'] == 2461
+  # 213,886 are published, without an <eos> per line; six are lone combining signs, which lower-casing drops.
+  assert manifest.counts['words'] == 213_880
   assert json.loads((tmp_path / 'out' / 'dataset_info.json').read_text())['fileFormat'] == 'array_record'
   assert len(read_rows(tmp_path / 'out')) == manifest.counts['rows']
 
