@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -76,6 +75,23 @@ def save_pretrained(bundle: Bundle, folder: epath.PathLike) -> None:
     NumericsError: parameters that are not finite.
     StorageError: the disk is full or not writable.
   """
+  write_export(export_files(bundle, folder), folder)
+
+
+def export_files(bundle: Bundle, folder: epath.PathLike, generator: str = '') -> dict[str, bytes]:
+  """The files of an exported bundle.
+
+  Args:
+    bundle: the model.
+    folder: where they will be written, for messages.
+    generator: name of the folder beside them that holds the generator of this discriminator, for the model card.
+
+  Returns:
+    File name -> content; the same bundle always gives the same bytes.
+
+  Raises:
+    ConfigError, NumericsError: see `save_pretrained`.
+  """
   config, heads = bundle.config, sorted(set(bundle.params) & set(names.HEADS))
   if bundle.tokenizer is None:
     logging.warning('%s: exported without a tokenizer; whoever loads it must bring the right one', folder)
@@ -86,13 +102,12 @@ def save_pretrained(bundle: Bundle, folder: epath.PathLike) -> None:
   if extra:
     logging.warning('%s: transformers will ignore %s; from_pretrained reads it back', folder, ', '.join(extra))
   tensors = names.export_tensors(bundle.params, config)
-  files: dict[str, Any] = {
+  return {
     WEIGHTS: safetensors.numpy.save(tensors, metadata={'format': 'pt'}),
     'config.json': json_bytes(described),
-    'README.md': model_card(config, heads, names.count_parameters(bundle.params), described).encode(),
+    'README.md': model_card(config, heads, names.count_parameters(bundle.params), described, generator).encode(),
     **(bundle.tokenizer.files if bundle.tokenizer else {}),
   }
-  write_export(files, folder)
 
 
 def drop_pooler(bundle: Bundle) -> Bundle:

@@ -10,7 +10,9 @@ from compactlm_jax.interop.hf_config import unread_heads
 from compactlm_jax.interop.names import reads_pooler
 
 
-def model_card(config: EncoderConfig, heads: Collection[str], parameters: int, described: Mapping[str, Any]) -> str:
+def model_card(
+  config: EncoderConfig, heads: Collection[str], parameters: int, described: Mapping[str, Any], generator: str = ''
+) -> str:
   """What the folder holds and how to load it. A function of its arguments alone: no dates, no paths."""
   cls = described['architectures'][0]
   no_pooler = ', add_pooling_layer=False' if cls == 'BertModel' and not config.pooler else ''
@@ -54,6 +56,10 @@ def model_card(config: EncoderConfig, heads: Collection[str], parameters: int, d
     ]
   if unread_heads(config, heads):
     lines += [f'transformers ignores: {", ".join(unread_heads(config, heads))}. compactlm-jax reads them.', '']
+  if 'rtd_head' in unread_heads(config, heads):
+    lines += ['The replaced-token head is `discriminator_predictions.*`, as in ELECTRA.', '']
+  if generator:
+    lines += [f'The generator that this discriminator was trained with is in `{generator}/`.', '']
   if 'classifier' in heads and not reads_pooler(config):
     lines += ['The classifier (`compactlm_classifier.*`) reads the last hidden state of the first token.', '']
   return '\n'.join(lines)

@@ -47,10 +47,12 @@ class Folder:
   Attributes:
     path: the folder.
     digests: file name -> SHA-256 from our manifest.json; None where the folder has none.
+    folders: names of folders in it that were exported together with it (a discriminator's generator).
   """
 
   path: epath.Path
   digests: Mapping[str, str] | None = None
+  folders: tuple[str, ...] = ()
 
   def has(self, name: str) -> bool:
     """Whether the folder has this file."""
@@ -116,7 +118,10 @@ def open_folder(path: epath.PathLike) -> Folder:
       raise DataError(f'{folder.path / MANIFEST}: {name!r} is not a plain file name')
     if not folder.has(name):
       raise DataError(f'{folder.path / name}: listed in {MANIFEST} but missing; the folder is incomplete')
-  return Folder(folder.path, {name: entry['sha256'] for name, entry in files.items()})
+  folders = manifest.get('folders', [])
+  if not isinstance(folders, list) or not all(_plain(name) for name in folders):
+    raise DataError(f'{folder.path / MANIFEST}: damaged; folders {folders!r} is not a list of plain names')
+  return Folder(folder.path, {name: entry['sha256'] for name, entry in files.items()}, tuple(folders))
 
 
 def read_tensors(folder: Folder) -> dict[str, np.ndarray]:

@@ -56,7 +56,6 @@ _LOCAL = ('conv_sees_padding', 'dtype', 'remat', 'scan_unroll')
 
 _REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
   ('position_embedding_type', ('absolute',), 'relative positions are not implemented'),
-  ('is_decoder', (False,), 'only encoders are read, without causal masks'),
   ('add_cross_attention', (False,), 'cross-attention is not implemented'),
   ('pruned_heads', ({}, []), 'layers of unequal head counts cannot be stacked; export uniform widths instead'),
   ('auto_map', (), 'it asks for code from outside, which is never run; save with the plain transformers classes'),
@@ -87,6 +86,12 @@ def from_hf(raw: Mapping[str, Any], *, pooler: bool = False) -> EncoderConfig:
   for key, fine, reason in _REFUSED:
     if raw.get(key) is not None and raw[key] not in fine:
       raise ConfigError(f'config.json: {key} {raw[key]!r}: {reason}')
+  causal = raw.get('is_decoder') or False
+  if causal not in (False, True) or (causal and kind == 'convbert'):
+    raise ConfigError(
+      f"config.json: is_decoder {causal!r}: transformers' ConvBERT masks attention only, its convolution reads later "
+      'positions; set is_decoder to false'
+    )
   activation = raw.get('hidden_act', 'gelu')
   if activation not in ('gelu', 'gelu_python'):
     raise ConfigError(f"config.json: hidden_act {activation!r}; only the exact (erf) 'gelu' is implemented")
@@ -106,6 +111,7 @@ def from_hf(raw: Mapping[str, Any], *, pooler: bool = False) -> EncoderConfig:
   fields['pad_token_id'] = number('pad_token_id')
   if not 0 <= fields['pad_token_id'] < fields['vocab_size']:
     raise ConfigError(f'config.json: pad_token_id {fields["pad_token_id"]} is outside the vocabulary')
+  fields['causal'] = bool(causal)
   fields['embedding_size'] = number('embedding_size') if kind != 'bert' else fields['hidden_size']
   fields['num_heads'] = number('num_attention_heads')
   if kind == 'convbert':
@@ -152,7 +158,7 @@ def to_hf(config: EncoderConfig, heads: Collection[str] = (), num_classes: int =
   Raises:
     ConfigError: transformers has no model of this shape; the message gives the reason.
   """
-  _require_expressible(config)
+  require_expressible(config)
   out: dict[str, Any] = {theirs: getattr(config, ours) for ours, theirs in _FIELDS}
   out |= {
     'model_type': config.architecture,
@@ -163,6 +169,8 @@ def to_hf(config: EncoderConfig, heads: Collection[str] = (), num_classes: int =
     'tie_word_embeddings': True,
     'dtype': 'float32',
   }
+  if config.causal:
+    out['is_decoder'] = True
   local = {name: getattr(config, name) for name in _LOCAL}
   if config.architecture != 'bert':
     out['embedding_size'] = config.embedding_size
@@ -191,11 +199,17 @@ def architecture(config: EncoderConfig, heads: Collection[str]) -> str:
     return kind + 'ForSequenceClassification'
   if 'rtd_head' in heads and config.architecture == 'electra':
     return kind + 'ForPreTraining'
+  if config.causal and 'mlm_head' in heads:
+    return 'BertLMHeadModel' if config.architecture == 'bert' else kind + 'ForCausalLM'
   return kind + ('ForMaskedLM' if 'mlm_head' in heads else 'Model')
 
 
-def _require_expressible(config: EncoderConfig) -> None:
-  """Raises ConfigError with the reason why transformers has no such model."""
+def require_expressible(config: EncoderConfig) -> None:
+  """Checks that transformers has such a model.
+
+  Raises:
+    ConfigError: it has not; the message names the field and the reason.
+  """
   kind, width = config.architecture, config.num_heads * config.head_size
 
   def refuse(field: str, reason: str) -> None:
@@ -204,6 +218,12 @@ def _require_expressible(config: EncoderConfig) -> None:
   if config.pooler and kind != 'bert':
     refuse('pooler', f'its {kind} has no pooler; export without it (bundle.drop_pooler)')
   if kind == 'convbert':
+    if config.causal:
+      refuse('causal', "its ConvBERT's convolution reads later positions; evaluate the run itself")
+    if config.conv_kind != 'span':
+      refuse('conv_kind', f'its ConvBERT makes kernels from spans, there is no {config.conv_kind!r} convolution')
+    if not config.self_attention:
+      refuse('self_attention', 'its ConvBERT always has self-attention beside the convolution')
     if not config.conv_kernel_size:
       refuse('conv_kernel_size', "a ConvBERT without convolution does not exist there; set architecture to 'electra'")
     if 2 * width != config.hidden_size:
@@ -231,5 +251,11 @@ def _require_expressible(config: EncoderConfig) -> None:
 def unread_heads(config: EncoderConfig, heads: Collection[str]) -> list[str]:
   """The heads in an exported tree that the class named in config.json does not read."""
   cls = architecture(config, heads)
-  read = {'ForSequenceClassification': 'classifier', 'ForPreTraining': 'rtd_head', 'ForMaskedLM': 'mlm_head'}
+  read = {
+    'ForSequenceClassification': 'classifier',
+    'ForPreTraining': 'rtd_head',
+    'ForMaskedLM': 'mlm_head',
+    'ForCausalLM': 'mlm_head',
+    'LMHeadModel': 'mlm_head',
+  }
   return sorted(set(heads) - {head for suffix, head in read.items() if cls.endswith(suffix)})

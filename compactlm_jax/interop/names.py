@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -98,14 +98,17 @@ def _layer_rows(config: EncoderConfig) -> list[Row]:
   ours, theirs = 'encoder/layers', 'encoder.layer.{i}'
   attention, self_attention = f'{ours}/attention', f'{theirs}.attention.self'
   rows = []
-  for name in ('query', 'key', 'value'):
+  for name in ('query', 'key', 'value') if config.self_attention else ('query',):
     rows += _dense(f'{attention}/{name}', f'{self_attention}.{name}', 'D', 'A')
-  if config.conv_kernel_size:
+  if config.conv_kernel_size and config.conv_kind == 'span':
     span = f'{self_attention}.key_conv_attn_layer'
     rows += [
       Row(f'{attention}/conv/depthwise/kernel', f'{span}.depthwise.weight', 'W D', DEPTHWISE),
       Row(f'{attention}/conv/pointwise/kernel', f'{span}.pointwise.weight', 'D A', POINTWISE),
       Row(f'{attention}/conv/pointwise/bias', f'{span}.bias', 'A', COLUMN),
+    ]
+  if config.conv_kernel_size:
+    rows += [
       *_dense(f'{attention}/conv/taps', f'{self_attention}.conv_kernel_layer', 'A', 'X'),
       *_dense(f'{attention}/conv/value', f'{self_attention}.conv_out_layer', 'D', 'A'),
     ]
@@ -165,7 +168,7 @@ def _sizes(config: EncoderConfig, num_classes: int) -> dict[str, int]:
     'D': config.hidden_size,
     'E': config.embedding_size,
     'A': width,
-    'O': width * (2 if config.conv_kernel_size else 1),
+    'O': width * (bool(config.conv_kernel_size) + config.self_attention),
     'X': config.num_heads * config.conv_kernel_size,
     'W': config.conv_kernel_size,
     'F': config.intermediate_size,
@@ -179,6 +182,25 @@ def _sizes(config: EncoderConfig, num_classes: int) -> dict[str, int]:
 
 def _shape(row: Row, sizes: Mapping[str, int]) -> tuple[int, ...]:
   return tuple(sizes[symbol] for symbol in row.shape.split())
+
+
+def leaf_shapes(config: EncoderConfig, parts: Collection[str], num_classes: int = 0) -> dict[str, tuple[int, ...]]:
+  """Name -> shape of every leaf of a tree with these parts ('encoder' and any of `HEADS`)."""
+  sizes = _sizes(config, num_classes)
+  rows = [row for row in table(config) if row.part in parts]
+  return {row.path: ((config.num_layers,) if row.stacked else ()) + _shape(row, sizes) for row in rows}
+
+
+def nest(leaves: Mapping[str, Any]) -> Params:
+  """The nested dicts of named leaves: the inverse of `tree.named_leaves`."""
+  out: Params = {}
+  for name, value in leaves.items():
+    *folders, leaf = name.split('/')
+    node = out
+    for folder in folders:
+      node = node.setdefault(folder, {})
+    node[leaf] = value
+  return out
 
 
 def _hf_shape(row: Row, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -219,19 +241,19 @@ def export_tensors(params: Params, config: EncoderConfig) -> dict[str, np.ndarra
   """
   leaves = named_leaves(params)
   classes = leaves['classifier/bias'].shape[-1] if 'classifier/bias' in leaves else 0
-  sizes, out = _sizes(config, classes), {}
-  rows = [row for row in table(config) if row.part == 'encoder' or row.part in params]
-  unknown = sorted(set(leaves) - {row.path for row in rows})
+  parts, out = {'encoder', *params}, {}
+  shapes = leaf_shapes(config, parts, classes)
+  unknown = sorted(set(leaves) - set(shapes))
   if unknown:
     raise ConfigError(
       f'parameter {unknown[0]}: transformers has no tensor for it in this configuration; '
       'export a tree of encoder and heads only (scores of pruning are baked into the weights first)'
     )
-  for row in rows:
+  for row in (row for row in table(config) if row.part in parts):
     if row.path not in leaves:
       raise ConfigError(f'parameter {row.path}: missing from the tree; the configuration asks for it')
     array = np.asarray(leaves[row.path])
-    expected = ((config.num_layers,) if row.stacked else ()) + _shape(row, sizes)
+    expected = shapes[row.path]
     if array.shape != expected or array.dtype != np.float32:
       raise ConfigError(f'parameter {row.path}: found {array.dtype}{array.shape}, expected float32{expected}')
     if not np.isfinite(array).all():
@@ -340,15 +362,11 @@ def _stack(
   if missing:
     more = f' and {len(missing) - 1} more' if len(missing) > 1 else ''
     raise DataError(f'tensor {missing[0]}{more}: missing; the file is incomplete or config.json is of another model')
-  params: Params = {}
+  leaves = {}
   for row in rows:
     values = [found[row.path, layer][1] for layer in _layers(row, config)]
-    *folders, leaf = row.path.split('/')
-    node = params
-    for folder in folders:
-      node = node.setdefault(folder, {})
-    node[leaf] = np.stack(values) if row.stacked else np.ascontiguousarray(values[0])
-  return params
+    leaves[row.path] = np.stack(values) if row.stacked else np.ascontiguousarray(values[0])
+  return nest(leaves)
 
 
 def count_parameters(params: Params) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from etils import epath
 
@@ -17,18 +17,28 @@ def json_bytes(value: object) -> bytes:
   return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + '\n').encode()
 
 
-def write_export(files: Mapping[str, bytes], folder: epath.PathLike) -> None:
+def write_export(
+  files: Mapping[str, bytes], folder: epath.PathLike, inside: Mapping[str, Mapping[str, bytes]] | None = None
+) -> None:
   """Writes the files and a manifest with their SHA-256 into a temporary folder beside `folder`, then renames it.
 
-  An earlier export is replaced. On an object store, which has no renames, the manifest is written last.
+  An earlier export is replaced, with the exports that its manifest says were written inside it. On an object store,
+  which has no renames, manifests are written last.
+
+  Args:
+    files: name -> content.
+    folder: where to.
+    inside: name of a folder in `folder` -> files of an export of its own there; all appear together.
 
   Raises:
     ConfigError: `folder` holds something that is not an export.
     StorageError: the disk is full or not writable.
   """
-  target = epath.Path(folder)
-  manifest = {n: {'bytes': len(d), 'sha256': hashlib.sha256(d).hexdigest()} for n, d in sorted(files.items())}
-  content = {**files, MANIFEST: json_bytes({'format': EXPORT_FORMAT, 'version': 1, 'files': manifest})}
+  target, inside = epath.Path(folder), inside or {}
+  content: dict[str, bytes] = {}
+  for name, own in inside.items():
+    content |= {f'{name}/{file}': data for file, data in _with_manifest(own).items()}
+  content |= _with_manifest(files, tuple(inside))
   try:
     if '://' in str(target):
       _require_replaceable(target)
@@ -37,6 +47,12 @@ def write_export(files: Mapping[str, bytes], folder: epath.PathLike) -> None:
       _swap(content, target)
   except OSError as e:
     raise StorageError(f'{target}: the export could not be written ({e.strerror or e}); nothing was left there') from e
+
+
+def _with_manifest(files: Mapping[str, bytes], folders: Sequence[str] = ()) -> dict[str, bytes]:
+  listed = {n: {'bytes': len(d), 'sha256': hashlib.sha256(d).hexdigest()} for n, d in sorted(files.items())}
+  manifest = {'format': EXPORT_FORMAT, 'version': 1, 'files': listed}
+  return {**files, MANIFEST: json_bytes(manifest | ({'folders': sorted(folders)} if folders else {}))}
 
 
 def _swap(content: Mapping[str, bytes], target: epath.Path) -> None:
@@ -63,21 +79,28 @@ def _swap(content: Mapping[str, bytes], target: epath.Path) -> None:
 def _write(content: Mapping[str, bytes], folder: epath.Path) -> None:
   folder.mkdir(parents=True, exist_ok=True)
   for name, data in content.items():
+    if '/' in name:
+      (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_bytes(data)
 
 
 def _require_replaceable(target: epath.Path) -> None:
-  """Nothing there, an empty folder, or an export of ours without foreign files."""
+  """Nothing there, an empty folder, or an export of ours without foreign files, in it and in its listed folders."""
   if not target.exists():
     return
   if not target.is_dir():
     raise ConfigError(f'{target}: is a file; name a folder to export to')
   names = {p.name for p in target.iterdir()}
+  inside: set[str] = set()
   try:
-    ours = set(open_folder(target).digests or {}) | {MANIFEST}
+    opened = open_folder(target)
+    ours = set(opened.digests or {}) | {MANIFEST}
+    inside = names & set(opened.folders)
   except DataError:
     ours = {MANIFEST}  # a damaged export: its files cannot be told from others
-  if names - ours:
+  for name in sorted(inside):
+    _require_replaceable(target / name)
+  if names - ours - inside:
     raise ConfigError(
-      f'{target}: holds {min(names - ours)!r}, which no export wrote; choose another folder or empty it'
+      f'{target}: holds {min(names - ours - inside)!r}, which no export wrote; choose another folder or empty it'
     )
