@@ -137,6 +137,12 @@ def check_distill(student: EncoderConfig, teacher: EncoderConfig, config: Distil
       f"config.distill.teacher_layer: {config.teacher_layer} is above the teacher's {teacher.num_layers} layers; use 1 "
       f'to {teacher.num_layers}, or 0 for the last'
     )
+  for side, encoder in (('encoder', student), ('teacher', teacher)):
+    if not encoder.self_attention:
+      raise ConfigError(
+        f'config.{side}.self_attention: relations compare queries, keys and values, and with False there are no keys '
+        'and values; use an encoder with self-attention'
+      )
   if config.layers == 'uniform' and student.num_layers > (config.teacher_layer or teacher.num_layers):
     raise ConfigError(
       f"config.distill.layers: 'uniform' needs at least as many taught layers as the student's {student.num_layers}; "

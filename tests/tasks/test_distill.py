@@ -245,6 +245,7 @@ def test_layer_pairs():
     ({'vocab_size': 41}, DistillConfig(), r'encoder.vocab_size: .* set vocab_size=40'),
     ({}, DistillConfig(student_init='teacher_layers'), r'student_init: .* encoder.hidden_size=24'),
     ({}, DistillConfig(init_layers=(1, 2)), r'init_layers: .* student_init'),
+    ({'conv_kernel_size': 3, 'self_attention': False}, DistillConfig(), r'encoder.self_attention: relations compare'),
     ({'num_layers': 5}, DistillConfig(layers='uniform'), r"layers: 'uniform'"),
   ],
 )
