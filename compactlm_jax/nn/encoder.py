@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from compactlm_jax.config import EncoderConfig
+from compactlm_jax.errors import ConfigError
 from compactlm_jax.nn.attention import MixedAttention
 from compactlm_jax.nn.layers import Embeddings, GroupedDense, LayerNorm, MaskedDense, MaskFn
 from compactlm_jax.ops.dense import gelu
@@ -32,7 +33,7 @@ class EncoderLayer(nn.Module):
   @nn.compact
   def __call__(
     self, x_BTD: Float[Array, 'B T D'], mask_BT: Int[Array, 'B T'], key: jax.Array | None, index: Int[Array, '']
-  ) -> tuple[Float[Array, 'B T D'], QKV]:
+  ) -> tuple[Float[Array, 'B T D'], QKV | None]:
     cfg = self.config
     sites = [_SITES * index + i for i in range(_SITES)]  # of dropout, by number of the layer in the model
 
@@ -147,7 +148,14 @@ def encode(
 
   Returns:
     An EncoderOutput.
+
+  Raises:
+    ConfigError: `qkv_layers` of an encoder without self-attention.
   """
+  if qkv_layers and not config.self_attention:
+    raise ConfigError(
+      'config.encoder.self_attention: False leaves no keys and values to return; ask for no layer in qkv_layers'
+    )
   mask = jnp.ones_like(input_ids) if attention_mask is None else attention_mask
   types = jnp.zeros_like(input_ids) if token_type_ids is None else token_type_ids
   variables: dict[str, Any] = {'params': params['encoder']}

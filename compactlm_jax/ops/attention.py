@@ -25,6 +25,7 @@ def attention(
   v_BSHK: Float[Array, 'B S H K'],
   bias_B11S: Float[Array, 'B 1 1 S'],
   *,
+  causal: bool = False,
   rate: float = 0.0,
   key: jax.Array | None = None,
   site: int | Array = 0,
@@ -39,6 +40,7 @@ def attention(
     k_BSHK: keys.
     v_BSHK: values.
     bias_B11S: from `mask_bias`; it gets no gradient.
+    causal: position t reads positions <= t only, whatever the bias says of them (then S = T).
     rate: dropout rate on the probabilities.
     key: dropout key, None for evaluation.
     site: number of the place in the model, see `dropout`.
@@ -48,20 +50,23 @@ def attention(
   """
   rate = 0.0 if key is None else rate
   words = site_words(key, site) if key is not None and rate else None
-  return _attention(q_BTHK, k_BSHK, v_BSHK, bias_B11S, rate, words)
+  return _attention(q_BTHK, k_BSHK, v_BSHK, bias_B11S, causal, rate, words)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attention(q: Array, k: Array, v: Array, bias: Array, rate: float, words: Array | None) -> Array:
-  return _forward(q, k, v, bias, rate, words)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attention(q: Array, k: Array, v: Array, bias: Array, causal: bool, rate: float, words: Array | None) -> Array:
+  return _forward(q, k, v, bias, causal, rate, words)[0]
 
 
-def _forward(q: Array, k: Array, v: Array, bias: Array, rate: float, words: Array | None) -> tuple[Array, Any]:
+def _forward(
+  q: Array, k: Array, v: Array, bias: Array, causal: bool, rate: float, words: Array | None
+) -> tuple[Array, Any]:
   """(output, what the backward pass needs). Arrays lie as [B * H, T, K] and [B * H, T, S] in between."""
   batch, length, heads, size = q.shape
   q_, k_, v_ = _split(q * np.asarray(size**-0.5, q.dtype)), _split(k), _split(v)
   logits = _dot(q_, k_, 2, 2)
   logits = (logits.reshape(batch, heads, length, -1) + bias).reshape(logits.shape)
+  logits = _hide_later(logits) if causal else logits
   exps = materialize(jnp.exp(logits - logits.max(-1, keepdims=True)))
   inverse = materialize(1 / exps.sum(-1, keepdims=True))
   dropped = materialize(_drop((exps * inverse).astype(v.dtype), rate, words))
@@ -69,7 +74,8 @@ def _forward(q: Array, k: Array, v: Array, bias: Array, rate: float, words: Arra
   return out, (q_, k_, v_, exps.astype(v.dtype), inverse, out, words)
 
 
-def _backward(rate: float, saved: Any, g: Array) -> tuple[Any, ...]:
+def _backward(causal: bool, rate: float, saved: Any, g: Array) -> tuple[Any, ...]:
+  del causal  # the saved probabilities of later positions are exact zeros, and so is what they pass on
   q_, k_, v_, exps, inverse, out, words = saved
   batch, length, heads, size = g.shape
   scale = np.asarray(size**-0.5, g.dtype)
@@ -87,6 +93,13 @@ def _backward(rate: float, saved: Any, g: Array) -> tuple[Any, ...]:
 
 
 _attention.defvjp(_forward, _backward)
+
+
+def _hide_later(logits: Array) -> Array:
+  """Minus infinity where the key (last axis) stands behind the query; a position always reads itself, so rows stay
+  finite, padded ones too."""
+  query, key = (jax.lax.broadcasted_iota(jnp.int32, logits.shape, axis) for axis in (1, 2))
+  return jnp.where(key <= query, logits, -jnp.inf)
 
 
 def _drop(x: Array, rate: float, words: Array | None) -> Array:

@@ -1,5 +1,7 @@
 """Attention and dropout against NumPy loops."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,13 +18,13 @@ def inputs(seed=0, batch=2, length=7, heads=3, size=5):
   return q, k, v, mask
 
 
-def reference(q, k, v, mask):
+def reference(q, k, v, mask, causal=False):
   batch, length, heads, size = q.shape
   out = np.zeros(q.shape, np.float64)
   for b in range(batch):
     for h in range(heads):
       for t in range(length):
-        keys = [s for s in range(length) if mask[b, s]]
+        keys = [s for s in range(length) if mask[b, s] and not (causal and s > t)]
         logits = np.array([q[b, t, h].astype(np.float64) @ k[b, s, h] / np.sqrt(size) for s in keys])
         weights = np.exp(logits - logits.max())
         out[b, t, h] = sum(w * v[b, s, h] for w, s in zip(weights / weights.sum(), keys))
@@ -36,12 +38,36 @@ def test_attention_equals_a_loop_over_positions():
   np.testing.assert_allclose(got, reference(q, k, v, mask), atol=2e-6)
 
 
-def test_attention_gradient_equals_finite_differences():
+def test_causal_attention_equals_a_loop_over_earlier_positions():
+  """Mutation: compare with < instead of <=, or swap the axes of the comparison."""
+  q, k, v, mask = inputs()
+  got = attention(*map(jnp.asarray, (q, k, v)), mask_bias(jnp.asarray(mask)), causal=True)
+  np.testing.assert_allclose(got, reference(q, k, v, mask, causal=True), atol=2e-6)
+
+
+@pytest.mark.parametrize('rate', [0.0, 0.5])
+def test_causal_gradients_of_later_positions_are_exact_zeros(rate):
+  """Mutation: hide later positions with -1 instead of minus infinity."""
+  q, k, v, _ = (jnp.asarray(x) for x in inputs(4))
+  mask = jnp.ones((2, 7), jnp.int32).at[1, :3].set(0)  # padding in front: its rows see nothing but themselves
+
+  @jax.jit
+  @functools.partial(jax.jacrev, argnums=(0, 1, 2))
+  def jacobian(q, k, v):
+    return attention(q, k, v, mask_bias(mask), causal=True, rate=rate, key=jax.random.key(0)).sum((0, 2, 3))
+
+  for t, (dq, dk, dv) in enumerate(zip(*map(np.asarray, jacobian(q, k, v)), strict=True)):
+    assert np.isfinite(dq).all() and not dk[:, t + 1 :].any() and not dv[:, t + 1 :].any()
+    assert rate or (dv[0, : t + 1] != 0).all()
+
+
+@pytest.mark.parametrize('causal', [False, True])
+def test_attention_gradient_equals_finite_differences(causal):
   q, k, v, mask = (jnp.asarray(x) for x in inputs(1))
   bias, weight = mask_bias(mask), jnp.asarray(inputs(2)[0])
 
   def value(q, k, v):
-    return (attention(q, k, v, bias) * weight).sum()
+    return (attention(q, k, v, bias, causal=causal) * weight).sum()
 
   grads = jax.grad(value, argnums=(0, 1, 2))(q, k, v)
   for i, grad in enumerate(grads):

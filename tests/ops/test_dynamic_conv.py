@@ -8,13 +8,13 @@ import pytest
 from compactlm_jax.ops.dynamic_conv import depthwise_conv, dynamic_conv
 
 
-def taps_last(v, taps):
-  return dynamic_conv(v, jnp.moveaxis(taps, -1, 0))
+def taps_last(v, taps, causal=False):
+  return dynamic_conv(v, jnp.moveaxis(taps, -1, 0), causal=causal)
 
 
-def loop_depthwise(x, kernel):
+def loop_depthwise(x, kernel, causal=False):
   out = np.zeros(x.shape, np.float64)
-  half = len(kernel) // 2
+  half = len(kernel) - 1 if causal else len(kernel) // 2
   for b, t, d in np.ndindex(x.shape):
     for j in range(len(kernel)):
       if 0 <= t + j - half < x.shape[1]:
@@ -22,9 +22,9 @@ def loop_depthwise(x, kernel):
   return out
 
 
-def loop_dynamic(v, taps):
+def loop_dynamic(v, taps, causal=False):
   out = np.zeros(v.shape, np.float64)
-  half = taps.shape[-1] // 2
+  half = taps.shape[-1] - 1 if causal else taps.shape[-1] // 2
   for b, t, h in np.ndindex(v.shape[:3]):
     for j in range(taps.shape[-1]):
       if 0 <= t + j - half < v.shape[1]:
@@ -32,27 +32,36 @@ def loop_dynamic(v, taps):
   return out
 
 
+@pytest.mark.parametrize('causal', [False, True])
 @pytest.mark.parametrize('width', [1, 3, 9])
 @pytest.mark.parametrize('length', [1, 4, 20])
-def test_depthwise_equals_a_loop(width, length):
+def test_depthwise_equals_a_loop(width, length, causal):
+  """Mutation: pad W // 2 zeros in front of a causal convolution too."""
   rng = np.random.default_rng(0)
   x, kernel = rng.normal(size=(2, length, 6)).astype('f4'), rng.normal(size=(width, 6)).astype('f4')
-  np.testing.assert_allclose(depthwise_conv(jnp.asarray(x), jnp.asarray(kernel)), loop_depthwise(x, kernel), atol=1e-5)
+  got = depthwise_conv(jnp.asarray(x), jnp.asarray(kernel), causal=causal)
+  np.testing.assert_allclose(got, loop_depthwise(x, kernel, causal), atol=1e-5)
 
 
+@pytest.mark.parametrize('causal', [False, True])
 @pytest.mark.parametrize('width', [1, 3, 9])
 @pytest.mark.parametrize('length', [1, 4, 20])
-def test_dynamic_equals_a_loop(width, length):
+def test_dynamic_equals_a_loop(width, length, causal):
   """Mutation: reverse the taps (a true convolution)."""
   rng = np.random.default_rng(1)
   v = rng.normal(size=(2, length, 3, 4)).astype('f4')
   taps = rng.normal(size=(2, length, 3, width)).astype('f4')
-  np.testing.assert_allclose(taps_last(jnp.asarray(v), jnp.asarray(taps)), loop_dynamic(v, taps), atol=1e-5)
+  got = taps_last(jnp.asarray(v), jnp.asarray(taps), causal)
+  np.testing.assert_allclose(got, loop_dynamic(v, taps, causal), atol=1e-5)
 
 
+@pytest.mark.parametrize('causal', [False, True])
 @pytest.mark.parametrize('op', ['depthwise', 'dynamic'])
-def test_gradients_equal_those_of_a_dense_operator(op):
-  """Both are bilinear: the gradient follows from the loops applied to basis vectors."""
+def test_gradients_equal_those_of_a_dense_operator(op, causal):
+  """Both are bilinear: the gradient follows from the loops applied to basis vectors.
+
+  Mutation: pad the gradient like the values.
+  """
   rng = np.random.default_rng(2)
   if op == 'depthwise':
     fn, loop, a, b = depthwise_conv, loop_depthwise, rng.normal(size=(1, 6, 2)), rng.normal(size=(3, 2))
@@ -60,12 +69,16 @@ def test_gradients_equal_those_of_a_dense_operator(op):
     fn, loop, a, b = taps_last, loop_dynamic, rng.normal(size=(1, 6, 2, 2)), rng.normal(size=(1, 6, 2, 3))
   a, b = a.astype('f4'), b.astype('f4')
   weight = rng.normal(size=a.shape).astype('f4')
-  grads = jax.grad(lambda a, b: (fn(a, b) * weight).sum(), argnums=(0, 1))(jnp.asarray(a), jnp.asarray(b))
+
+  def value(a, b):
+    return (fn(a, b, causal=causal) * weight).sum()
+
+  grads = jax.grad(value, argnums=(0, 1))(jnp.asarray(a), jnp.asarray(b))
   for which, grad in enumerate(grads):
     for index in np.ndindex(grad.shape):
       unit = np.zeros(grad.shape, 'f4')
       unit[index] = 1
-      want = (loop(unit, b) if which == 0 else loop(a, unit)) * weight
+      want = (loop(unit, b, causal) if which == 0 else loop(a, unit, causal)) * weight
       np.testing.assert_allclose(grad[index], want.sum(), atol=1e-5)
 
 
