@@ -7,6 +7,7 @@ Arrays of rank two or more carry their shape as a suffix, `x_BTD`:
   N  layers             H  heads                K  head size
   F  feed-forward size  G  groups               W  convolution taps
   R  relation heads     C  classes
+  P  prediction slots of a masked language model
 """
 
 from __future__ import annotations
@@ -76,6 +77,33 @@ class EncoderOutput:
   pooled_BD: Float[Array, 'B D'] | None = None
   hidden_NBTD: Float[Array, 'N B T D'] | None = None
   qkv: tuple[QKV, ...] = ()
+
+
+@struct
+class Masked:
+  """What a masked language model reads and must predict. Unused slots have position 0 and weight 0.
+
+  Attributes:
+    input_ids_BT: the row with some tokens hidden.
+    positions_BP: positions of the slots.
+    ids_BP: the original tokens there.
+    weights_BP: 1 for real slots.
+  """
+
+  input_ids_BT: Int[Array, 'B T']
+  positions_BP: Int[Array, 'B P']
+  ids_BP: Int[Array, 'B P']
+  weights_BP: Float[Array, 'B P']
+
+
+@dataclasses.dataclass(frozen=True)
+class SpecialTokens:
+  """Ids of the special tokens of a vocabulary."""
+
+  pad: int
+  cls: int
+  sep: int
+  mask: int
 
 
 @struct

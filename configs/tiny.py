@@ -5,11 +5,15 @@ Command: compactlm train --config=configs/tiny.py:distill --workdir=/tmp/tiny
 With your own rows: --config.data.path=DIR (written by `compactlm prepare`) and --config.teacher=FOLDER.
 """
 
+import dataclasses
+
 from compactlm_jax.config import (
   DataConfig,
   DistillConfig,
+  ElectraConfig,
   EncoderConfig,
   FinetuneConfig,
+  MaskConfig,
   OptimizerConfig,
   RunConfig,
   to_config_dict,
@@ -20,7 +24,34 @@ ENCODER = EncoderConfig(
   vocab_size=1000, hidden_size=64, num_layers=2, num_heads=4, max_positions=64, embedding_size=64, scan_unroll=1
 )
 COMMON = {'steps': 60, 'batch_size': 16, 'checkpoint_every': 20, 'encoder': ENCODER}
+MIXED = EncoderConfig.mixed(
+  heads=4, head_ratio=2, vocab_size=1000, hidden_size=64, num_layers=2, max_positions=64, embedding_size=32,
+  num_groups=2, scan_unroll=1,
+)  # fmt: skip
+# ELECTRA's optimiser: no bias correction, and a decay that begins at step 0.
+PRETRAIN = OptimizerConfig(learning_rate=2e-3, warmup_steps=10, bias_correction=False, decay_from='start')
 VARIANTS = {
+  'mlm': RunConfig(
+    task='mlm',
+    data=DataConfig(seq_len=64),
+    optimizer=PRETRAIN,
+    mask=MaskConfig(mask_rate=0.8, random_rate=0.1),
+    **COMMON,
+  ),
+  'electra': RunConfig(
+    task='electra',
+    data=DataConfig(seq_len=64),
+    optimizer=PRETRAIN,
+    electra=ElectraConfig(generator_size=0.5),
+    **{**COMMON, 'encoder': dataclasses.replace(ENCODER, architecture='electra', embedding_size=32)},
+  ),
+  'convbert': RunConfig(
+    task='electra',
+    data=DataConfig(seq_len=64),
+    optimizer=PRETRAIN,
+    electra=ElectraConfig(generator_size=0.5),
+    **{**COMMON, 'encoder': MIXED},
+  ),
   'distill': RunConfig(
     task='distill',
     data=DataConfig(seq_len=64),

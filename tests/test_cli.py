@@ -14,7 +14,7 @@ import pytest
 
 import compactlm_jax as clm
 from compactlm_jax import cli, jobs
-from compactlm_jax.jobs import load_model
+from compactlm_jax.jobs import finetune, load_model
 from compactlm_jax.metrics import read_metrics
 from compactlm_jax.tree import named_leaves
 
@@ -211,7 +211,7 @@ def test_an_export_reads_back_to_the_same_outputs(run, tmp_path, capsys):
 
 def test_non_finite_updates_end_a_run(tmp_path, monkeypatch, capsys):
   """From step 3 on. Mutation: count bad steps that are not consecutive, or save before the report."""
-  make = jobs.make_finetune_task
+  make = finetune.make_finetune_task
 
   def poisoned(*args, **kwargs):
     task = make(*args, **kwargs)
@@ -223,7 +223,7 @@ def test_non_finite_updates_end_a_run(tmp_path, monkeypatch, capsys):
 
     return dataclasses.replace(task, loss=loss)
 
-  monkeypatch.setattr(jobs, 'make_finetune_task', poisoned)
+  monkeypatch.setattr(finetune, 'make_finetune_task', poisoned)
   assert cli.main(train('finetune', tmp_path, '--config.steps=9', '--config.checkpoint_every=1')) == 70
   said = capsys.readouterr().err
   assert '3 non-finite updates in a row, the last at step 5 (first leaf: classifier/bias)' in said

@@ -112,6 +112,7 @@ class ElectraConfig:
       num_heads=max(1, heads // ratio),
       head_size=width // heads,
       intermediate_size=_whole(encoder.intermediate_size, self.generator_size, 'generator_size', 'intermediate_size'),
+      pooler=False,
     )
 
 

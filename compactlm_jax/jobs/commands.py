@@ -1,0 +1,67 @@
+"""From a configuration to a job, and from a job to its results."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+
+from compactlm_jax.config import RunConfig
+from compactlm_jax.data import source as rows
+from compactlm_jax.data.source import Batches, RowSource
+from compactlm_jax.interop.bundle import Bundle, save_pretrained
+from compactlm_jax.interop.pretrained import save_pretraining
+from compactlm_jax.jobs.distill import distill_job
+from compactlm_jax.jobs.finetune import finetune_job
+from compactlm_jax.jobs.models import is_run, load_generator, load_model, params_digest
+from compactlm_jax.jobs.pretrain import electra_job, mlm_job
+from compactlm_jax.train.loop import Job, train
+from compactlm_jax.types import Batch
+
+_BUILDERS = {'electra': electra_job, 'mlm': mlm_job, 'distill': distill_job, 'finetune': finetune_job}
+
+
+def run_train(config: RunConfig, workdir: str, **options: Any) -> dict[str, Any]:
+  """Builds the job of a configuration and runs it; see `train.loop.train`."""
+  return train(build_job(config), workdir, **options)
+
+
+def run_export(checkpoint: str, output: str) -> Bundle:
+  """Writes the model of a run, or of a folder, as a Hugging Face folder; returns what was written.
+
+  A replaced-token run gives the discriminator in `output` and the generator in `output`/generator.
+  """
+  bundle, generator = load_model(checkpoint), load_generator(checkpoint) if is_run(checkpoint) else None
+  if generator is None:
+    save_pretrained(bundle, output)
+  else:
+    save_pretraining(bundle, generator, output)
+  return bundle
+
+
+def build_job(config: RunConfig) -> Job:
+  """Loads data and weights, checks that they fit together, and returns what the loop runs.
+
+  Raises:
+    ConfigError: a field, or files that do not belong together.
+    DataError: unusable data or weights.
+  """
+  task, data = _BUILDERS[config.task](config)
+  steps = config.steps or max(1, math.ceil(config.epochs * len(data.train) / config.batch_size))
+  identity = {'data': data.identity, 'tokenizer': data.train.fingerprint}
+  if task.frozen is not None:
+    identity['teacher'] = params_digest(task.frozen)
+  files = {f'tokenizer/{name}': content for name, content in data.tokenizer.files.items()} if data.tokenizer else {}
+  return Job(task, config, steps, _batches(config, data.train), _eval_batches(config, data.dev), identity, files)
+
+
+def _batches(config: RunConfig, source: RowSource) -> Batches:
+  return Batches(source, config.batch_size, config.seed, jax.process_index(), jax.process_count())
+
+
+def _eval_batches(config: RunConfig, source: RowSource | None) -> Callable[[], Iterable[Batch]] | None:
+  if source is None:
+    return None
+  return lambda: rows.eval_batches(source, config.batch_size, jax.process_index(), jax.process_count())

@@ -1,0 +1,50 @@
+"""Jobs that distil."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+from compactlm_jax.config import RunConfig
+from compactlm_jax.errors import ConfigError
+from compactlm_jax.jobs.data import JobData, generated, prepared, with_run_options
+from compactlm_jax.jobs.models import load_model, tokenizer_of
+from compactlm_jax.nn.encoder import init_encoder
+from compactlm_jax.tasks.distill import make_distill_task
+from compactlm_jax.types import Task
+
+
+def distill_job(config: RunConfig) -> tuple[Task, JobData]:
+  """A student and its frozen teacher; without a teacher, generated rows and a random one.
+
+  Raises:
+    ConfigError, DataError: a pair or files that do not fit.
+  """
+  if not config.teacher:
+    return _distill_generated(config)
+  teacher, fingerprint = load_model(config.teacher), tokenizer_of(config.teacher).fingerprint()
+  data = prepared(config, fingerprint, teacher.tokenizer)
+  start = load_model(config.model) if config.model else None
+  student = with_run_options(start.config, config.encoder) if start else config.encoder
+  task = make_distill_task(
+    student,
+    teacher.config,
+    teacher.params,
+    config.distill,
+    start=start.params if start else None,
+    student_tokenizer=data.train.fingerprint,
+    teacher_tokenizer=fingerprint,
+  )
+  return task, data
+
+
+def _distill_generated(config: RunConfig) -> tuple[Task, JobData]:
+  """A random teacher, twice as deep: for trying the machinery without any file."""
+  if config.data.path:
+    raise ConfigError('config.teacher: name a model folder or a run; only generated data can do without')
+  deeper = dataclasses.replace(config.encoder, num_layers=2 * config.encoder.num_layers)
+  # Wide kernels: a fresh teacher's relations are almost uniform, and there would be nothing to learn.
+  deeper = dataclasses.replace(deeper, initializer_range=0.1)
+  teacher = init_encoder(deeper, jax.random.key(config.seed + 1))
+  return make_distill_task(config.encoder, deeper, teacher, config.distill), generated(config)

@@ -1,0 +1,177 @@
+"""ELECTRA: a generator fills hidden positions, a discriminator finds what it replaced (Clark et al. 2020).
+
+ConvBERT is pre-trained in the same way; its generator is a small ConvBERT.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from compactlm_jax.config import ElectraConfig, EncoderConfig, MaskConfig, to_json
+from compactlm_jax.losses.reduce import masked_mean, masked_sum
+from compactlm_jax.losses.tokens import replaced_token_loss
+from compactlm_jax.nn.encoder import encode, init_encoder
+from compactlm_jax.nn.heads import RtdHead
+from compactlm_jax.ops.corruption import mask_tokens, sample_tokens, write_tokens
+from compactlm_jax.tasks.mlm import (
+  check_masked_model,
+  evaluation_key,
+  init_mlm,
+  mlm_logits,
+  slot_values,
+  with_row_weights,
+)
+from compactlm_jax.types import Batch, Metrics, Params, SpecialTokens, Task, struct
+
+SHARED = ('word', 'position', 'token_type', 'norm')
+"""Parts of the embeddings that both towers use; a projection belongs to its tower."""
+
+
+@struct
+class _Outcome:
+  """What both towers said about a batch: values per slot or token, and their weights."""
+
+  mlm_losses_BP: jax.Array
+  mlm_hits_BP: jax.Array
+  slots_BP: jax.Array
+  rtd_losses_BT: jax.Array
+  replaced_BT: jax.Array
+  guessed_BT: jax.Array
+  tokens_BT: jax.Array
+
+
+def make_electra_task(
+  encoder: EncoderConfig,
+  config: ElectraConfig,
+  mask: MaskConfig,
+  special: SpecialTokens,
+  start: Params | None = None,
+) -> Task:
+  """A task that trains generator and discriminator jointly.
+
+  loss = generator_weight * MLM + discriminator_weight * RTD. MLM is a mean over the real slots, RTD over all tokens
+  that are not padding. The generator's samples are written into the original row; a sample that happens to be the
+  original token counts as original. Nothing flows back through the sampling.
+
+  With gradient accumulation the parts are weighed by their tokens: RTD is exact, and MLM up to the rounding of the
+  number of slots in a row.
+
+  Args:
+    encoder: the discriminator.
+    config: size of the generator, weights, sharing, sampling.
+    mask: which tokens are hidden.
+    special: ids of the special tokens.
+    start: sub-trees to continue from, of the tree that `init` makes; parts it lacks start at random.
+
+  Raises:
+    ConfigError: a generator that these fractions cannot make, or special tokens that the vocabulary lacks.
+  """
+  check_masked_model(encoder, special)
+  small = config.generator_encoder(encoder)
+
+  def outcome(params: Params, batch: Batch, key: jax.Array, train: bool) -> _Outcome:
+    mask_key, sample_key, *dropout_keys = jax.random.split(key, 4)
+    generator_key, discriminator_key = dropout_keys if train else (None, None)
+    masked = mask_tokens(mask_key, batch.input_ids, batch.attention_mask, mask, special, encoder.vocab_size)
+    logits_BPV = mlm_logits(generator_params(params, config), small, masked, batch, generator_key)
+    forbidden_BP = masked.ids_BP if config.disallow_correct else None
+    sampled_BP = sample_tokens(sample_key, logits_BPV, temperature=config.temperature, forbidden_BP=forbidden_BP)
+    fake_BT, _ = write_tokens(batch.input_ids, masked.positions_BP, sampled_BP, masked.weights_BP > 0)
+    out = encode(params, encoder, fake_BT, batch.attention_mask, batch.token_type_ids, dropout_key=discriminator_key)
+    logits_BT = jnp.asarray(RtdHead(encoder).apply({'params': params['rtd_head']}, out.last_BTD))
+    replaced_BT = fake_BT != batch.input_ids
+    tokens_BT = batch.attention_mask.astype(jnp.float32)
+    return _Outcome(
+      *slot_values(logits_BPV, masked),
+      slots_BP=with_row_weights(masked, batch).weights_BP,
+      rtd_losses_BT=replaced_token_loss(logits_BT, replaced_BT),
+      replaced_BT=replaced_BT.astype(jnp.float32),
+      guessed_BT=(logits_BT > 0).astype(jnp.float32),
+      tokens_BT=tokens_BT if batch.weights is None else tokens_BT * batch.weights[:, None],
+    )
+
+  def loss(params: Params, frozen: Any, batch: Batch, key: jax.Array, step: jax.Array) -> tuple[jax.Array, Metrics]:
+    out = outcome(params, batch, key, True)
+    metrics = {name: masked_mean(*pair) for name, pair in _measures(out).items()}
+    value = config.generator_weight * metrics['mlm_loss'] + config.discriminator_weight * metrics['rtd_loss']
+    return value, {**metrics, 'weight': out.tokens_BT.sum()}
+
+  def evaluate(params: Params, frozen: Any, batch: Batch) -> dict[str, tuple[jax.Array, jax.Array]]:
+    out = outcome(params, batch, evaluation_key(batch), False)
+    sums = {name: masked_sum(*pair) for name, pair in _measures(out).items()}
+    # A discriminator that calls nothing replaced has a precision of 0 there, not an undefined one.
+    return {name: (total, jnp.maximum(count, 1e-9)) for name, (total, count) in sums.items()}
+
+  def summarize(means: Any) -> dict[str, float]:
+    weighed = config.generator_weight * means['mlm_loss'] + config.discriminator_weight * means['rtd_loss']
+    return {'loss': weighed}
+
+  unused = r'encoder/pooler/.*'
+  return Task(
+    name='electra',
+    init=lambda key: _replace(init_electra(encoder, config, key), start or {}),
+    loss=loss,
+    evaluate=evaluate,
+    trainable=((unused, False), (rf'(?!{unused}).*', True)),
+    summarize=summarize,
+    model={'encoder': to_json(encoder), 'electra': to_json(config), 'mask': to_json(mask)},
+  )
+
+
+def _measures(out: _Outcome) -> dict[str, tuple[jax.Array, jax.Array]]:
+  """Metric -> (values, weights), to be averaged."""
+  right_BT = (out.guessed_BT == out.replaced_BT).astype(jnp.float32)
+  weights = {
+    'precision_replaced': out.guessed_BT,
+    'recall_replaced': out.replaced_BT,
+    'precision_original': 1 - out.guessed_BT,
+    'recall_original': 1 - out.replaced_BT,
+  }
+  return {
+    'mlm_loss': (out.mlm_losses_BP, out.slots_BP),
+    'mlm_accuracy': (out.mlm_hits_BP, out.slots_BP),
+    'rtd_loss': (out.rtd_losses_BT, out.tokens_BT),
+    'rtd_accuracy': (right_BT, out.tokens_BT),
+    'replaced_fraction': (out.replaced_BT, out.tokens_BT),
+    **{name: (right_BT, out.tokens_BT * chosen_BT) for name, chosen_BT in weights.items()},
+  }
+
+
+def init_electra(encoder: EncoderConfig, config: ElectraConfig, key: jax.Array) -> Params:
+  """Random {'encoder', 'rtd_head', 'generator': {'encoder', 'mlm_head'}}, without what the generator shares.
+
+  With sharing 'embeddings' the generator's encoder has its own projection at most; with 'all' only its head is its own.
+  """
+  encoder_key, head_key, generator_key = jax.random.split(key, 3)
+  head = RtdHead(encoder).init(head_key, jnp.zeros((1, 1, encoder.hidden_size)))['params']
+  generator = init_mlm(config.generator_encoder(encoder), generator_key)
+  own = {'mlm_head': generator['mlm_head']}
+  if config.sharing != 'all':
+    own['encoder'] = generator['encoder']
+  if config.sharing == 'embeddings':
+    embeddings = {name: tree for name, tree in generator['encoder']['embeddings'].items() if name not in SHARED}
+    own['encoder'] = {'layers': generator['encoder']['layers'], **({'embeddings': embeddings} if embeddings else {})}
+  return {**init_encoder(encoder, encoder_key), 'rtd_head': head, 'generator': own}
+
+
+def generator_params(params: Params, config: ElectraConfig) -> Params:
+  """The generator as a tree of its own, {'encoder', 'mlm_head'}, with the tables that it shares in place."""
+  own = params['generator']
+  if config.sharing == 'all':
+    return {'encoder': params['encoder'], 'mlm_head': own['mlm_head']}
+  if config.sharing == 'none':
+    return dict(own)
+  shared = {name: params['encoder']['embeddings'][name] for name in SHARED}
+  embeddings = {**shared, **own['encoder'].get('embeddings', {})}
+  return {'encoder': {**own['encoder'], 'embeddings': embeddings}, 'mlm_head': own['mlm_head']}
+
+
+def _replace(fresh: Params, given: Params) -> Params:
+  """`fresh` with the leaves of `given` in their place."""
+  return {
+    name: _replace(tree, given.get(name, {})) if isinstance(tree, dict) else jnp.asarray(given.get(name, tree))
+    for name, tree in fresh.items()
+  }
