@@ -1,12 +1,10 @@
 """config.json in and out: what is equal, what is derived, what is refused and why."""
 
-import dataclasses
-
 import pytest
 
 from compactlm_jax.config import EncoderConfig
 from compactlm_jax.errors import ConfigError
-from compactlm_jax.interop.hf_config import DEFAULTS, OUR_KEY, architecture, from_hf, to_hf
+from compactlm_jax.interop.hf_config import DEFAULTS, OUR_KEY, architecture, from_hf, to_hf, unread_heads
 
 SMALL = dict(vocab_size=31, hidden_size=24, num_layers=2, max_positions=16)
 EXPRESSIBLE = [
@@ -17,6 +15,7 @@ EXPRESSIBLE = [
                 conv_sees_padding=True, **SMALL),
   EncoderConfig('convbert', num_heads=1, head_size=12, conv_kernel_size=3, conv_sees_padding=False, dtype='bfloat16',
                 remat=True, scan_unroll=2, **SMALL),
+  EncoderConfig(num_heads=4, causal=True, **SMALL),
 ]  # fmt: skip
 
 
@@ -116,6 +115,10 @@ def test_import_refuses_with_the_reason(changes, message):
     (EncoderConfig('bert', num_heads=4, num_groups=2, **SMALL), 'num_groups'),
     (EncoderConfig('bert', num_heads=4, conv_kernel_size=9, **SMALL), 'conv_kernel_size.*architecture to .convbert.'),
     (EncoderConfig('electra', num_heads=4, pooler=True, **SMALL), 'pooler.*drop_pooler'),
+    (EncoderConfig.mixed(heads=4, head_ratio=2, causal=True, **SMALL), 'causal: .*convolution reads later'),
+    (EncoderConfig.mixed(heads=4, head_ratio=2, conv_kind='dynamic', **SMALL), "conv_kind: .*no 'dynamic' conv"),
+    (EncoderConfig.mixed(heads=4, head_ratio=2, self_attention=False, **SMALL), 'self_attention: .*always has'),
+    (EncoderConfig.mixed(heads=4, head_ratio=1, **SMALL), r'head_size.*\(a head ratio other than 2'),
   ],
 )
 def test_export_refuses_with_the_reason(config, message):
@@ -132,6 +135,17 @@ def test_published_convberts_are_expressible():
     assert from_hf(to_hf(config)) == config
 
 
+READ = {
+  'BertForMaskedLM': {'mlm_head'},
+  'BertForSequenceClassification': {'classifier'},
+  'ElectraForPreTraining': {'rtd_head'},
+  'ElectraForMaskedLM': {'mlm_head'},
+  'ConvBertForMaskedLM': {'mlm_head'},
+  'BertLMHeadModel': {'mlm_head'},
+  'ElectraForCausalLM': {'mlm_head'},
+}
+
+
 @pytest.mark.parametrize(
   ('kind', 'pooler', 'heads', 'expected'),
   [
@@ -143,8 +157,12 @@ def test_published_convberts_are_expressible():
     ('electra', False, ('mlm_head',), 'ElectraForMaskedLM'),
     ('convbert', False, ('mlm_head', 'rtd_head'), 'ConvBertForMaskedLM'),
     ('convbert', False, ('rtd_head', 'classifier'), 'ConvBertModel'),
+    ('causal bert', False, ('mlm_head',), 'BertLMHeadModel'),
+    ('causal electra', False, ('mlm_head',), 'ElectraForCausalLM'),
+    ('causal bert', False, (), 'BertModel'),
   ],
 )
 def test_architectures(kind, pooler, heads, expected):
-  config = dataclasses.replace(EncoderConfig(kind, **{**SMALL, 'num_heads': 4}), pooler=pooler)
+  config = EncoderConfig(kind.split()[-1], **{**SMALL, 'num_heads': 4}, pooler=pooler, causal=kind.startswith('causal'))
   assert architecture(config, heads) == expected
+  assert unread_heads(config, heads) == sorted(set(heads) - READ.get(expected, set()))

@@ -17,8 +17,10 @@ CONFIGS = [
   EncoderConfig('electra', num_heads=4, embedding_size=6, **SMALL),
   EncoderConfig('convbert', num_heads=1, head_size=4, conv_kernel_size=5, num_groups=2, embedding_size=10, **SMALL),
   EncoderConfig('convbert', num_heads=2, head_size=2, conv_kernel_size=3, **SMALL),
+  EncoderConfig('convbert', num_heads=2, head_size=2, conv_kernel_size=3, conv_kind='dynamic', **SMALL),
+  EncoderConfig('convbert', num_heads=2, head_size=4, conv_kernel_size=3, self_attention=False, **SMALL),
 ]
-IDS = ['bert', 'electra', 'convbert grouped', 'convbert']
+IDS = ['bert', 'electra', 'convbert grouped', 'convbert', 'dynamic convolution', 'convolution only']
 
 
 def _full_shapes(config):
@@ -50,6 +52,8 @@ def test_the_table_covers_our_tree_exactly_and_names_are_unique(config):
   for row in rows:
     layers = (config.num_layers,) if row.stacked else ()
     assert layers + names._shape(row, sizes) == leaves[row.path].shape, row
+  shapes = names.leaf_shapes(config, ('encoder', *names.HEADS), 5)
+  assert shapes == {name: leaf.shape for name, leaf in leaves.items()}
 
 
 @pytest.mark.parametrize('config', CONFIGS, ids=IDS)
