@@ -1,0 +1,167 @@
+"""The training step of a configuration as shapes: no data, no weights, nothing is computed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from jax.sharding import Mesh
+
+from compactlm_jax.checkpoint import load_params
+from compactlm_jax.config import EncoderConfig, RunConfig, from_config_dict
+from compactlm_jax.errors import ConfigError
+from compactlm_jax.interop.folder import open_folder
+from compactlm_jax.interop.hf_config import from_hf
+from compactlm_jax.interop.hub import local_folder
+from compactlm_jax.nn.encoder import encoder_shapes
+from compactlm_jax.parallel import batch_sharding, check_batch_size, param_shardings, state_shardings
+from compactlm_jax.tasks.distill import check_distill, make_distill_task
+from compactlm_jax.tasks.finetune import make_finetune_task
+from compactlm_jax.train.optimizer import make_optimizer
+from compactlm_jax.train.step import compile_step, make_train_step
+from compactlm_jax.types import Batch, Params, Task, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """A configuration with everything resolved that decides the program.
+
+  Attributes:
+    config: its `encoder` is that of the trained model, all layers unrolled: costs of a loop count its body once.
+    teacher: of distillation.
+    notes: what was assumed because nothing names it.
+  """
+
+  config: RunConfig
+  teacher: EncoderConfig | None = None
+  notes: tuple[str, ...] = ()
+
+  def with_batch(self, batch_size: int) -> Plan:
+    """The same with another batch size."""
+    return dataclasses.replace(self, config=dataclasses.replace(self.config, batch_size=batch_size))
+
+
+def resolve(config: RunConfig) -> Plan:
+  """Reads the configurations (not the weights) of the models that `config` names, and assumes what it leaves open.
+
+  Raises:
+    ConfigError, DataError: a model that cannot be read, or that does not fit.
+  """
+  notes = []
+  encoder = config.encoder
+  if config.model and config.task in ('distill', 'finetune'):
+    names = ('hidden_dropout', 'attention_dropout', 'dtype', 'remat')
+    encoder = dataclasses.replace(encoder_of(config.model), **{name: getattr(encoder, name) for name in names})
+  encoder = dataclasses.replace(encoder, scan_unroll=0)
+  if config.data.seq_len > encoder.max_positions:
+    raise ConfigError(
+      f'config.data.seq_len: {config.data.seq_len} is more than encoder.max_positions {encoder.max_positions}'
+    )
+  config = dataclasses.replace(config, encoder=encoder)
+  if config.data.path or config.data.train:
+    notes.append(f'rows of config.data.seq_len = {config.data.seq_len} tokens (the data is not read)')
+  teacher = None
+  if config.task == 'distill':
+    teacher, assumed = _teacher(config)
+    notes += assumed
+  if config.task == 'finetune' and not config.finetune.num_classes:
+    config = dataclasses.replace(config, finetune=dataclasses.replace(config.finetune, num_classes=2))
+    notes.append('two classes (config.finetune.num_classes is 0)')
+  if not config.steps:
+    notes.append('no hours: set --config.steps, epochs of data that is not read have no length')
+  return Plan(config, teacher, tuple(notes))
+
+
+def encoder_of(path: str) -> EncoderConfig:
+  """The encoder of a model folder (only config.json is read) or of a run."""
+  if (epath.Path(path) / 'checkpoints').exists():
+    _, metadata = load_params(path)
+    return from_config_dict(EncoderConfig, metadata['model']['encoder'], 'encoder.')
+  return from_hf(open_folder(local_folder(path)).read_json('config.json'))
+
+
+def _teacher(config: RunConfig) -> tuple[EncoderConfig, list[str]]:
+  """The named teacher, or the first of the usual ones that fits."""
+  student = config.encoder
+  if config.teacher:
+    return dataclasses.replace(encoder_of(config.teacher), scan_unroll=0), []
+  shared = {'vocab_size': student.vocab_size, 'max_positions': student.max_positions}
+  large = {'hidden_size': 1024, 'num_layers': 24, 'num_heads': 16}
+  deeper = dataclasses.replace(student, num_layers=2 * student.num_layers, scan_unroll=0)
+  candidates = {
+    'of BERT-base size': EncoderConfig(**shared),
+    'of BERT-large size': EncoderConfig(**shared, **large),
+    "twice as deep as the student (BERT's sizes do not fit it)": deeper,
+  }
+  for name, teacher in candidates.items():
+    try:
+      check_distill(student, teacher, config.distill)
+    except ConfigError:
+      continue
+    return teacher, [f'a teacher {name}: config.teacher names none']
+  check_distill(student, deeper, config.distill)
+  raise AssertionError('check_distill accepts what it refused')
+
+
+def make_task(plan: Plan, teacher_params: Params | None) -> Task:
+  """The task of a plan; runs under `jax.eval_shape`.
+
+  Raises:
+    ConfigError: an option that does not fit.
+  """
+  config = plan.config
+  if config.task == 'distill':
+    assert plan.teacher is not None and teacher_params is not None
+    return make_distill_task(config.encoder, plan.teacher, teacher_params, config.distill)
+  if config.task == 'finetune':
+    return make_finetune_task(config.encoder, tuple(map(str, range(config.finetune.num_classes))), config.finetune)
+  raise ConfigError(f'config.task: {config.task} cannot be planned yet')
+
+
+def abstract_step(plan: Plan, mesh: Mesh) -> tuple[Callable[..., Any], tuple[Any, Any, Batch]]:
+  """The training step as the loop compiles it, and the arguments to lower it with: shapes with placements.
+
+  Args:
+    plan: from `resolve`.
+    mesh: of the devices to compile for.
+
+  Returns:
+    (jitted step, (state, frozen, batch)).
+
+  Raises:
+    ConfigError: sizes that do not divide over the mesh.
+  """
+  config = plan.config
+  check_batch_size(mesh, config.batch_size, config.optimizer.accumulate)
+  made: list[Any] = []
+
+  def start(teacher: Params | None, key: jax.Array) -> tuple[TrainState, Any]:
+    task = make_task(plan, teacher)
+    tx = make_optimizer(config.optimizer, config.steps or 1000, task.trainable)
+    made.append((dataclasses.replace(task, frozen=None), tx))
+    params = task.init(key)
+    return TrainState(jnp.zeros([], jnp.int32), params, tx.init(params)), task.frozen
+
+  teacher = None if plan.teacher is None else encoder_shapes(plan.teacher)
+  state, frozen = jax.eval_shape(start, teacher, jax.random.key(config.seed))
+  state = _placed(state, state_shardings(mesh, state))
+  frozen = None if frozen is None else _placed(frozen, param_shardings(mesh, frozen))
+  task, tx = made[-1]
+  step = make_train_step(task, tx, config.seed, config.optimizer.accumulate, mesh)
+  return compile_step(step, mesh, state, frozen), (state, frozen, _batch(config, mesh))
+
+
+def _placed(shapes: Any, shardings: Any) -> Any:
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def _batch(config: RunConfig, mesh: Mesh) -> Batch:
+  def array(*shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))
+
+  rows = array(config.batch_size, config.data.seq_len)
+  return Batch(rows, rows, rows, labels=array(config.batch_size) if config.task == 'finetune' else None)

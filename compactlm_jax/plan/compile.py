@@ -1,0 +1,78 @@
+"""Ahead-of-time compilation for a TPU that is not here."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from compactlm_jax.errors import ConfigError
+from compactlm_jax.plan.program import Overflow, Program, read_program
+from compactlm_jax.plan.topology import Topology
+
+# What libtpu would otherwise ask a metadata server for, log about, or lock. Compiling needs no TPU, so it may go on
+# beside a process that uses one.
+_ENVIRONMENT = {
+  'TPU_SKIP_MDS_QUERY': '1',
+  'TPU_ACCELERATOR_TYPE': 'v3-8',
+  'TPU_WORKER_HOSTNAMES': 'localhost',
+  'TPU_MIN_LOG_LEVEL': '3',
+  'TPU_STDERR_LOG_LEVEL': '3',
+  'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+}
+
+
+def tpu_devices(topology: Topology) -> list[jax.Device]:
+  """The devices of a slice, as placeholders: arrays cannot be put there, programs can be compiled for them.
+
+  Raises:
+    ConfigError: libtpu is not installed, or does not know the slice.
+  """
+  if importlib.util.find_spec('libtpu') is None:
+    raise ConfigError("compactlm plan needs libtpu's compiler: pip install 'compactlm-jax[plan]' (Linux, x86-64)")
+  for name, value in _ENVIRONMENT.items():
+    os.environ.setdefault(name, value)
+  name, options = topology.request()
+  try:
+    return list(topologies.get_topology_desc(platform='tpu', topology_name=name, **options).devices)
+  except (jax.errors.JaxRuntimeError, NotImplementedError) as e:
+    reason = str(e).splitlines()[0]
+    raise ConfigError(f'--topology: libtpu does not accept {topology.name} as {name} ({reason})') from e
+
+
+def compile_program(jitted: Any, *args: Any) -> Program | Overflow:
+  """Compiles a jitted function for the devices on which its abstract arguments lie.
+
+  Args:
+    jitted: from `jax.jit`.
+    args: trees of ShapeDtypeStructs whose shardings name devices of `tpu_devices`.
+
+  Returns:
+    What the compiler says of the program, or by how much it does not fit.
+  """
+  try:
+    compiled = jitted.lower(*args).compile()
+  except jax.errors.JaxRuntimeError as e:
+    if (overflow := _overflow(str(e))) is None:
+      raise
+    return overflow
+  return read_program(compiled)
+
+
+def _overflow(message: str) -> Overflow | None:
+  """The compiler's complaint about memory, in the two forms that it has."""
+  number = r'([\d.]+)([KMGT]?)'
+  for pattern in (
+    rf'total memory required for HLO temporaries \({number}\) exceeds available HBM \({number}\)',
+    rf'Used {number} of {number} hbm',
+  ):
+    if found := re.search(pattern, message):
+      needed, available = (
+        int(float(value) * 1024 ** ' KMGT'.index(unit or ' ')) for value, unit in (found.group(1, 2), found.group(3, 4))
+      )
+      return Overflow(needed, available)
+  return None
