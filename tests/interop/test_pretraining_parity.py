@@ -84,7 +84,7 @@ def _equal(a, b):
 def test_an_exported_run_has_transformers_logits_and_starts_the_same_run_again(pair, tools, tmp_path):
   """Ours -> transformers -> same logits; and back bit for bit, to the same files.
 
-  Mutation: write the discriminator's projection into the generator, or 'num_attention_heads': config.num_heads.
+  Mutation: write 'num_attention_heads': config.num_heads for ConvBERT.
   """
   import transformers
 
