@@ -64,7 +64,8 @@ class MetricsWriter:
     self._path = epath.Path(workdir) / 'metrics.jsonl'
     self._total, self._start, self._shown = total_steps, start_step, shown
     self._tokens, self._since, self._opened = 0, time.monotonic(), time.monotonic()
-    self._rate = 0.0
+    self._rate, self._hours_before = 0.0, 0.0
+    self._first: tuple[int, float] | None = None
     self._bar: Any = None
     self._board: _Board | None = None
     if not self._active:
@@ -73,6 +74,7 @@ class MetricsWriter:
     if tensorboard if tensorboard is not None else importlib.util.find_spec('tensorboardX') is not None:
       self._board = _open_board(self._path.parent / 'tensorboard')
     try:
+      self._hours_before = _device_hours(self._path)
       _keep_until(self._path, start_step)
       self._file = self._path.open('a')
     except OSError as e:
@@ -91,6 +93,10 @@ class MetricsWriter:
   def step(self, step: int, values: Mapping[str, float], *, tokens: int = 0, logged: bool = True) -> None:
     """Reports one training step, steps in ascending order.
 
+    A logged line also holds 'tokens_per_second' since the last one, 'seconds_left' of the whole run at its pace so far,
+    and 'device_hours': devices of all hosts times hours, from opening the metrics to this line, added up over the
+    processes that wrote metrics.jsonl (of one that was killed, up to its last line; what it lost is counted too).
+
     Args:
       step: number of steps done.
       values: host numbers: 'loss', its parts, 'learning_rate', ...
@@ -102,14 +108,16 @@ class MetricsWriter:
     self._tokens += tokens
     if self._bar is not None:
       self._bar.update(step - self._bar.n)
+    now = time.monotonic()
+    self._first = self._first or (step, now)
     if not logged:
       return
-    now = time.monotonic()
     self._rate = self._tokens / max(now - self._since, 1e-9)
     self._tokens, self._since = 0, now
     rate = {'tokens_per_second': round(self._rate, 1)} if self._rate else {}
-    self.write(step, {**values, **rate})
-    self._show(step, values)
+    left, hours = self._seconds_left(step, now), self._hours_before + jax.device_count() * (now - self._opened) / 3600
+    self.write(step, {**values, **rate, 'seconds_left': round(left, 1), 'device_hours': round(hours, 6)})
+    self._show(step, values, left, hours)
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
     """Writes one line of host numbers, {'step': step, **values}.
@@ -139,7 +147,13 @@ class MetricsWriter:
       self._board.close()
     self._file.close()
 
-  def _show(self, step: int, values: Mapping[str, float]) -> None:
+  def _seconds_left(self, step: int, now: float) -> float:
+    """At the pace since the first step was reported, which leaves compiling out; before that, since opening."""
+    first, since = self._first or (step, now)
+    pace = (now - since) / (step - first) if step > first else (now - self._opened) / max(step - self._start, 1)
+    return pace * max(self._total - step, 0)
+
+  def _show(self, step: int, values: Mapping[str, float], left: float, hours: float) -> None:
     names = self._shown or tuple(k for k in values if 'loss' in k or k.startswith('relation'))
     parts = {name: f'{float(values[name]):.4g}' for name in names if name in values}
     if self._rate:
@@ -147,10 +161,17 @@ class MetricsWriter:
     if self._bar is not None:
       self._bar.set_postfix(parts)  # tqdm itself shows step, total and time left
       return
-    done = max(step - self._start, 1)
-    left = (time.monotonic() - self._opened) / done * max(self._total - step, 0)
     text = ', '.join(f'{k} {v}' for k, v in parts.items())
-    log.info('step %d/%d, %s, %s left', step, self._total, text, tqdm.format_interval(left))
+    finish = time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(time.time() + left))
+    log.info(
+      'step %d/%d, %s, %s left (until %s), %.3g device-hours used',
+      step,
+      self._total,
+      text,
+      tqdm.format_interval(left),
+      finish,
+      hours,
+    )
 
 
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
@@ -180,6 +201,12 @@ def _whole_lines(text: str) -> list[str]:
       return False
 
   return [line for line in text.split('\n')[:-1] if whole(line)]
+
+
+def _device_hours(path: epath.Path) -> float:
+  """What the runs so far used, by their last line that says it; lines that will be dropped count too."""
+  lines = [json.loads(line) for line in _whole_lines(path.read_text())] if path.exists() else []
+  return max((float(line.get('device_hours', 0)) for line in lines), default=0.0)
 
 
 def _keep_until(path: epath.Path, step: int) -> None:

@@ -79,6 +79,37 @@ def test_tokens_per_second_counts_unlogged_steps(tmp_path, monkeypatch):
   assert [(m['step'], m['tokens_per_second']) for m in read_metrics(tmp_path)] == [(10, 100.0), (20, 100.0)]
 
 
+def test_a_line_says_how_long_the_run_will_take_and_what_it_used(tmp_path, monkeypatch, caplog):
+  """30 s of compiling count as used, not as pace. Mutation: divide by all steps since opening (12.5 s a step)."""
+  now = [1000.0]
+  monkeypatch.setattr(metrics.time, 'monotonic', lambda: now[0])
+  monkeypatch.setattr(metrics.time, 'time', lambda: 86400.0 * 400)
+  monkeypatch.setattr(metrics.jax, 'device_count', lambda: 360)
+  with caplog.at_level('INFO'), MetricsWriter(tmp_path, 104, bar=False) as writer:
+    now[0] += 30.0
+    for step in range(1, 5):
+      now[0] += 10.0
+      writer.step(step, {'loss': 1.0}, tokens=64, logged=step in (1, 4))
+  first, last = read_metrics(tmp_path)
+  assert (first['seconds_left'], first['device_hours']) == (103 * 40.0, 4.0)
+  assert (last['seconds_left'], last['device_hours']) == (1000.0, 7.0)
+  assert '16:40 left (until 1971-' in caplog.text and '7 device-hours used' in caplog.text
+
+
+def test_device_hours_add_up_over_resumes_with_the_steps_that_a_kill_lost(tmp_path, monkeypatch):
+  """Mutation: read them after dropping the lines that are run again (the second run then starts at 1)."""
+  now = [0.0]
+  monkeypatch.setattr(metrics.time, 'monotonic', lambda: now[0])
+  monkeypatch.setattr(metrics.jax, 'device_count', lambda: 2)
+  for start in (0, 1):
+    with MetricsWriter(tmp_path, 9, start_step=start, bar=False) as writer:
+      for step in range(start + 1, start + 4):
+        now[0] += 1800.0
+        writer.step(step, {'loss': 1.0})
+      writer.write(step, {'eval_loss': 1.0})
+  assert [m['device_hours'] for m in read_metrics(tmp_path) if 'loss' in m] == [1.0, 4.0, 5.0, 6.0]
+
+
 def test_bar_shows_position_loss_rate_and_time_left(tmp_path, capsys):
   """Mutation: drop `initial=start_step` (the bar then starts at 0 and shows 5/10 only after the resume)."""
   with MetricsWriter(tmp_path, 10, start_step=4, bar=True) as writer:
