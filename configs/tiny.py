@@ -52,6 +52,12 @@ VARIANTS = {
     electra=ElectraConfig(generator_size=0.5),
     **{**COMMON, 'encoder': MIXED},
   ),
+  'lm': RunConfig(
+    task='lm',
+    data=DataConfig(seq_len=64),
+    optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=10),
+    **{**COMMON, 'encoder': dataclasses.replace(MIXED, causal=True)},
+  ),
   'distill': RunConfig(
     task='distill',
     data=DataConfig(seq_len=64),

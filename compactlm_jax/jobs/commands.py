@@ -16,11 +16,17 @@ from compactlm_jax.interop.pretrained import save_pretraining
 from compactlm_jax.jobs.distill import distill_job
 from compactlm_jax.jobs.finetune import finetune_job
 from compactlm_jax.jobs.models import is_run, load_generator, load_model, params_digest
-from compactlm_jax.jobs.pretrain import electra_job, mlm_job
+from compactlm_jax.jobs.pretrain import electra_job, lm_job, mlm_job
 from compactlm_jax.train.loop import Job, train
 from compactlm_jax.types import Batch
 
-_BUILDERS = {'electra': electra_job, 'mlm': mlm_job, 'distill': distill_job, 'finetune': finetune_job}
+_BUILDERS = {
+  'electra': electra_job,
+  'mlm': mlm_job,
+  'lm': lm_job,
+  'distill': distill_job,
+  'finetune': finetune_job,
+}
 
 
 def run_train(config: RunConfig, workdir: str, **options: Any) -> dict[str, Any]:

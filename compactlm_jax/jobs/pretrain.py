@@ -1,4 +1,4 @@
-"""Jobs that pre-train: replaced-token detection and masked language modelling."""
+"""Jobs that pre-train: replaced-token detection, masked and causal language modelling."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from compactlm_jax.interop.tokenizer_files import read_tokenizer
 from compactlm_jax.jobs.data import JobData, generated, prepared, with_run_options
 from compactlm_jax.jobs.models import load_generator, load_model, tokenizer_of
 from compactlm_jax.tasks.electra import make_electra_task
+from compactlm_jax.tasks.lm import make_lm_task
 from compactlm_jax.tasks.mlm import make_mlm_task
 from compactlm_jax.types import SpecialTokens, Task
 
@@ -52,6 +53,21 @@ def mlm_job(config: RunConfig) -> tuple[Task, JobData]:
   start, fresh = mlm_start(found, encoder) if found else ({}, ())
   _report(found, fresh)
   return make_mlm_task(encoder, config.mask, special, start), data
+
+
+def lm_job(config: RunConfig) -> tuple[Task, JobData]:
+  """A causal language model, from scratch or from `model` (one that read both directions starts to read one).
+
+  Raises:
+    ConfigError, DataError: fields, weights or files that do not fit.
+  """
+  data, _ = _rows(config)
+  found = load_model(config.model) if config.model else None
+  encoder = dataclasses.replace(_encoder(config, found, data), causal=config.encoder.causal)
+  start, fresh = mlm_start(found, encoder) if found else ({}, ())
+  _report(found, fresh)
+  words_per_token = data.dev.words_per_token if data.dev else 0.0
+  return make_lm_task(encoder, words_per_token=words_per_token, start=start), data
 
 
 def _report(found: Bundle | None, fresh: tuple[str, ...]) -> None:
