@@ -182,9 +182,18 @@ def _no_weights(folder: Folder) -> str:
     return f'{folder.path / WEIGHTS}: missing; the folder holds no weights'
   return (
     f'{folder.path}: weights only as {foreign[0]}, which is never opened because such files can run code. Convert it '
-    "in an environment that you trust, with PyTorch: transformers' AutoModelForPreTraining.from_pretrained(folder)"
-    '.save_pretrained(new_folder, safe_serialization=True)'
+    f"in an environment that you trust, with PyTorch: transformers' {_class_named(folder)}.from_pretrained(folder)"
+    '.save_pretrained(new_folder)'
   )
+
+
+def _class_named(folder: Folder) -> str:
+  """The class that config.json names, which reads every head; AutoModel would read the encoder alone."""
+  try:
+    (name, *_) = folder.read_json('config.json')['architectures']
+  except (DataError, LookupError, TypeError, ValueError):
+    return 'AutoModel'
+  return name if isinstance(name, str) and name.isidentifier() else 'AutoModel'
 
 
 def _plain(name: Any) -> bool:

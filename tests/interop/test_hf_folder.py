@@ -86,8 +86,16 @@ def test_pickles_are_never_opened(tmp_path):
   (folder / 'model.safetensors').unlink()
   for name in ('pytorch_model.bin', 'model.pt', 'weights.pkl'):
     (folder / name).write_bytes(pickle.dumps(Bomb()))
-  with pytest.raises(DataError, match=r'model\.pt.*safe_serialization=True'):
+  with pytest.raises(DataError, match=r'model\.pt.*AutoModel\.from_pretrained'):
     from_pretrained(folder)
+  for architectures, named in (
+    (['ConvBertForMaskedLM'], 'ConvBertForMaskedLM'),
+    (['a b'], 'AutoModel'),
+    (3, 'AutoModel'),
+  ):
+    (folder / 'config.json').write_text(json.dumps({**CONFIG, 'architectures': architectures}))
+    with pytest.raises(DataError, match=f"transformers' {named}.from_pretrained"):
+      from_pretrained(folder)
   assert not canary.exists()
   pickle.loads((folder / 'model.pt').read_bytes())  # noqa: S301 - proves that the bomb is live
   assert canary.exists()
