@@ -78,13 +78,16 @@ def save_pretrained(bundle: Bundle, folder: epath.PathLike) -> None:
   write_export(export_files(bundle, folder), folder)
 
 
-def export_files(bundle: Bundle, folder: epath.PathLike, generator: str = '') -> dict[str, bytes]:
+def export_files(
+  bundle: Bundle, folder: epath.PathLike, *, generator: str = '', native: bool = False
+) -> dict[str, bytes]:
   """The files of an exported bundle.
 
   Args:
     bundle: the model.
     folder: where they will be written, for messages.
     generator: name of the folder beside them that holds the generator of this discriminator, for the model card.
+    native: write a configuration that only `from_pretrained` reads, for an encoder that transformers cannot express.
 
   Returns:
     File name -> content; the same bundle always gives the same bytes.
@@ -97,8 +100,8 @@ def export_files(bundle: Bundle, folder: epath.PathLike, generator: str = '') ->
     logging.warning('%s: exported without a tokenizer; whoever loads it must bring the right one', folder)
   config = matched(config, bundle.tokenizer)
   classes = bundle.params['classifier']['bias'].shape[-1] if 'classifier' in heads else 0
-  described = hf_config.to_hf(config, heads, classes)
-  extra = hf_config.unread_heads(config, heads)
+  described = hf_config.to_native(config) if native else hf_config.to_hf(config, heads, classes)
+  extra = [] if native else hf_config.unread_heads(config, heads)
   if extra:
     logging.warning('%s: transformers will ignore %s; from_pretrained reads it back', folder, ', '.join(extra))
   tensors = names.export_tensors(bundle.params, config)

@@ -14,11 +14,11 @@ def model_card(
   config: EncoderConfig, heads: Collection[str], parameters: int, described: Mapping[str, Any], generator: str = ''
 ) -> str:
   """What the folder holds and how to load it. A function of its arguments alone: no dates, no paths."""
-  cls = described['architectures'][0]
+  cls = described['architectures'][0] if 'architectures' in described else None
   no_pooler = ', add_pooling_layer=False' if cls == 'BertModel' and not config.pooler else ''
   lines = [
     '---',
-    'library_name: transformers',
+    f'library_name: {"transformers" if cls else "compactlm-jax"}',
     'tags: [compactlm-jax]',
     '---',
     '',
@@ -37,17 +37,17 @@ def model_card(
   if config.conv_kernel_size:
     lines.append(f'| convolution heads x taps | {config.num_heads} x {config.conv_kernel_size} |')
     lines.append(f'| feed-forward groups | {config.num_groups} |')
+  lines += ['', '```python']
+  if cls:
+    lines += [f'from transformers import {cls}', f"model = {cls}.from_pretrained('this folder'{no_pooler})", '']
   lines += [
-    '',
-    '```python',
-    f'from transformers import {cls}',
-    f"model = {cls}.from_pretrained('this folder'{no_pooler})",
-    '',
     'import compactlm_jax as clm',
     "bundle = clm.from_pretrained('this folder')",
     '```',
     '',
   ]
+  if not cls:
+    return '\n'.join([*lines, 'transformers has no model of this shape; only compactlm-jax reads this folder.', ''])
   if config.architecture == 'convbert' and not config.conv_sees_padding:
     lines += [
       'This model was trained with a convolution that ignores padding. transformers lets it read padded positions, so',

@@ -7,12 +7,15 @@ from typing import Any
 
 from absl import logging
 
-from compactlm_jax.config import EncoderConfig
+from compactlm_jax.config import EncoderConfig, from_config_dict, to_json
 from compactlm_jax.errors import ConfigError
 from compactlm_jax.interop.names import reads_pooler
 
 OUR_KEY = 'compactlm'
 """Key of config.json for what transformers has no word for; transformers keeps and ignores it."""
+
+NATIVE = 'compactlm'
+"""model_type of a folder that only this library reads: its encoder stands whole under `OUR_KEY`."""
 
 _FIELDS = (
   ('vocab_size', 'vocab_size'),
@@ -78,6 +81,8 @@ def from_hf(raw: Mapping[str, Any], *, pooler: bool = False) -> EncoderConfig:
     ConfigError: an unknown architecture, a wrong type, or something that our encoder cannot express.
   """
   kind = raw.get('model_type')
+  if kind == NATIVE:
+    return from_config_dict(EncoderConfig, raw.get(OUR_KEY), f'json: {OUR_KEY}.')  # 'config.json: ...' in messages
   if not isinstance(kind, str) or kind not in DEFAULTS:
     raise ConfigError(
       f'config.json: model_type {kind!r} is not supported; BERT, ELECTRA and ConvBERT are '
@@ -190,6 +195,11 @@ def to_hf(config: EncoderConfig, heads: Collection[str] = (), num_classes: int =
   expected['conv_sees_padding'] = config.architecture == 'convbert'
   changed = {name: value for name, value in local.items() if value != expected[name]}
   return out | ({OUR_KEY: changed} if changed else {})
+
+
+def to_native(config: EncoderConfig) -> dict[str, Any]:
+  """A config.json for an encoder that transformers cannot express: it refuses the folder, `from_hf` reads it."""
+  return {'model_type': NATIVE, OUR_KEY: to_json(config)}
 
 
 def architecture(config: EncoderConfig, heads: Collection[str]) -> str:

@@ -147,9 +147,9 @@ def pretraining_bundles(
 def save_pretraining(discriminator: Bundle, generator: Bundle, folder: epath.PathLike) -> None:
   """Writes the discriminator to `folder` and its generator to `folder`/generator, both or neither.
 
-  A generator that transformers has no model for is left out with a warning: ConvBERT-small's has one head as wide as
-  its hidden size (ConvBERT, `modeling.py: attention_layer`, fewer heads than the head ratio), and transformers makes
-  a head of half that width.
+  A generator that transformers has no model for is written for `from_pretrained` alone, with a warning. The one head
+  of ConvBERT-small's is as wide as its hidden size (ConvBERT, `modeling.py: attention_layer`, fewer heads than the
+  head ratio), where transformers makes a head of half that width.
 
   Args:
     discriminator: with 'encoder' and 'rtd_head'.
@@ -159,18 +159,20 @@ def save_pretraining(discriminator: Bundle, generator: Bundle, folder: epath.Pat
   Raises:
     ConfigError, NumericsError, StorageError: see `save_pretrained`.
   """
-  inside = {}
+  native = False
   try:
     hf_config.require_expressible(generator.config)
   except ConfigError as e:
+    native = True
     logging.warning(
-      'the generator is not exported, the run keeps it: %s. A generator of an even number of heads '
-      '(electra.generator_heads=2) can be',
+      '%s/%s: only compactlm_jax.from_pretrained will read this generator: %s. One of two heads '
+      '(electra.generator_heads=2) transformers can read',
+      folder,
+      GENERATOR,
       e,
     )
-  else:
-    inside[GENERATOR] = export_files(generator, epath.Path(folder) / GENERATOR)
-  write_export(export_files(discriminator, folder, generator=GENERATOR if inside else ''), folder, inside)
+  inside = export_files(generator, epath.Path(folder) / GENERATOR, native=native)
+  write_export(export_files(discriminator, folder, generator=GENERATOR), folder, {GENERATOR: inside})
 
 
 def _leaves(bundle: Bundle) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from compactlm_jax.config import ElectraConfig, EncoderConfig
 from compactlm_jax.errors import ConfigError
 from compactlm_jax.interop import names
 from compactlm_jax.interop.bundle import Bundle, from_pretrained, save_pretrained
+from compactlm_jax.interop.hf_config import from_hf
 from compactlm_jax.interop.pretrained import electra_start, mlm_start, pretraining_bundles, save_pretraining
 from compactlm_jax.tree import named_leaves
 
@@ -265,19 +266,43 @@ def test_a_kill_leaves_a_whole_pair_or_none(call, tmp_path, monkeypatch):
   assert sorted(p.name for p in tmp_path.iterdir()) == ['e', 'expected']
 
 
-def test_a_generator_without_a_class_in_transformers_is_left_out_with_the_reason(tmp_path, caplog):
-  """ConvBERT-small's one head: as wide as the generator, where transformers halves it."""
+def test_a_generator_without_a_class_in_transformers_is_read_by_us_alone(tmp_path, caplog):
+  """ConvBERT-small's one head: as wide as the generator, where transformers halves it.
+
+  Mutation: write model_type 'convbert' (transformers would read the folder as another model).
+  """
   encoder = EncoderConfig.mixed(heads=4, head_ratio=2, embedding_size=8, conv_kernel_size=3, **SMALL)
   electra = ElectraConfig(generator_size=0.25)
-  discriminator, generator, *_ = _pair(encoder, electra)
+  discriminator, generator, *configs = _pair(encoder, electra)
   assert (generator.config.num_heads, generator.config.head_size, generator.config.hidden_size) == (1, 4, 4)
   save_pretraining(discriminator, generator, tmp_path / 'e')
-  assert 'the generator is not exported' in caplog.text and 'electra.generator_heads=2' in caplog.text
-  assert not (tmp_path / 'e/generator').exists()
-  assert 'generator/' not in (tmp_path / 'e/README.md').read_text()
+  assert 'only compactlm_jax.from_pretrained will read this generator' in caplog.text
+  assert 'electra.generator_heads=2' in caplog.text
+  assert 'from transformers' not in (tmp_path / 'e/generator/README.md').read_text()
+  back = from_pretrained(tmp_path / 'e/generator')
+  assert back.config == generator.config and _equal(back.params, generator.params)
+  _, fresh = electra_start(discriminator, back, *configs, 'embeddings')
+  assert fresh == ()
+  transformers = pytest.importorskip('transformers')
+  with pytest.raises(ValueError, match='compactlm'):
+    transformers.AutoConfig.from_pretrained(tmp_path / 'e/generator')
+  caplog.clear()
   _, generator, *_ = _pair(encoder, dataclasses.replace(electra, generator_heads=2))
   save_pretraining(discriminator, generator, tmp_path / 'e')
-  assert (tmp_path / 'e/generator/config.json').exists()
+  assert 'will read this generator' not in caplog.text
+
+
+@pytest.mark.parametrize(
+  ('ours', 'message'),
+  [
+    (None, r'config\.json: compactlm: expected a section'),
+    ({'hidden_size': 'wide'}, r"config\.json: compactlm\.hidden_size: 'wide' is not of type int"),
+    ({'surprise': 1}, r'config\.json: compactlm\.surprise: unknown field'),
+  ],
+)
+def test_a_native_configuration_is_checked(ours, message):
+  with pytest.raises(ConfigError, match=message):
+    from_hf({'model_type': 'compactlm', 'compactlm': ours})
 
 
 def test_the_file_names_the_replaced_token_head(tmp_path):
