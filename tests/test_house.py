@@ -30,6 +30,7 @@ ALLOWED = {
   'tasks': BASE | {'nn', 'losses', 'compress', 'ops'},
   'train': BASE | {'parallel', 'checkpoint', 'metrics', 'stepdir'},
   'interop': BASE | {'compress', 'nn'},
+  'analysis': BASE | {'nn', 'ops'},
 }
 ONLY_HERE = {
   'flax': {'nn'},
