@@ -13,7 +13,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from tiny import ENCODER, moved, place_job, run_steps, tiny_config
 
-from compactlm_jax.config import DataConfig, EncoderConfig, MeshConfig, RunConfig, from_config_dict
+from compactlm_jax.config import DataConfig, ElectraConfig, EncoderConfig, MeshConfig, RunConfig, from_config_dict
 from compactlm_jax.errors import ConfigError
 from compactlm_jax.nn.encoder import encoder_shapes
 from compactlm_jax.parallel import (
@@ -62,6 +62,26 @@ def test_losses_do_not_depend_on_the_mesh_and_no_rows_travel(sizes, one_device):
   if mesh.model == 1:  # where rows are split, no device ever sees all of them
     whole = [shape for shape in moved(program) if ROWS * LENGTH in shape or {ROWS, LENGTH} <= set(shape)]
     assert not whole, whole
+
+
+@pytest.mark.parametrize('sizes', [(8, 1, 1), (2, 4, 1)], ids=['data 8', 'data 2 x fsdp 4'])
+def test_hidden_tokens_and_samples_do_not_depend_on_the_mesh(sizes):
+  """Generator and discriminator with dropout: same losses, same replacements, only sums travel.
+
+  Mutation: a key that depends on the device, or a scatter whose rows must be gathered.
+  """
+  encoder = dataclasses.replace(ENCODER, architecture='electra')
+  config = dataclasses.replace(
+    CONFIG, task='electra', encoder=encoder, electra=ElectraConfig(generator_size=0.5, generator_heads=2)
+  )
+  expected, _, measured, _ = run_steps(config, 4, devices=jax.devices()[:1])
+  config = dataclasses.replace(config, mesh=MeshConfig(*sizes))
+  losses, _, metrics, program = run_steps(config, 4)
+  np.testing.assert_allclose(losses, expected, rtol=1e-5)
+  assert float(metrics['replaced_fraction']) == float(measured['replaced_fraction']) > 0
+  if sizes[1] == 1:
+    assert not moved(program)
+  assert not [shape for shape in moved(program) if ROWS * LENGTH in shape or {ROWS, LENGTH} <= set(shape)]
 
 
 def test_moments_lie_as_their_parameters():

@@ -5,7 +5,7 @@ ConvBERT is pre-trained in the same way; its generator is a small ConvBERT.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,16 @@ from compactlm_jax.types import Batch, Metrics, Params, SpecialTokens, Task, str
 
 SHARED = ('word', 'position', 'token_type', 'norm')
 """Parts of the embeddings that both towers use; a projection belongs to its tower."""
+
+
+class _Towers(NamedTuple):
+  """What the forward pass is made of."""
+
+  encoder: EncoderConfig
+  small: EncoderConfig
+  config: ElectraConfig
+  mask: MaskConfig
+  special: SpecialTokens
 
 
 @struct
@@ -70,37 +80,16 @@ def make_electra_task(
     ConfigError: a generator that these fractions cannot make, or special tokens that the vocabulary lacks.
   """
   check_masked_model(encoder, special)
-  small = config.generator_encoder(encoder)
-
-  def outcome(params: Params, batch: Batch, key: jax.Array, train: bool) -> _Outcome:
-    mask_key, sample_key, *dropout_keys = jax.random.split(key, 4)
-    generator_key, discriminator_key = dropout_keys if train else (None, None)
-    masked = mask_tokens(mask_key, batch.input_ids, batch.attention_mask, mask, special, encoder.vocab_size)
-    logits_BPV = mlm_logits(generator_params(params, config), small, masked, batch, generator_key)
-    forbidden_BP = masked.ids_BP if config.disallow_correct else None
-    sampled_BP = sample_tokens(sample_key, logits_BPV, temperature=config.temperature, forbidden_BP=forbidden_BP)
-    fake_BT, _ = write_tokens(batch.input_ids, masked.positions_BP, sampled_BP, masked.weights_BP > 0)
-    out = encode(params, encoder, fake_BT, batch.attention_mask, batch.token_type_ids, dropout_key=discriminator_key)
-    logits_BT = jnp.asarray(RtdHead(encoder).apply({'params': params['rtd_head']}, out.last_BTD))
-    replaced_BT = fake_BT != batch.input_ids
-    tokens_BT = batch.attention_mask.astype(jnp.float32)
-    return _Outcome(
-      *slot_values(logits_BPV, masked),
-      slots_BP=with_row_weights(masked, batch).weights_BP,
-      rtd_losses_BT=replaced_token_loss(logits_BT, replaced_BT),
-      replaced_BT=replaced_BT.astype(jnp.float32),
-      guessed_BT=(logits_BT > 0).astype(jnp.float32),
-      tokens_BT=tokens_BT if batch.weights is None else tokens_BT * batch.weights[:, None],
-    )
+  towers = _Towers(encoder, config.generator_encoder(encoder), config, mask, special)
 
   def loss(params: Params, frozen: Any, batch: Batch, key: jax.Array, step: jax.Array) -> tuple[jax.Array, Metrics]:
-    out = outcome(params, batch, key, True)
+    out = _run(towers, params, batch, key, True)
     metrics = {name: masked_mean(*pair) for name, pair in _measures(out).items()}
     value = config.generator_weight * metrics['mlm_loss'] + config.discriminator_weight * metrics['rtd_loss']
     return value, {**metrics, 'weight': out.tokens_BT.sum()}
 
   def evaluate(params: Params, frozen: Any, batch: Batch) -> dict[str, tuple[jax.Array, jax.Array]]:
-    out = outcome(params, batch, evaluation_key(batch), False)
+    out = _run(towers, params, batch, evaluation_key(batch), False)
     sums = {name: masked_sum(*pair) for name, pair in _measures(out).items()}
     # A discriminator that calls nothing replaced has a precision of 0 there, not an undefined one.
     return {name: (total, jnp.maximum(count, 1e-9)) for name, (total, count) in sums.items()}
@@ -118,6 +107,29 @@ def make_electra_task(
     trainable=((unused, False), (rf'(?!{unused}).*', True)),
     summarize=summarize,
     model={'encoder': to_json(encoder), 'electra': to_json(config), 'mask': to_json(mask)},
+  )
+
+
+def _run(towers: _Towers, params: Params, batch: Batch, key: jax.Array, train: bool) -> _Outcome:
+  encoder, small, config, mask, special = towers
+  mask_key, sample_key, *dropout_keys = jax.random.split(key, 4)
+  generator_key, discriminator_key = dropout_keys if train else (None, None)
+  masked = mask_tokens(mask_key, batch.input_ids, batch.attention_mask, mask, special, encoder.vocab_size)
+  logits_BPV = mlm_logits(generator_params(params, config), small, masked, batch, generator_key)
+  forbidden_BP = masked.ids_BP if config.disallow_correct else None
+  sampled_BP = sample_tokens(sample_key, logits_BPV, temperature=config.temperature, forbidden_BP=forbidden_BP)
+  fake_BT, _ = write_tokens(batch.input_ids, masked.positions_BP, sampled_BP, masked.weights_BP > 0)
+  out = encode(params, encoder, fake_BT, batch.attention_mask, batch.token_type_ids, dropout_key=discriminator_key)
+  logits_BT = jnp.asarray(RtdHead(encoder).apply({'params': params['rtd_head']}, out.last_BTD))
+  replaced_BT = fake_BT != batch.input_ids
+  tokens_BT = batch.attention_mask.astype(jnp.float32)
+  return _Outcome(
+    *slot_values(logits_BPV, masked),
+    slots_BP=with_row_weights(masked, batch).weights_BP,
+    rtd_losses_BT=replaced_token_loss(logits_BT, replaced_BT),
+    replaced_BT=replaced_BT.astype(jnp.float32),
+    guessed_BT=(logits_BT > 0).astype(jnp.float32),
+    tokens_BT=tokens_BT if batch.weights is None else tokens_BT * batch.weights[:, None],
   )
 
 
