@@ -62,12 +62,12 @@ def wikitext2(encoder: EncoderConfig) -> RunConfig:
   """What both models share."""
   return RunConfig(
     task='lm',
-    steps=1000,
+    steps=1200,
     batch_size=8,
     encoder=encoder,
     data=DataConfig(seq_len=128),
     optimizer=OptimizerConfig(learning_rate=2e-3, warmup_fraction=0.1),
-    checkpoint_every=1000,
+    checkpoint_every=1200,
     log_every=10,
   )
 
