@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from compactlm_jax.config import EncoderConfig
 from compactlm_jax.nn.layers import MaskedDense, MaskFn, kernel_init
 from compactlm_jax.ops.attention import attention, mask_bias
-from compactlm_jax.ops.dynamic_conv import depthwise_conv, dynamic_conv
+from compactlm_jax.ops.dynamic_conv import depthwise_conv, dynamic_conv, tap_reads
 from compactlm_jax.ops.fusion import materialize
 from compactlm_jax.types import QKV
 
@@ -55,10 +55,10 @@ class SpanDynamicConv(nn.Module):
     """
     cfg = self.config
     heads, size, taps = cfg.num_heads, cfg.head_size, cfg.conv_kernel_size
-    real_BT1 = mask_BT[..., None].astype(x_BTD.dtype)
+    real_BT = mask_BT.astype(x_BTD.dtype)
     merged = q_BTHK.reshape(*q_BTHK.shape[:2], heads * size)
     if cfg.conv_kind == 'span':
-      seen_BTD = x_BTD if cfg.conv_sees_padding else x_BTD * real_BT1
+      seen_BTD = x_BTD if cfg.conv_sees_padding else x_BTD * real_BT[..., None]
       span = DepthwiseConv(taps, cfg.causal, name='depthwise')(seen_BTD)
       merged = MaskedDense(heads * size, cfg, self.mask_fn, name='pointwise')(span) * merged
     logits = MaskedDense(heads * taps, cfg, self.mask_fn, name='taps')(merged)
@@ -66,7 +66,8 @@ class SpanDynamicConv(nn.Module):
     # Taps first: the softmax and the sums over taps then run over long rows.
     taps_WBTH = jax.nn.softmax(materialize(jnp.moveaxis(logits_BTHW, -1, 0)), axis=0).astype(x_BTD.dtype)
     v = MaskedDense(heads * size, cfg, self.mask_fn, name='value')(x_BTD)
-    v = v if cfg.conv_sees_padding else v * real_BT1
+    if not cfg.conv_sees_padding:
+      taps_WBTH *= tap_reads(real_BT, taps, causal=cfg.causal)[..., None]
     return dynamic_conv(v.reshape(*v.shape[:2], heads, size), taps_WBTH, causal=cfg.causal)
 
 

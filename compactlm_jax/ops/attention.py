@@ -61,25 +61,73 @@ def _attention(q: Array, k: Array, v: Array, bias: Array, causal: bool, rate: fl
 def _forward(
   q: Array, k: Array, v: Array, bias: Array, causal: bool, rate: float, words: Array | None
 ) -> tuple[Array, Any]:
-  """(output, what the backward pass needs). Arrays lie as [B * H, T, K] and [B * H, T, S] in between."""
-  batch, length, heads, size = q.shape
-  q_, k_, v_ = _split(q * np.asarray(size**-0.5, q.dtype)), _split(k), _split(v)
-  logits = _dot(q_, k_, 2, 2)
-  logits = (logits.reshape(batch, heads, length, -1) + bias).reshape(logits.shape)
-  logits = _hide_later(logits) if causal else logits
-  exps = materialize(jnp.exp(logits - logits.max(-1, keepdims=True)))
-  inverse = materialize(1 / exps.sum(-1, keepdims=True))
-  dropped = materialize(_drop((exps * inverse).astype(v.dtype), rate, words))
-  out = _merge(_dot(dropped, v_, 2, 1).astype(v.dtype), batch)
-  return out, (q_, k_, v_, exps.astype(v.dtype), inverse, out, words)
+  """(output, what the backward pass needs)."""
+  cpu, default = (functools.partial(f, causal, rate) for f in (_forward_rows, _forward_einsum))
+  out, *saved = jax.lax.platform_dependent(q, k, v, bias, words, cpu=cpu, default=default)
+  return out, (*saved, out, words)
 
 
 def _backward(causal: bool, rate: float, saved: Any, g: Array) -> tuple[Any, ...]:
   del causal  # the saved probabilities of later positions are exact zeros, and so is what they pass on
-  q_, k_, v_, exps, inverse, out, words = saved
-  batch, length, heads, size = g.shape
-  scale = np.asarray(size**-0.5, g.dtype)
+  cpu, default = (functools.partial(f, rate) for f in (_backward_rows, _backward_einsum))
+  words = saved[-1]
+  dq, dk, dv = jax.lax.platform_dependent(g, *saved, cpu=cpu, default=default)
+  return dq, dk, dv, None, None if words is None else np.zeros(words.shape, jax.dtypes.float0)
+
+
+_attention.defvjp(_forward, _backward)
+
+# Elsewhere than on a CPU the compiler lays arrays out by itself, and transposes none. Measured against the rows below
+# by XLA's estimate for a TPU v3 core, forward + backward of a block 768 wide: 9 % less time at T = 128 and at 512, 15 %
+# less in cycles.
+
+
+def _forward_einsum(causal: bool, rate: float, q: Array, k: Array, v: Array, bias: Array, words: Array | None) -> Any:
+  q = q * np.asarray(q.shape[-1] ** -0.5, q.dtype)
+  logits = _einsum('bthk,bshk->bhts', q, k) + bias
+  logits = _hide_later(logits) if causal else logits
+  exps = jnp.exp(logits - logits.max(-1, keepdims=True))
+  inverse = 1 / exps.sum(-1, keepdims=True)
+  dropped = _drop((exps * inverse).astype(v.dtype), rate, words)
+  return jnp.einsum('bhts,bshk->bthk', dropped, v), q, k, v, exps.astype(v.dtype), inverse
+
+
+def _backward_einsum(
+  rate: float, g: Array, q: Array, k: Array, v: Array, exps: Array, inverse: Array, out: Array, words: Array | None
+) -> Any:
+  probs = exps * inverse
   # sum over s of p * dp, without another pass over T x S: it equals the sum over the head of g * out.
+  delta = jnp.einsum('bthk,bthk->bht', g.astype(jnp.float32), out.astype(jnp.float32))[..., None]
+  dv = jnp.einsum('bhts,bthk->bshk', _drop(probs.astype(g.dtype), rate, words), g)
+  dlogits = (probs * (_drop(_einsum('bthk,bshk->bhts', g, v), rate, words) - delta)).astype(g.dtype)
+  dq = jnp.einsum('bhts,bshk->bthk', dlogits, k) * np.asarray(q.shape[-1] ** -0.5, q.dtype)
+  return dq, jnp.einsum('bhts,bthk->bshk', dlogits, q), dv
+
+
+# On a CPU arrays lie as [B * H, T, K] and [B * H, T, S], and products contract rows.
+
+
+def _forward_rows(causal: bool, rate: float, q: Array, k: Array, v: Array, bias: Array, words: Array | None) -> Any:
+  batch, length, heads, size = q.shape
+  q_, k_, v_ = _split(q * np.asarray(size**-0.5, q.dtype)), _split(k), _split(v)
+  logits = _dot(q_, k_, 2, 2).reshape(batch, heads, length, -1) + bias
+  logits = (_hide_later(logits) if causal else logits).reshape(batch * heads, length, -1)
+  exps = materialize(jnp.exp(logits - logits.max(-1, keepdims=True)))
+  inverse = materialize(1 / exps.sum(-1, keepdims=True))
+  dropped = materialize(_drop((exps * inverse).astype(v.dtype), rate, words))
+  out = _merge(_dot(dropped, v_, 2, 1).astype(v.dtype), batch)
+  saved = (x.reshape(batch, heads, length, -1) for x in (exps.astype(v.dtype), inverse))
+  # The same bytes under the shape that the other branch saves; only `_backward_rows` reads them.
+  return out, q_.reshape(q.shape), k_.reshape(k.shape), v_.reshape(v.shape), *saved
+
+
+def _backward_rows(
+  rate: float, g: Array, q: Array, k: Array, v: Array, exps: Array, inverse: Array, out: Array, words: Array | None
+) -> Any:
+  batch, length, heads, size = g.shape
+  q_, k_, v_ = (x.reshape(batch * heads, -1, size) for x in (q, k, v))
+  exps, inverse = (x.reshape(batch * heads, length, -1) for x in (exps, inverse))
+  scale = np.asarray(size**-0.5, g.dtype)
   delta = jnp.sum(g.astype(jnp.float32) * out, -1).swapaxes(1, 2).reshape(batch * heads, length, 1)
   g_, delta = _split(g), materialize(delta)
   probs = exps * inverse
@@ -88,22 +136,22 @@ def _backward(causal: bool, rate: float, saved: Any, g: Array) -> tuple[Any, ...
   dlogits = materialize((probs * (dprobs - delta)).astype(g.dtype))
   dq = _merge(_dot(dlogits, k_, 2, 1), batch).astype(g.dtype) * scale
   dk = _merge_transposed(_dot(q_, dlogits, 1, 1), batch)
-  dwords = None if words is None else np.zeros(words.shape, jax.dtypes.float0)
-  return dq, dk.astype(g.dtype), dv.astype(g.dtype), None, dwords
-
-
-_attention.defvjp(_forward, _backward)
+  return dq, dk.astype(g.dtype), dv.astype(g.dtype)
 
 
 def _hide_later(logits: Array) -> Array:
   """Minus infinity where the key (last axis) stands behind the query; a position always reads itself, so rows stay
   finite, padded ones too."""
-  query, key = (jax.lax.broadcasted_iota(jnp.int32, logits.shape, axis) for axis in (1, 2))
+  query, key = (jax.lax.broadcasted_iota(jnp.int32, logits.shape, axis) for axis in (2, 3))
   return jnp.where(key <= query, logits, -jnp.inf)
 
 
 def _drop(x: Array, rate: float, words: Array | None) -> Array:
   return x if words is None else apply_mask(x, rate, words)
+
+
+def _einsum(spec: str, a: Array, b: Array) -> Array:
+  return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
 
 
 def _dot(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:

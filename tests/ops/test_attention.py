@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from compactlm_jax.ops import attention as module
 from compactlm_jax.ops.attention import attention, mask_bias
-from compactlm_jax.ops.dropout import dropout
+from compactlm_jax.ops.dropout import dropout, site_words
 
 
 def inputs(seed=0, batch=2, length=7, heads=3, size=5):
@@ -76,6 +77,22 @@ def test_attention_gradient_equals_finite_differences(causal):
     moved = [[x + s * step * direction if j == i else x for j, x in enumerate((q, k, v))] for s in (1, -1)]
     slope = (value(*moved[0]) - value(*moved[1])) / (2 * step)
     np.testing.assert_allclose((grad * direction).sum(), slope, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize('rate', [0.0, 0.5])
+@pytest.mark.parametrize('causal', [False, True])
+def test_form_for_other_backends_equals_the_one_for_this_one(causal, rate):
+  """Outputs, and gradients from what each forward pass saved. Mutation: leave the scale out of dq in one of them."""
+  q, k, v, mask = (jnp.asarray(x) for x in inputs(5))
+  g, words = jnp.asarray(inputs(6)[0]), site_words(jax.random.key(1), 2) if rate else None
+  results = []
+  for forward, backward in (
+    (module._forward_einsum, module._backward_einsum),
+    (module._forward_rows, module._backward_rows),
+  ):
+    out, *saved = forward(causal, rate, q, k, v, mask_bias(mask), words)
+    results.append((out, saved[3:], *backward(rate, g, *saved, out, words)))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *results)
 
 
 def test_padded_keys_get_exactly_no_weight_and_no_gradient():

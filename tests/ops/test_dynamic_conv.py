@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compactlm_jax.ops.dynamic_conv import depthwise_conv, dynamic_conv
+from compactlm_jax.ops import dynamic_conv as module
+from compactlm_jax.ops.dynamic_conv import depthwise_conv, dynamic_conv, tap_reads
 
 
 def taps_last(v, taps, causal=False):
@@ -86,3 +87,39 @@ def test_uniform_taps_keep_a_constant_inside():
   v = jnp.full((1, 20, 2, 3), 1.5)
   out = taps_last(v, jnp.full((1, 20, 2, 9), 1 / 9))
   np.testing.assert_allclose(out[:, 4:-4], 1.5, rtol=1e-6)
+
+
+@pytest.mark.parametrize('causal', [False, True])
+def test_masked_taps_equal_masked_values(causal):
+  """Mutation: read the mask at position t instead of at the position that the tap reads."""
+  rng = np.random.default_rng(4)
+  v, taps = (rng.normal(size=(2, 11, 3, size)).astype('f4') for size in (4, 5))
+  mask = (rng.random((2, 11)) < 0.7).astype('f4')
+  seen = taps * np.moveaxis(np.asarray(tap_reads(jnp.asarray(mask), 5, causal=causal)), 0, -1)[:, :, None]
+  got = taps_last(jnp.asarray(v), jnp.asarray(seen), causal)
+  np.testing.assert_allclose(got, loop_dynamic(v * mask[..., None, None], taps, causal), atol=1e-5)
+
+
+@pytest.mark.parametrize('causal', [False, True])
+@pytest.mark.parametrize('length', [1, 4, 20])
+def test_forms_for_other_backends_equal_those_for_this_one(length, causal):
+  """The grouped convolution and the band of a TPU, run here, forward and backward.
+
+  Mutations: swap s and t in `_tap`, or pad the grouped convolution alike on both sides.
+  """
+  rng, width = np.random.default_rng(3), 5
+  back = module._back(width, causal)
+
+  def draw(*shape):
+    return jnp.asarray(rng.normal(size=shape).astype('f4'))
+
+  x, kernel, g = draw(2, length, 6), draw(width, 6), draw(2, length, 6)
+  v, taps, gv = draw(2, length, 3, 4), draw(width, 2, length, 3), draw(2, length, 3, 4)
+  pairs = [
+    (module.depthwise_grouped, module.depthwise_slices, (x, kernel, back)),
+    (module._depthwise_grouped_kernel, module._depthwise_slices_kernel, (x, g, width, back)),
+    (module.dynamic_band, module.dynamic_slices, (v, taps, back)),
+    (module._dynamic_band_bwd, module._dynamic_slices_bwd, (v, taps, gv, back)),
+  ]
+  for there, here, args in pairs:
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), there(*args), here(*args))
