@@ -138,6 +138,31 @@ def _export(values: flags.FlagValues) -> str:
   return f'{values.output}: {cfg.architecture}, {cfg.num_layers} layers, {cfg.hidden_size} wide'
 
 
+def _plan(values: flags.FlagValues) -> str:
+  os.environ['JAX_PLATFORMS'] = 'cpu'  # nothing is computed, and a TPU that is here may be in use
+  from compactlm_jax.config import RunConfig, from_config_dict
+  from compactlm_jax.plan.main import plan_run, too_large
+  from compactlm_jax.plan.report import as_json, as_table
+
+  for flag in ('output', 'hlo'):  # before the compiler takes its minutes
+    if not pathlib.Path(values[flag].value or '.').absolute().parent.is_dir():
+      raise ConfigError(f'--{flag}: the folder of {values[flag].value} is not there')
+  config = from_config_dict(RunConfig, values.config)
+  name = str(values['config'].config_filename)
+  report = plan_run(config, name, values.topology, sweep=bool(values.sweep))
+  _write(values.output, json.dumps(as_json(report), indent=2) + '\n')
+  _write(values.hlo, getattr(report.program, 'hlo', ''))
+  if problem := too_large(report):
+    print(as_table(report))
+    raise ConfigError(problem)
+  return as_table(report)
+
+
+def _write(path: str, text: str) -> None:
+  if path and text:
+    pathlib.Path(path).write_text(text, encoding='utf-8')
+
+
 COMMANDS = {
   'demo': Command(
     'Distil a real encoder on real text, and show what was gained.',
@@ -193,6 +218,19 @@ COMMANDS = {
     ),
     ('config', 'workdir'),
     _train,
+    configured=True,
+  ),
+  'plan': Command(
+    'Compile the training step for a TPU that is not here: memory, step time, hours.',
+    'compactlm plan --config=configs/convbert.py:base --topology=v3-8',
+    _all(
+      _text('topology', None, 'TPU slice: v2-8, v3-8, v3-32, v3-128, v4-8, v5e-8, v5p-8, v6e-8, or chips as v3:4x4.'),
+      _choice('sweep', ['', 'batch'], "'batch' looks for the largest batch that fits; each try is a compilation."),
+      _text('output', '', 'JSON file to write.'),
+      _text('hlo', '', 'File for the optimised program of one core, as text.'),
+    ),
+    ('config', 'topology'),
+    _plan,
     configured=True,
   ),
   'export': Command(

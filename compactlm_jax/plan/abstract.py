@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from compactlm_jax.checkpoint import load_params
 from compactlm_jax.config import EncoderConfig, RunConfig, from_config_dict
+from compactlm_jax.data.manifest import read_manifest
 from compactlm_jax.errors import ConfigError
 from compactlm_jax.interop.folder import open_folder
 from compactlm_jax.interop.hf_config import from_hf
@@ -20,10 +21,15 @@ from compactlm_jax.interop.hub import local_folder
 from compactlm_jax.nn.encoder import encoder_shapes
 from compactlm_jax.parallel import batch_sharding, check_batch_size, param_shardings, state_shardings
 from compactlm_jax.tasks.distill import check_distill, make_distill_task
+from compactlm_jax.tasks.electra import make_electra_task
 from compactlm_jax.tasks.finetune import make_finetune_task
+from compactlm_jax.tasks.lm import make_lm_task
+from compactlm_jax.tasks.mlm import make_mlm_task
 from compactlm_jax.train.optimizer import make_optimizer
 from compactlm_jax.train.step import compile_step, make_train_step
-from compactlm_jax.types import Batch, Params, Task, TrainState
+from compactlm_jax.types import Batch, Params, SpecialTokens, Task, TrainState
+
+_SPECIAL = SpecialTokens(pad=0, cls=1, sep=2, mask=3)  # any ids give the same program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,17 +59,17 @@ def resolve(config: RunConfig) -> Plan:
   """
   notes = []
   encoder = config.encoder
-  if config.model and config.task in ('distill', 'finetune'):
-    names = ('hidden_dropout', 'attention_dropout', 'dtype', 'remat')
+  if config.model:
+    names = ('hidden_dropout', 'attention_dropout', 'dtype', 'remat', *(['causal'] if config.task == 'lm' else []))
     encoder = dataclasses.replace(encoder_of(config.model), **{name: getattr(encoder, name) for name in names})
   encoder = dataclasses.replace(encoder, scan_unroll=0)
+  if config.data.path:
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=_row_length(config)))
   if config.data.seq_len > encoder.max_positions:
     raise ConfigError(
       f'config.data.seq_len: {config.data.seq_len} is more than encoder.max_positions {encoder.max_positions}'
     )
   config = dataclasses.replace(config, encoder=encoder)
-  if config.data.path or config.data.train:
-    notes.append(f'rows of config.data.seq_len = {config.data.seq_len} tokens (the data is not read)')
   teacher = None
   if config.task == 'distill':
     teacher, assumed = _teacher(config)
@@ -84,12 +90,17 @@ def encoder_of(path: str) -> EncoderConfig:
   return from_hf(open_folder(local_folder(path)).read_json('config.json'))
 
 
+def _row_length(config: RunConfig) -> int:
+  """Tokens of a row of the prepared data; only its manifest is read."""
+  return read_manifest(config.data.path).seq_len
+
+
 def _teacher(config: RunConfig) -> tuple[EncoderConfig, list[str]]:
   """The named teacher, or the first of the usual ones that fits."""
   student = config.encoder
   if config.teacher:
     return dataclasses.replace(encoder_of(config.teacher), scan_unroll=0), []
-  shared = {'vocab_size': student.vocab_size, 'max_positions': student.max_positions}
+  shared: dict[str, Any] = {'vocab_size': student.vocab_size, 'max_positions': student.max_positions}
   large = {'hidden_size': 1024, 'num_layers': 24, 'num_heads': 16}
   deeper = dataclasses.replace(student, num_layers=2 * student.num_layers, scan_unroll=0)
   candidates = {
@@ -119,7 +130,12 @@ def make_task(plan: Plan, teacher_params: Params | None) -> Task:
     return make_distill_task(config.encoder, plan.teacher, teacher_params, config.distill)
   if config.task == 'finetune':
     return make_finetune_task(config.encoder, tuple(map(str, range(config.finetune.num_classes))), config.finetune)
-  raise ConfigError(f'config.task: {config.task} cannot be planned yet')
+  if config.task == 'electra':
+    return make_electra_task(config.encoder, config.electra, config.mask, _SPECIAL)
+  if config.task == 'mlm':
+    return make_mlm_task(config.encoder, config.mask, _SPECIAL)
+  assert config.task == 'lm'
+  return make_lm_task(config.encoder)
 
 
 def abstract_step(plan: Plan, mesh: Mesh) -> tuple[Callable[..., Any], tuple[Any, Any, Batch]]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 from typing import Any
 
 import jax
 from jax.experimental import topologies
 
 from compactlm_jax.errors import ConfigError
-from compactlm_jax.plan.program import Overflow, Program, read_program
+from compactlm_jax.plan.program import Overflow, Program, overflow_of, read_program
 from compactlm_jax.plan.topology import Topology
 
 # What libtpu would otherwise ask a metadata server for, log about, or lock. Compiling needs no TPU, so it may go on
@@ -57,22 +56,7 @@ def compile_program(jitted: Any, *args: Any) -> Program | Overflow:
   try:
     compiled = jitted.lower(*args).compile()
   except jax.errors.JaxRuntimeError as e:
-    if (overflow := _overflow(str(e))) is None:
+    if (overflow := overflow_of(str(e))) is None:
       raise
     return overflow
   return read_program(compiled)
-
-
-def _overflow(message: str) -> Overflow | None:
-  """The compiler's complaint about memory, in the two forms that it has."""
-  number = r'([\d.]+)([KMGT]?)'
-  for pattern in (
-    rf'total memory required for HLO temporaries \({number}\) exceeds available HBM \({number}\)',
-    rf'Used {number} of {number} hbm',
-  ):
-    if found := re.search(pattern, message):
-      needed, available = (
-        int(float(value) * 1024 ** ' KMGT'.index(unit or ' ')) for value, unit in (found.group(1, 2), found.group(3, 4))
-      )
-      return Overflow(needed, available)
-  return None

@@ -77,6 +77,21 @@ class Overflow:
   available: int
 
 
+def overflow_of(message: str) -> Overflow | None:
+  """The compiler's complaint about memory, in the two forms that it has; None for another message."""
+  number = r'([\d.]+)([KMGT]?)'
+  for pattern in (
+    rf'total memory required for HLO temporaries \({number}\) exceeds available HBM \({number}\)',
+    rf'Used {number} of {number} hbm',
+  ):
+    if found := re.search(pattern, message):
+      needed, available = (
+        int(float(value) * 1024 ** ' KMGT'.index(unit or ' ')) for value, unit in (found.group(1, 2), found.group(3, 4))
+      )
+      return Overflow(needed, available)
+  return None
+
+
 def read_program(compiled: Any) -> Program:
   """Reads a compiled program.
 

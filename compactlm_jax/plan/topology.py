@@ -56,11 +56,9 @@ CHIPS: tuple[Chip, ...] = (
   Chip('v6e', 1, 1, False, 2, 32 * _G, 31.25 * _G, 918 * _T, 1640e9, 0.0),
 )
 
-# Chips along each dimension of the slices that Cloud TPU offers (system architecture, "configurations").
-_PLANES = {1: (1, 1), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16),
-           512: (16, 32), 1024: (32, 32)}  # fmt: skip
-_CUBES = {1: (1, 1, 1), 4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4), 64: (4, 4, 4), 128: (4, 4, 8),
-          256: (4, 8, 8), 512: (8, 8, 8)}  # fmt: skip
+# Chips along each dimension of the slices that Cloud TPU offers (system architecture, "configurations"), up to 256.
+_PLANES = {4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)}
+_CUBES = {4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4), 64: (4, 4, 4), 128: (4, 4, 8), 256: (4, 8, 8)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +100,7 @@ def known_topologies() -> list[str]:
   """Names of the slices that can be planned for; 'KIND:NxM' and 'KIND:NxMxK' go beyond them."""
   names = []
   for chip in CHIPS:
-    tables = (_PLANES if chip.dimensions == 2 else _CUBES).keys()
-    names += [f'{chip.kind}-{chips * (chip.cores_per_chip if chip.counts_cores else 1)}' for chips in tables]
+    names += [f'{chip.kind}-{chips * (chip.cores_per_chip if chip.counts_cores else 1)}' for chips in _slices(chip)]
   return names
 
 
@@ -121,11 +118,11 @@ def parse_topology(name: str) -> Topology:
   chip, sizes = chips[kind], tuple(int(size) for size in match[2].split('x'))
   if len(sizes) == 1:
     cores = chip.cores_per_chip if chip.counts_cores else 1
-    shape = (_PLANES if chip.dimensions == 2 else _CUBES).get(sizes[0] // cores) if sizes[0] % cores == 0 else None
+    shape = _slices(chip).get(sizes[0] // cores) if sizes[0] % cores == 0 else None
     if shape is None:
       raise ConfigError(f'--topology: there is no slice {name!r}; {_known(chip)}')
     return Topology(name, chip, shape)
-  whole = math.prod(sizes) == 1 or all(size % 2 == 0 for size in sizes[:2])
+  whole = min(sizes) > 0 and (math.prod(sizes) == 1 or all(size % 2 == 0 for size in sizes[:2]))
   if len(sizes) != chip.dimensions or not whole:
     form = 'x'.join('NMK'[: chip.dimensions])
     raise ConfigError(
@@ -133,6 +130,12 @@ def parse_topology(name: str) -> Topology:
       f'(hosts have 2x2 chips); {_known(chip)}'
     )
   return Topology(name, chip, sizes)
+
+
+def _slices(chip: Chip) -> Mapping[int, tuple[int, ...]]:
+  """Chips -> shape; single chips are offered where they are counted."""
+  table: Mapping[int, tuple[int, ...]] = _PLANES if chip.dimensions == 2 else _CUBES
+  return table if chip.counts_cores else {1: (1,) * chip.dimensions, **table}
 
 
 def _known(chip: Chip | None = None) -> str:
