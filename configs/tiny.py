@@ -29,7 +29,7 @@ MIXED = EncoderConfig.mixed(
   num_groups=2, scan_unroll=1,
 )  # fmt: skip
 # ELECTRA's optimiser: no bias correction, and a decay that begins at step 0.
-PRETRAIN = OptimizerConfig(learning_rate=2e-3, warmup_steps=10, bias_correction=False, decay_from='start')
+PRETRAIN = OptimizerConfig(learning_rate=2e-3, warmup_fraction=1 / 6, bias_correction=False, decay_from='start')
 VARIANTS = {
   'mlm': RunConfig(
     task='mlm',
@@ -55,13 +55,13 @@ VARIANTS = {
   'lm': RunConfig(
     task='lm',
     data=DataConfig(seq_len=64),
-    optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=10),
+    optimizer=OptimizerConfig(learning_rate=2e-3, warmup_fraction=1 / 6),
     **{**COMMON, 'encoder': dataclasses.replace(MIXED, causal=True)},
   ),
   'distill': RunConfig(
     task='distill',
     data=DataConfig(seq_len=64),
-    optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=10),
+    optimizer=OptimizerConfig(learning_rate=1e-3, warmup_fraction=1 / 6),
     distill=DistillConfig(relations=('qk', 'vv')),
     **COMMON,
   ),

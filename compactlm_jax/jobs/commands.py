@@ -11,6 +11,7 @@ import jax
 from compactlm_jax.config import RunConfig
 from compactlm_jax.data import source as rows
 from compactlm_jax.data.source import Batches, RowSource
+from compactlm_jax.errors import ConfigError
 from compactlm_jax.interop.bundle import Bundle, save_pretrained
 from compactlm_jax.interop.pretrained import save_pretraining
 from compactlm_jax.jobs.distill import distill_job
@@ -56,6 +57,11 @@ def build_job(config: RunConfig) -> Job:
   """
   task, data = _BUILDERS[config.task](config)
   steps = config.steps or max(1, math.ceil(config.epochs * len(data.train) / config.batch_size))
+  if config.optimizer.warmup_steps >= steps:
+    raise ConfigError(
+      f'config.optimizer.warmup_steps: the run has {steps} steps and would warm up for '
+      f'{config.optimizer.warmup_steps}; lower it, or use optimizer.warmup_fraction'
+    )
   identity = {'data': data.identity, 'tokenizer': data.train.fingerprint}
   if task.frozen is not None:
     identity['teacher'] = params_digest(task.frozen)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny import tiny_config
 
-from compactlm_jax.config import DataConfig, ElectraConfig, EncoderConfig
+from compactlm_jax.config import DataConfig, ElectraConfig, EncoderConfig, OptimizerConfig
 from compactlm_jax.data.prepare import prepare
 from compactlm_jax.data.tokenizer import train_wordpiece
 from compactlm_jax.errors import ConfigError
@@ -114,6 +114,7 @@ def test_an_mlm_run_is_exported_with_its_head(files, tmp_path):
     ),
     ({'encoder': None}, 'config.encoder.max_positions: the rows have 16 tokens, the model positions for 8'),
     ({'electra': ElectraConfig(generator_size=0.3)}, 'config.electra.generator_size: 0.3 of hidden_size 16 is 4.80'),
+    ({'optimizer': OptimizerConfig(warmup_steps=4)}, 'config.optimizer.warmup_steps: the run has 4 steps and would w'),
     ({'model': 'hf', 'data': DataConfig()}, 'config.data.path: name a dataset written by'),
     ({'model': 'hf', 'electra': ElectraConfig(generator_size=0.25, generator='hf')}, 'config.electra.generator_size: '),
   ],
