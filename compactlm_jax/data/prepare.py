@@ -63,9 +63,9 @@ def prepare(
 ) -> Manifest:
   """Tokenises text into rows and writes them as a TFDS dataset of ArrayRecord shards.
 
-  `tfds.builder_from_directory(output).as_data_source()` reads the result: `input_ids` int32 [T], `token_type_ids`
-  uint8 [T], `length` int32 (real tokens). The same input and settings give the same bytes for any number of workers.
-  The folder appears at once when it is complete; one that holds the same settings is reused.
+  `tfds.builder_from_directory(output).as_data_source()` reads the result: `input_ids` uint16 [T] (int32 for more than
+  65,536 tokens), `token_type_ids` uint8 [T], `length` int32 (real tokens). The same input and settings give the same
+  bytes for any number of workers. The folder appears when it is complete; one that holds the same settings is reused.
 
   Args:
     input: comma-separated globs of UTF-8 text files (.gz is read), in which a blank line ends a document and each
@@ -227,6 +227,7 @@ def _write(
       _while_there_is_space(scratch, examples, settings['seq_len']),
       settings['seq_len'],
       settings['shard_rows'],
+      tokenizer.vocab_size,
     )
   tokenizer.save(scratch / 'tokenizer')
   packages = ('tokenizers', 'tensorflow-datasets', 'array_record')

@@ -1,32 +1,27 @@
 """The training side of data: rows by index, and batches that are a pure function of (seed, step).
 
-`open_dataset` proves a prepared dataset against its manifest and checks every record that it hands out. `Batches`
-shuffles, repeats, batches and slices by host with Grain; nothing has to be saved to resume.
+`open_dataset` proves a prepared dataset against its manifest and checks every record that it hands out. `Batches` is
+in Grain's order of shuffling, defined over all hosts, and reads ahead with Grain; nothing has to be saved to resume.
 """
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import functools
 import itertools
-import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from compactlm_jax.data.manifest import Manifest, Shard, read_manifest, verify_files
+from compactlm_jax.data.manifest import Manifest, read_manifest, verify_files
+from compactlm_jax.data.records import Reader, Record
 from compactlm_jax.errors import ConfigError, DataError
 from compactlm_jax.types import Batch
 
-Record = dict[str, np.ndarray]
-
 _ENDLESS = 1 << 48
-
-log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +32,7 @@ class RowSource:
   one (int32 class index or float32 score).
 
   Attributes:
-    fetch: index -> row, for 0 <= index < size.
+    fetch: indices int64 [n], each 0 <= index < size -> their rows, a dict of arrays with a leading axis n.
     size: number of rows.
     vocab_size: ids are below it.
     seq_len: row length T.
@@ -48,7 +43,7 @@ class RowSource:
     words_per_token: words per token after the first of each row (`Manifest.words_per_token`); 0 if it is unknown.
   """
 
-  fetch: Callable[[int], Record]
+  fetch: Callable[[np.ndarray], Record]
   size: int
   vocab_size: int
   seq_len: int
@@ -65,13 +60,15 @@ class RowSource:
     index = index.__index__()
     if not 0 <= index < self.size:
       raise IndexError(f'{self.name}: row {index} of {self.size}')
-    return self.fetch(index)
+    return {name: values[0] for name, values in self.fetch(np.asarray([index])).items()}
 
   def part(self, start: int, stop: int) -> RowSource:
     """The rows start <= index < stop as a source of their own; how many words they hold is not known."""
     if not 0 <= start < stop <= self.size:
       raise ConfigError(f'{self.name}: rows {start} to {stop} do not lie within its {self.size} rows')
-    return dataclasses.replace(self, fetch=lambda i: self.fetch(start + i), size=stop - start, words_per_token=0.0)
+    return dataclasses.replace(
+      self, fetch=lambda indices: self.fetch(start + indices), size=stop - start, words_per_token=0.0
+    )
 
 
 def hold_out(source: RowSource, eval_rows: int) -> tuple[RowSource, RowSource]:
@@ -93,7 +90,7 @@ def array_source(
   """A source over arrays in memory, each with a leading row axis."""
   size, seq_len = rows['input_ids'].shape
   return RowSource(
-    fetch=lambda i: {key: value[i] for key, value in rows.items()},
+    fetch=lambda indices: {key: value[indices] for key, value in rows.items()},
     size=size,
     vocab_size=vocab_size,
     seq_len=seq_len,
@@ -139,101 +136,33 @@ def open_dataset(
       f'{expect_fingerprint[:12]}...); prepare the text again with the tokenizer of the model'
     )
   verify_files(path, manifest, digests=verify == 'full')
-  reader = _Reader(_records(path, split, manifest), manifest.splits[split], manifest, epath.Path(path))
-  damaged: set[int] = set()
   limit = int(bad_record_budget * manifest.rows(split))
+  reader = Reader(_builder(path, split, manifest), split, manifest, epath.Path(path), limit)
   return RowSource(
-    fetch=functools.partial(_fetch_or_neighbour, reader, manifest.rows(split), limit, damaged)
-    if limit
-    else reader.read,
+    fetch=reader.read,
     size=manifest.rows(split),
     vocab_size=manifest.vocab_size,
     seq_len=manifest.seq_len,
     fingerprint=manifest.fingerprint,
     name=f'{path} ({split})',
-    damaged=damaged,
+    damaged=reader.damaged,
     words_per_token=0.0 if limit else manifest.words_per_token(split),  # replaced rows have other words
   )
 
 
-def _records(path: Any, split: str, manifest: Manifest) -> Any:
+def _builder(path: Any, split: str, manifest: Manifest) -> Any:
   import tensorflow_datasets as tfds
 
   try:
     builder = tfds.builder_from_directory(os.fspath(path))
     lengths = [int(n) for n in builder.info.splits[split].shard_lengths]
-    data = builder.as_data_source(split)
   except Exception as e:  # TFDS has no common base of its errors
     raise DataError(f'{path}: cannot be opened as a TFDS dataset ({e}); prepare it again with overwrite') from e
   if lengths != [s.rows for s in manifest.splits[split]]:
     raise DataError(
       f'{epath.Path(path) / "dataset_info.json"}: {lengths} rows per shard, the manifest has others; copy it again'
     )
-  return data
-
-
-def _fetch_or_neighbour(reader: _Reader, size: int, limit: int, damaged: set[int], index: int) -> Record:
-  """The row, or the first intact one after it, so that the replacement is a function of the index alone."""
-  for candidate in itertools.chain(range(index, size), range(index)):
-    try:
-      return reader.read(candidate)
-    except DataError as e:
-      if candidate not in damaged:
-        log.warning('row replaced by its neighbour: %s', e)
-      damaged.add(candidate)
-      if len(damaged) > limit:
-        raise DataError(
-          f'{len(damaged)} damaged rows are more than bad_record_budget allows ({limit}); the last: {e}'
-        ) from e
-  raise DataError(f'{reader.folder}: every row is damaged')
-
-
-@dataclasses.dataclass(frozen=True)
-class _Reader:
-  """Reads and checks records; messages name the file and the record's index in it."""
-
-  data: Any
-  shards: Sequence[Shard]
-  manifest: Manifest
-  folder: epath.Path
-
-  def read(self, index: int) -> Record:
-    """The checked row.
-
-    Raises:
-      DataError: the record is damaged or out of range.
-    """
-    try:
-      raw = self.data[index]
-    except Exception as e:  # ArrayRecord and protobuf raise RuntimeError, DecodeError, ValueError, ...
-      raise self._error(index, f'cannot be read ({e})') from e
-    missing = [k for k in ('input_ids', 'token_type_ids', 'length') if raw.get(k) is None]
-    if missing:
-      raise self._error(index, f'field {missing[0]} is missing; the file is truncated or damaged')
-    input_ids, types, length = raw['input_ids'], raw['token_type_ids'], raw['length']
-    shape = (self.manifest.seq_len,)
-    for name, value, dtype in (('input_ids', input_ids, np.int32), ('token_type_ids', types, np.uint8)):
-      if value.shape != shape or value.dtype != dtype:
-        raise self._error(
-          index, f'{name} is {value.dtype}{list(value.shape)} instead of {np.dtype(dtype)}{list(shape)}'
-        )
-    if input_ids.min() < 0 or input_ids.max() >= self.manifest.vocab_size:
-      bad = input_ids[(input_ids < 0) | (input_ids >= self.manifest.vocab_size)][0]
-      raise self._error(index, f'token id {bad} is outside the vocabulary of {self.manifest.vocab_size}')
-    if types.max() > 1:
-      raise self._error(index, f'token type {types.max()} is neither 0 nor 1')
-    if not 1 <= length <= shape[0]:
-      raise self._error(index, f'length {length} is outside 1 to {shape[0]}')
-    return {'input_ids': input_ids, 'token_type_ids': types.astype(np.int32), 'length': np.int32(length)}
-
-  def _error(self, index: int, what: str) -> DataError:
-    ends = list(itertools.accumulate(s.rows for s in self.shards))
-    shard = bisect.bisect_right(ends, index)
-    inside = index - (ends[shard - 1] if shard else 0)
-    return DataError(
-      f'{self.folder / self.shards[shard].file}: record {inside} (row {index}): {what}; '
-      'prepare the data again, or set data.bad_record_budget'
-    )
+  return builder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,21 +197,37 @@ class Batches:
       raise DataError(f'{self.source.name}: no rows')
 
   @functools.cached_property
-  def _dataset(self) -> Any:
-    import grain
+  def _seed(self) -> int:
+    # The number of the epoch is added to it: hashed, so that neighbouring seeds do not share epochs.
+    return int(np.random.SeedSequence(self.seed).generate_state(1)[0])
 
-    # Grain adds the number of the epoch to the seed: hashed, so that neighbouring seeds do not share epochs.
-    seed = int(np.random.SeedSequence(self.seed).generate_state(1)[0])
-    # An endless repeat overflows in Grain for one row per host; this one is long enough and stays exact as a float.
-    rows = grain.MapDataset.source(self.source).shuffle(seed).repeat(-(-_ENDLESS // len(self.source)))
-    per_host = rows.batch(self.batch_size // self.process_count, batch_fn=_stack)
-    return per_host[self.process_index :: self.process_count]
+  def indices(self, step: int) -> np.ndarray:
+    """This host's row indices of batch `step` >= 0, int64, in the order of the batch.
+
+    Each epoch has the order of `grain.MapDataset.shuffle`, asked for single indices here because a pipeline of them
+    takes three times as long.
+    """
+    from grain.experimental import index_shuffle
+
+    if step < 0:
+      raise ValueError(f'step {step} must not be negative')
+    size, share = len(self.source), self.batch_size // self.process_count
+    first = step * self.batch_size + self.process_index * share
+    # Grain's cipher is one bit too short for the last of 2**k + 1 rows (k even, from 16 on), and would return one row
+    # twice and another never. There the last row keeps its place.
+    last = size - 1
+    fixed = last >= 1 << 16 and last.bit_count() == 1 and last.bit_length() % 2 == 1
+    found = []
+    for number in range(first, first + share):
+      epoch, place = divmod(number, size)
+      if not (fixed and place == last):
+        place = index_shuffle(place, last - fixed, (self._seed + epoch) % 2**32, 4)
+      found.append(place)
+    return np.asarray(found, np.int64)
 
   def batch(self, step: int) -> Batch:
     """This host's rows of batch `step` >= 0 as NumPy arrays, a pure function of (seed, step)."""
-    if step < 0:
-      raise ValueError(f'step {step} must not be negative')
-    return self._dataset[step]
+    return _batch(self.source.fetch(self.indices(step)))
 
   def prefetch(self, start_step: int = 0, *, threads: int = 2, buffer: int = 16) -> Iterator[tuple[int, Batch]]:
     """Endless (step, batch) pairs from `start_step` on, read ahead by threads.
@@ -298,7 +243,8 @@ class Batches:
     import grain
 
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(buffer, threads))
-    ahead = self._dataset[start_step:].to_iter_dataset(options)
+    steps = grain.MapDataset.range(start_step, start_step + _ENDLESS)
+    ahead = steps.map(self.batch).to_iter_dataset(options)
     return zip(itertools.count(start_step), ahead, strict=False)
 
 
@@ -318,19 +264,19 @@ def eval_batches(source: RowSource, batch_size: int, process_index: int = 0, pro
     raise ConfigError(f'config.batch_size: {batch_size} must be a positive multiple of the {process_count} hosts')
   share = batch_size // process_count
   for start in range(process_index * share, -(-len(source) // batch_size) * batch_size, batch_size):
-    indices = range(start, start + share)
-    weights = np.asarray([i < len(source) for i in indices], np.float32)
-    yield _stack([source[min(i, len(source) - 1)] for i in indices], weights)
+    indices = np.arange(start, start + share)
+    rows = source.fetch(np.minimum(indices, len(source) - 1))
+    yield _batch(rows, (indices < len(source)).astype(np.float32))
 
 
-def _stack(rows: Sequence[Record], weights: np.ndarray | None = None) -> Batch:
-  input_ids = np.stack([r['input_ids'] for r in rows])
-  lengths = np.asarray([r['length'] for r in rows])
+def _batch(rows: Record, weights: np.ndarray | None = None) -> Batch:
+  input_ids = rows['input_ids']
+  tokens = np.arange(input_ids.shape[1], dtype=np.int32)
   fields: dict[str, Any] = {
     'input_ids': input_ids,
-    'attention_mask': (np.arange(input_ids.shape[1]) < lengths[:, None]).astype(np.int32),
-    'token_type_ids': np.stack([r['token_type_ids'] for r in rows]),
-    'labels': np.stack([r['label'] for r in rows]) if 'label' in rows[0] else None,
+    'attention_mask': (tokens < rows['length'][:, None]).astype(np.int32),
+    'token_type_ids': rows['token_type_ids'],
+    'labels': rows.get('label'),
     'weights': weights,
   }
   return Batch(**fields)

@@ -59,7 +59,7 @@ def test_bytes_do_not_depend_on_workers_and_rows_are_right(mode, corpus, vocabul
   got = sorted((tuple(r['input_ids'][: r['length']].tolist()), int(r['token_type_ids'].sum())) for r in rows)
   assert got == sorted((tuple(r.ids), max(0, len(r.ids) - r.second)) for r in expected)
   assert all((r['input_ids'][r['length'] :] == tokenizer.pad_id).all() for r in rows)
-  assert rows[0]['input_ids'].dtype == np.int32 and rows[0]['token_type_ids'].dtype == np.uint8
+  assert rows[0]['input_ids'].dtype == np.uint16 and rows[0]['token_type_ids'].dtype == np.uint8
 
 
 def test_same_bytes_in_another_process_without_jax_or_tensorflow(corpus, vocabulary, tmp_path):
