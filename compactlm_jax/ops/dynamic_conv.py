@@ -147,29 +147,33 @@ def dynamic_band(
   v_BTHK: Float[Array, 'B T H K'], taps_WBTH: Float[Array, 'W B T H'], back: int
 ) -> Float[Array, 'B T H K']:
   """A product with the T x T matrix that holds the taps on its W middle diagonals; `back` as in the module."""
-  return jnp.einsum('bshk,bhst->bthk', v_BTHK, _band(taps_WBTH, back))
+  return jnp.einsum('bhts,bshk->bthk', _band(taps_WBTH, back), v_BTHK)
 
 
 def _dynamic_band_bwd(v_BTHK: Array, taps_WBTH: Array, g_BTHK: Array, back: int) -> tuple[Array, Array]:
-  dv_BTHK = jnp.einsum('bthk,bhst->bshk', g_BTHK, _band(taps_WBTH, back))
-  dband_BHST = jnp.einsum('bshk,bthk->bhst', v_BTHK, g_BTHK, preferred_element_type=jnp.float32)
-  tap = _tap(dband_BHST.shape[-1], back)
-  dtaps_WBHT = jnp.stack([jnp.where(tap == j, dband_BHST, 0).sum(2) for j in range(taps_WBTH.shape[0])])
+  dv_BTHK = jnp.einsum('bhts,bthk->bshk', _band(taps_WBTH, back), g_BTHK)
+  dband_BHTS = jnp.einsum('bthk,bshk->bhts', g_BTHK, v_BTHK, preferred_element_type=jnp.float32)
+  tap = _tap(dband_BHTS.shape[-1], back)
+  dtaps_WBHT = jnp.stack([jnp.where(tap == j, dband_BHTS, 0).sum(3) for j in range(taps_WBTH.shape[0])])
   return dv_BTHK, dtaps_WBHT.swapaxes(2, 3).astype(taps_WBTH.dtype)
 
 
 def _band(taps_WBTH: Array, back: int) -> Array:
-  """[B, H, S, T]: at (s, t) the tap through which position t reads position s, or 0."""
+  """[B, H, T, S]: at (t, s) the tap through which position t reads position s, or 0.
+
+  In the order of attention's probabilities: with [S, T] the compiler has been seen to lay the band out so that taps
+  are spread over lanes one by one, which doubles the cycles of its products.
+  """
   taps_WBHT, tap = taps_WBTH.swapaxes(2, 3), _tap(taps_WBTH.shape[2], back)
-  band_BHST = jnp.zeros((), taps_WBTH.dtype)
+  band_BHTS = jnp.zeros((), taps_WBTH.dtype)
   for j, tap_BHT in enumerate(taps_WBHT):
-    band_BHST = jnp.where(tap == j, tap_BHT[:, :, None], band_BHST)
-  return band_BHST
+    band_BHTS = jnp.where(tap == j, tap_BHT[..., None], band_BHTS)
+  return band_BHTS
 
 
 def _tap(length: int, back: int) -> Array:
-  """[1, 1, S, T]: number of the tap through which position t reads position s; outside [0, W) there is none."""
-  s, t = (jax.lax.broadcasted_iota(jnp.int32, (1, 1, length, length), axis) for axis in (2, 3))
+  """[1, 1, T, S]: number of the tap through which position t reads position s; outside [0, W) there is none."""
+  t, s = (jax.lax.broadcasted_iota(jnp.int32, (1, 1, length, length), axis) for axis in (2, 3))
   return s - t + back
 
 
