@@ -148,8 +148,8 @@ def _plan(values: flags.FlagValues) -> str:
     if not pathlib.Path(values[flag].value or '.').absolute().parent.is_dir():
       raise ConfigError(f'--{flag}: the folder of {values[flag].value} is not there')
   config = from_config_dict(RunConfig, values.config)
-  name = str(values['config'].config_filename)
-  report = plan_run(config, name, values.topology, sweep=bool(values.sweep))
+  name = str(getattr(values['config'], 'config_filename', ''))
+  report = plan_run(config, name, values.topology, sweep=bool(values.sweep), thorough=values.thorough)
   _write(values.output, json.dumps(as_json(report), indent=2) + '\n')
   _write(values.hlo, getattr(report.program, 'hlo', ''))
   if problem := too_large(report):
@@ -226,6 +226,7 @@ COMMANDS = {
     _all(
       _text('topology', None, 'TPU slice: v2-8, v3-8, v3-32, v3-128, v4-8, v5e-8, v5p-8, v6e-8, or chips as v3:4x4.'),
       _choice('sweep', ['', 'batch'], "'batch' looks for the largest batch that fits; each try is a compilation."),
+      _switch('thorough', 'Compile with the effort of a run; takes three times as long.'),
       _text('output', '', 'JSON file to write.'),
       _text('hlo', '', 'File for the optimised program of one core, as text.'),
     ),

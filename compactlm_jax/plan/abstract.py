@@ -101,7 +101,7 @@ def _teacher(config: RunConfig) -> tuple[EncoderConfig, list[str]]:
   if config.teacher:
     return dataclasses.replace(encoder_of(config.teacher), scan_unroll=0), []
   shared: dict[str, Any] = {'vocab_size': student.vocab_size, 'max_positions': student.max_positions}
-  large = {'hidden_size': 1024, 'num_layers': 24, 'num_heads': 16}
+  large: dict[str, Any] = {'hidden_size': 1024, 'num_layers': 24, 'num_heads': 16}
   deeper = dataclasses.replace(student, num_layers=2 * student.num_layers, scan_unroll=0)
   candidates = {
     'of BERT-base size': EncoderConfig(**shared),

@@ -44,7 +44,7 @@ def cache_key(config: Mapping[str, Any], topology: str, **more: Any) -> str:
   Args:
     config: the resolved configuration as plain values.
     topology: name of the slice as libtpu knows it.
-    more: further plain values (the teacher).
+    more: further plain values (the teacher, the effort of the compiler).
   """
   package = pathlib.Path(__file__).parents[1]
   sources = hashlib.sha256()

@@ -11,11 +11,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from compactlm_jax.config import RunConfig, to_json
-from compactlm_jax.errors import ConfigError
 from compactlm_jax.parallel import make_mesh
 from compactlm_jax.plan import cache
 from compactlm_jax.plan.abstract import Plan, abstract_step, resolve
-from compactlm_jax.plan.compile import compile_program, tpu_devices
+from compactlm_jax.plan.compile import FULL, QUICK, compile_program, tpu_devices
 from compactlm_jax.plan.estimate import estimate, published_hours
 from compactlm_jax.plan.program import Overflow, Program
 from compactlm_jax.plan.report import Report, batch_words
@@ -25,13 +24,14 @@ from compactlm_jax.plan.topology import Topology, parse_topology
 log = logging.getLogger(__name__)
 
 
-def plan_run(config: RunConfig, name: str, topology: str, *, sweep: bool = False) -> Report:
+def plan_run(config: RunConfig, name: str, topology: str, *, sweep: bool = False, thorough: bool = False) -> Report:
   """Plans a run on a TPU that is not here.
 
   Args:
     config: the run.
     name: of the configuration, 'configs/convbert.py:base'.
     topology: name of the slice, 'v3-8'.
+    thorough: compile with the effort of a run, in about three times the time.
     sweep: also look for the largest batch that fits; a program that does not fit makes that happen anyway.
 
   Returns:
@@ -43,10 +43,13 @@ def plan_run(config: RunConfig, name: str, topology: str, *, sweep: bool = False
   """
   slice_, plan = parse_topology(topology), resolve(config)
   mesh = make_mesh(plan.config.mesh, tpu_devices(slice_))
-  program = compile_plan(plan, mesh, slice_)
+  effort = FULL if thorough else QUICK
+  program = compile_plan(plan, mesh, slice_, effort)
   fits = isinstance(program, Program) and program.peak_bytes <= slice_.chip.usable_bytes
-  batches = _search(plan, mesh, slice_, program) if sweep or not fits else None
+  batches = _search(plan, mesh, slice_, effort, program) if sweep or not fits else None
   notes = plan.notes
+  if not thorough:
+    notes += ('compiled with least effort: step and memory come out a few per cent high; --thorough takes 3x as long',)
   if plan.config.optimizer.accumulate > 1:
     notes += ('costs are those of one micro-batch and an update, times optimizer.accumulate: slightly high',)
   return Report(
@@ -55,6 +58,7 @@ def plan_run(config: RunConfig, name: str, topology: str, *, sweep: bool = False
     topology=slice_,
     program=program,
     estimate=estimate(plan.config, plan.teacher, slice_, program) if isinstance(program, Program) else None,
+    thorough=thorough,
     published=published_hours(name),
     parameters=_placement(plan, mesh),
     notes=notes,
@@ -74,21 +78,21 @@ def too_large(report: Report) -> str:
   )
 
 
-def compile_plan(plan: Plan, mesh: Mesh, topology: Topology) -> Program | Overflow:
+def compile_plan(plan: Plan, mesh: Mesh, topology: Topology, effort: float) -> Program | Overflow:
   """The program of a plan's training step, from the cache if it was compiled before.
 
   Raises:
     ConfigError: sizes that do not divide over the mesh.
   """
   teacher = None if plan.teacher is None else to_json(plan.teacher)
-  key = cache.cache_key(_deciding(plan.config), '{} {}'.format(*topology.request()), teacher=teacher)
+  key = cache.cache_key(_deciding(plan.config), '{} {}'.format(*topology.request()), teacher=teacher, effort=effort)
   step, arguments = abstract_step(plan, mesh)
   if (known := cache.load(key)) is not None:
     log.info('%s, %d rows: compiled before (%s)', topology.name, plan.config.batch_size, cache.cache_folder())
     return known
   log.info('compiling for %s, %d rows; this can take minutes ...', topology.name, plan.config.batch_size)
   started = time.monotonic()
-  result = compile_program(step, *arguments)
+  result = compile_program(step, *arguments, effort=effort)
   log.info('compiled in %.0f s', time.monotonic() - started)
   cache.save(key, result)
   return result
@@ -102,14 +106,18 @@ def _deciding(config: RunConfig) -> dict[str, Any]:
   return values
 
 
-def _search(plan: Plan, mesh: Mesh, topology: Topology, first: Program | Overflow) -> tuple[int, int | None]:
+def _search(
+  plan: Plan, mesh: Mesh, topology: Topology, effort: float, first: Program | Overflow
+) -> tuple[int, int | None]:
   config, usable = plan.config, topology.chip.usable_bytes
   unit = mesh.shape['data'] * mesh.shape['fsdp'] * config.optimizer.accumulate
   state, frozen, _ = abstract_step(plan, mesh)[1]
   fixed = _bytes_on_a_device((state, frozen))
 
   def needs(batch_size: int) -> tuple[bool, float]:
-    result = first if batch_size == config.batch_size else compile_plan(plan.with_batch(batch_size), mesh, topology)
+    result = (
+      first if batch_size == config.batch_size else compile_plan(plan.with_batch(batch_size), mesh, topology, effort)
+    )
     needed = result.peak_bytes if isinstance(result, Program) else result.needed
     log.info('%d rows need %.2f of %.2f GiB', batch_size, needed / 2**30, usable / 2**30)
     return isinstance(result, Program) and needed <= usable, needed
@@ -133,14 +141,3 @@ def _placement(plan: Plan, mesh: Mesh) -> str:
   axes = [f'{axis} {size}' for axis, size in mesh.shape.items() if axis != 'data' and size > 1]
   how = f'in slices over {", ".join(axes)}: {here / whole:.1%} on each device' if axes else 'replicated'
   return f'{count / 1e6:.1f} M, {how}'
-
-
-def check_axis(sweep: str) -> bool:
-  """Whether `--sweep` asks for the search over batches.
-
-  Raises:
-    ConfigError: it names something else.
-  """
-  if sweep not in ('', 'batch'):
-    raise ConfigError(f"--sweep: {sweep!r} is unknown; 'batch' finds the largest batch that fits")
-  return sweep == 'batch'

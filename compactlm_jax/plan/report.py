@@ -35,6 +35,7 @@ class Report:
     published: hours that the authors report.
     parameters: how they lie on the devices.
     notes: what was assumed.
+    thorough: compiled with the effort of a run.
     batches: (largest batch that fits, smallest that does not), if they were looked for.
   """
 
@@ -46,6 +47,7 @@ class Report:
   published: float | None
   parameters: str
   notes: tuple[str, ...] = ()
+  thorough: bool = True
   batches: tuple[int, int | None] | None = None
 
   @property
@@ -83,7 +85,8 @@ def as_json(report: Report) -> dict[str, Any]:
     'bytes_accessed': est.bytes_accessed if est else None,
     'step_seconds': est.step_seconds if est else None,
     'estimate_source': est.source if est else None,
-    'cycle_seconds': est.cycle_seconds if est else None,
+    'thorough': report.thorough,
+    'cycle_seconds': est.cycle_seconds if est and report.thorough else None,
     'mfu': est.mfu if est else None,
     'collectives': collectives(program) if program else None,
     'tokens_per_second': est.tokens_per_second if est else None,
@@ -161,7 +164,9 @@ def _memory_rows(report: Report) -> list[tuple[str, str]]:
 def _time_rows(report: Report, program: Program, est: Estimate) -> list[tuple[str, str]]:
   top = report.topology
   word = top.device_word
-  second = f'; {est.cycle_seconds * 1e3:.2f} ms by the cycles of its instructions' if est.cycle_seconds else ''
+  second = ''
+  if est.cycle_seconds and report.thorough:
+    second = f'; {est.cycle_seconds * 1e3:.2f} ms by the cycles of its instructions'
   exchanged = ', '.join(
     f'{kind} {own["count"]} ({own["bytes"] / 1e6:.1f} MB)' for kind, own in collectives(program).items()
   )

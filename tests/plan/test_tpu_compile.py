@@ -1,0 +1,148 @@
+"""Tiny training steps of every task, compiled by libtpu for slices that are not here."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from tiny import ENCODER, tiny_config
+
+from compactlm_jax import cli
+from compactlm_jax.config import DataConfig, DistillConfig, MeshConfig
+from compactlm_jax.parallel import make_mesh
+from compactlm_jax.plan.abstract import abstract_step, resolve
+from compactlm_jax.plan.compile import QUICK, compile_program, tpu_devices
+from compactlm_jax.plan.program import Overflow
+from compactlm_jax.plan.topology import parse_topology
+
+pytest.importorskip('libtpu')
+pytestmark = [pytest.mark.tpu_compile, pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')]
+
+WHOLE = MeshConfig()
+ROWS, LENGTH = 24, 12  # on 8 devices 3 rows; neither is a size of the encoder
+CONVBERT = dataclasses.replace(
+  ENCODER, architecture='convbert', num_heads=1, head_size=8, conv_kernel_size=3, embedding_size=8, num_layers=1
+)
+CHANGES = {
+  'electra': {'encoder': CONVBERT},
+  'mlm': {'encoder': dataclasses.replace(CONVBERT, num_groups=2)},
+  'lm': {'encoder': dataclasses.replace(CONVBERT, causal=True)},
+  'distill': {'distill': DistillConfig(relations=('qq', 'vv'), relation_heads=4)},
+  'finetune': {},
+}
+
+
+def plan_for(task, rows=ROWS, **changes):
+  return resolve(tiny_config(task, batch_size=rows, data=DataConfig(seq_len=LENGTH), **CHANGES[task], **changes))
+
+
+@functools.cache
+def lowered(task, topology='v3-8', rows=ROWS, mesh=WHOLE):
+  plan = plan_for(task, rows, mesh=mesh)
+  step, arguments = abstract_step(plan, make_mesh(mesh, tpu_devices(parse_topology(topology))))
+  return step, arguments
+
+
+@functools.cache
+def program(*args, **kwargs):
+  step, arguments = lowered(*args, **kwargs)
+  return compile_program(step, *arguments, effort=QUICK)
+
+
+def entry_parameters(hlo):
+  """Shapes of the entry computation's arguments."""
+  header = re.search(r'entry_computation_layout=\{\((.*?)\)->', hlo, re.DOTALL)
+  return re.findall(r'([a-z]+\d*\[[\d,]*\])', header[1])
+
+
+@pytest.mark.parametrize('task', CHANGES)
+def test_every_task_compiles_and_reduces_its_gradients_once(task):
+  """Rows are split, parameters whole, and nothing but sums travels. Mutation: compile without `in_shardings`."""
+  state, frozen, _ = lowered(task)[1]
+  found = program(task)
+  assert {each.kind for each in found.collectives} == {'all-reduce'}
+  summed = [dims for each in found.collectives for _, dims in each.shapes if dims]
+  trained = jax.tree.leaves(state.opt_state.inner_states['train'].inner_state[1].mu)
+  count = sum(leaf.size for leaf in trained)
+  elements = sum(functools.reduce(int.__mul__, dims) for dims in summed)
+  assert 0.8 * count <= elements <= count + 64  # a position table longer than the rows has less gradient
+  given = entry_parameters(found.hlo)
+  assert given.count(f's32[{ROWS // 8},{LENGTH}]') >= 2
+  for leaf in jax.tree.leaves((state.params, frozen)):
+    assert f'f32[{",".join(map(str, leaf.shape))}]' in given
+  assert found.peak_bytes < 2**30 and found.flops > 0 and found.costly
+
+
+def test_slices_of_parameters_are_gathered_and_rows_are_not():
+  """fsdp 8. Mutation: drop `gathered` from the step: rows travel."""
+  found, (state, _, _) = (part('finetune', mesh=MeshConfig(data=1, fsdp=8)) for part in (program, abstract_arguments))
+  given = entry_parameters(found.hlo)
+  word = state.params['encoder']['embeddings']['word']['embedding'].shape
+  assert f'f32[{word[0]},{word[1] // 8}]' in given and f'f32[{word[0]},{word[1]}]' not in given
+  assert f's32[{ROWS // 8},{LENGTH}]' in given
+  gathered = [dims for each in found.collectives if each.kind == 'all-gather' for _, dims in each.shapes]
+  assert gathered and not any(LENGTH in dims or ROWS in dims for dims in gathered)
+
+
+def abstract_arguments(*args, **kwargs):
+  return lowered(*args, **kwargs)[1]
+
+
+def test_a_pod_has_the_same_program_on_each_core():
+  """Four times the cores and rows. Mutation: split rows over 'data' of one host only."""
+  one, pod = program('finetune'), program('finetune', topology='v3-32', rows=4 * ROWS)
+  assert (one.flops, one.memory['arguments']) == (pod.flops, pod.memory['arguments'])
+  assert [each.shapes for each in one.collectives] == [each.shapes for each in pod.collectives]
+  assert entry_parameters(one.hlo) == entry_parameters(pod.hlo)
+
+
+def test_the_step_takes_the_path_of_a_tpu():
+  """`materialize` is for CPUs. Mutation: lower with lowering_platforms=('cpu',)."""
+  step, arguments = lowered('electra')
+  assert 'optimization_barrier' not in step.lower(*arguments).as_text()
+
+
+@pytest.mark.parametrize('name', ['v2-8', 'v3-128', 'v4-8', 'v5e-1', 'v5e-8', 'v5p-8', 'v6e-8', 'v3:4x8'])
+def test_libtpu_knows_the_slices(name):
+  """Mutation: ask for cores of a v4 instead of chips."""
+  topology = parse_topology(name)
+  devices = tpu_devices(topology)
+  assert len(devices) == topology.devices
+  make_mesh(MeshConfig(), devices)
+
+
+def test_usable_memory_is_what_the_compiler_says():
+  """One array larger than it. Mutation: take the chip's memory for the core's."""
+  topology = parse_topology('v3-8')
+  place = jax.sharding.SingleDeviceSharding(tpu_devices(topology)[0])
+  x = jax.ShapeDtypeStruct((17 * 2**18, 1024), jnp.float32, sharding=place)
+  found = compile_program(jax.jit(lambda x: x + 1, donate_argnums=0), x)
+  assert isinstance(found, Overflow)
+  assert found.available == pytest.approx(topology.chip.usable_bytes) and found.needed == pytest.approx(17 * 2**30)
+
+
+def test_command(tmp_path, monkeypatch, capsys):
+  """Table, JSON and program; the second call compiles nothing. Mutation: leave `steps` out of the hours."""
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+  config = pathlib.Path(__file__).parents[2] / 'configs' / 'tiny.py'
+  argv = [
+    'plan',
+    f'--config={config}:finetune',
+    '--topology=v3-8',
+    '--config.data.seq_len=16',
+    '--config.batch_size=16',
+  ]
+  argv += ['--config.encoder.num_layers=1', f'--output={tmp_path}/plan.json', f'--hlo={tmp_path}/plan.hlo']
+  assert cli.main(argv) == 0
+  said = capsys.readouterr()
+  found = json.loads((tmp_path / 'plan.json').read_text())
+  assert 'compiling for v3-8' in said.err and 'fits             yes' in said.out
+  assert found['fits'] and found['batch_size'] == 16 and found['hours'] == pytest.approx(found['step_seconds'] / 60)
+  assert (tmp_path / 'plan.hlo').read_text().startswith('HloModule jit_train_step')
+  assert cli.main([*argv, '--config.log_every=7']) == 0
+  assert 'compiled before' in capsys.readouterr().err
+  assert json.loads((tmp_path / 'plan.json').read_text()) == found
