@@ -10,8 +10,8 @@ its `optimal_seconds`: the larger of arithmetic and memory, operation by operati
 assigns to each operation, added up at 940 MHz; they count vector work and copies too.
 CPU: measured in float32; the blocks take turns and the quickest call of each counts.
 
-Usage: python benchmarks/kernel.py [--only=tpu,cpu] [--lengths=128,512] [--tokens=4096] [--cpu_tokens=1024] [--rounds=20]
-  [--dropout=0,0.1]
+Usage: python benchmarks/kernel.py [--only=tpu,cpu] [--lengths=128,512] [--tokens=4096] [--cpu_tokens=1024]
+  [--rounds=20] [--dropout=0,0.1]
 """
 
 from __future__ import annotations
