@@ -81,6 +81,7 @@ def choose_rate(
     return rates[0], {}
   data = dataclasses.replace(config.data, eval_path='', eval_rows=config.batch_size)  # little to evaluate at the end
   short = dataclasses.replace(config, steps=steps, checkpoint_every=steps, eval_every=0, data=data)
+  short = dataclasses.replace(short, log_every=max(1, steps // 40))
   losses = {}
   for rate in rates:
     _, lines = run(with_rate(short, rate), workdir / f'{steps}-steps-rate-{rate:g}')

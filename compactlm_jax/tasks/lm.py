@@ -4,7 +4,8 @@ What is predicted is every real token but the first of each row: the row's [CLS]
 of a document, and the end of the row) is a token like any other, padding counts nothing. A row starts without memory
 of the row before. In packed rows the last [SEP] stands where the row ends and costs almost nothing, so perplexity per
 token comes out lower than without it, by a factor of about exp(loss / (T - 1)). Perplexity per word adds up the nats of
-all tokens, special ones included, and divides them by the number of words, so it does not depend on the vocabulary.
+all tokens, special ones included, and divides them by the number of words, so it does not depend on the vocabulary;
+but what a tokenizer loses (case, unknown characters) is not paid for.
 """
 
 from __future__ import annotations
