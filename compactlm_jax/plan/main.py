@@ -20,6 +20,7 @@ from compactlm_jax.plan.program import Overflow, Program
 from compactlm_jax.plan.report import Report, batch_words
 from compactlm_jax.plan.sweep import largest_batch
 from compactlm_jax.plan.topology import Topology, parse_topology
+from compactlm_jax.types import Params
 
 log = logging.getLogger(__name__)
 
@@ -44,9 +45,11 @@ def plan_run(config: RunConfig, name: str, topology: str, *, sweep: bool = False
   slice_, plan = parse_topology(topology), resolve(config)
   mesh = make_mesh(plan.config.mesh, tpu_devices(slice_))
   effort = FULL if thorough else QUICK
+  state, frozen, _ = abstract_step(plan, mesh)[1]
   program = compile_plan(plan, mesh, slice_, effort)
   fits = isinstance(program, Program) and program.peak_bytes <= slice_.chip.usable_bytes
-  batches = _search(plan, mesh, slice_, effort, program) if sweep or not fits else None
+  fixed = _bytes_on_a_device((state, frozen))
+  batches = _search(plan, mesh, slice_, effort, fixed, program) if sweep or not fits else None
   notes = plan.notes
   if not thorough:
     notes += ('compiled with least effort: step and memory come out a few per cent high; --thorough takes 3x as long',)
@@ -60,7 +63,7 @@ def plan_run(config: RunConfig, name: str, topology: str, *, sweep: bool = False
     estimate=estimate(plan.config, plan.teacher, slice_, program) if isinstance(program, Program) else None,
     thorough=thorough,
     published=published_hours(name),
-    parameters=_placement(plan, mesh),
+    parameters=_placement(state.params, mesh),
     notes=notes,
     batches=batches,
   )
@@ -86,12 +89,12 @@ def compile_plan(plan: Plan, mesh: Mesh, topology: Topology, effort: float) -> P
   """
   teacher = None if plan.teacher is None else to_json(plan.teacher)
   key = cache.cache_key(_deciding(plan.config), '{} {}'.format(*topology.request()), teacher=teacher, effort=effort)
-  step, arguments = abstract_step(plan, mesh)
   if (known := cache.load(key)) is not None:
     log.info('%s, %d rows: compiled before (%s)', topology.name, plan.config.batch_size, cache.cache_folder())
     return known
   log.info('compiling for %s, %d rows; this can take minutes ...', topology.name, plan.config.batch_size)
   started = time.monotonic()
+  step, arguments = abstract_step(plan, mesh)
   result = compile_program(step, *arguments, effort=effort)
   log.info('compiled in %.0f s', time.monotonic() - started)
   cache.save(key, result)
@@ -111,8 +114,6 @@ def _search(
 ) -> tuple[int, int | None]:
   config, usable = plan.config, topology.chip.usable_bytes
   unit = mesh.shape['data'] * mesh.shape['fsdp'] * config.optimizer.accumulate
-  state, frozen, _ = abstract_step(plan, mesh)[1]
-  fixed = _bytes_on_a_device((state, frozen))
 
   def needs(batch_size: int) -> tuple[bool, float]:
     result = (
@@ -132,12 +133,10 @@ def _bytes_on_a_device(tree: Any) -> int:
   return sum(size(leaf) for leaf in jax.tree.leaves(tree))
 
 
-def _placement(plan: Plan, mesh: Mesh) -> str:
+def _placement(params: Params, mesh: Mesh) -> str:
   """How the parameters lie: replicated, or which share of their bytes is on each device."""
-  state = abstract_step(plan, mesh)[1][0]
-  here = _bytes_on_a_device(state.params)
-  whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.params))
-  count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+  leaves = jax.tree.leaves(params)
+  here, whole = _bytes_on_a_device(params), sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
   axes = [f'{axis} {size}' for axis, size in mesh.shape.items() if axis != 'data' and size > 1]
   how = f'in slices over {", ".join(axes)}: {here / whole:.1%} on each device' if axes else 'replicated'
-  return f'{count / 1e6:.1f} M, {how}'
+  return f'{sum(leaf.size for leaf in leaves) / 1e6:.1f} M, {how}'

@@ -19,6 +19,7 @@ _COLLECTIVE = re.compile(rf'= (.*?) ({"|".join(KINDS)})(-start)?\(')
 _SHAPE = re.compile(r'\b([a-z]+\d*)\[([\d,]*)\]')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _SCOPE = re.compile(r'op_name="([^"]*)"')
+_NOISE = re.compile(r'closed_call|Encoder\._run|layers\.(body|scan)|while|body|remat|checkpoint|cond|branch_\d+_fun')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +155,6 @@ def costly_parts(hlo: str) -> list[tuple[str, int, int]]:
 def _part(op_name: str) -> str:
   """'jit(step)/transpose(jvp(Encoder))/.../layers/ffn_in/dot_general' -> 'backward: layers/ffn_in/dot_general'."""
   names = [name for name in op_name.split('/') if not re.match(r'(jit|jvp|transpose|checkpoint|vmap)\(', name)]
-  noise = ('closed_call', 'Encoder._run', 'layers.body', 'while', 'body', 'remat', 'checkpoint', 'custom_jvp_call')
-  names = [name for name in names if name not in noise]
+  names = [name for name in names if not _NOISE.fullmatch(name)]
   phase = 'backward: ' if 'transpose(' in op_name else 'forward: ' if 'jvp(' in op_name else 'update: '
   return phase + '/'.join(names)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 import re
 
@@ -18,6 +19,7 @@ from compactlm_jax.plan.abstract import abstract_step, resolve
 from compactlm_jax.plan.compile import QUICK, compile_program, tpu_devices
 from compactlm_jax.plan.program import Overflow
 from compactlm_jax.plan.topology import parse_topology
+from compactlm_jax.tree import named_leaves
 
 pytest.importorskip('libtpu')
 pytestmark = [pytest.mark.tpu_compile, pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')]
@@ -27,12 +29,13 @@ ROWS, LENGTH = 24, 12  # on 8 devices 3 rows; neither is a size of the encoder
 CONVBERT = dataclasses.replace(
   ENCODER, architecture='convbert', num_heads=1, head_size=8, conv_kernel_size=3, embedding_size=8, num_layers=1
 )
+BERT = dataclasses.replace(ENCODER, num_layers=1)
 CHANGES = {
   'electra': {'encoder': CONVBERT},
   'mlm': {'encoder': dataclasses.replace(CONVBERT, num_groups=2)},
   'lm': {'encoder': dataclasses.replace(CONVBERT, causal=True)},
-  'distill': {'distill': DistillConfig(relations=('qq', 'vv'), relation_heads=4)},
-  'finetune': {},
+  'distill': {'encoder': BERT, 'distill': DistillConfig(relations=('qq', 'vv'), relation_heads=4)},
+  'finetune': {'encoder': BERT},
 }
 
 
@@ -65,11 +68,13 @@ def test_every_task_compiles_and_reduces_its_gradients_once(task):
   state, frozen, _ = lowered(task)[1]
   found = program(task)
   assert {each.kind for each in found.collectives} == {'all-reduce'}
-  summed = [dims for each in found.collectives for _, dims in each.shapes if dims]
-  trained = jax.tree.leaves(state.opt_state.inner_states['train'].inner_state[1].mu)
-  count = sum(leaf.size for leaf in trained)
-  elements = sum(functools.reduce(int.__mul__, dims) for dims in summed)
-  assert 0.8 * count <= elements <= count + 64  # a position table longer than the rows has less gradient
+  trained = named_leaves(state.opt_state.inner_states['train'].inner_state[1].mu)
+  count = sum(leaf.size for leaf in trained.values())
+  # The compiler sums the gradient of a table that two places read (two towers, look-up and logits) for each of them.
+  shared = sum(leaf.size for name, leaf in trained.items() if name.startswith('encoder/embeddings'))
+  summed = sum(math.prod(dims) for each in found.collectives for _, dims in each.shapes if dims)
+  # The rows are shorter than the position table, and distillation trains one projection of its last layer less.
+  assert 0.6 * count <= summed <= count + (shared if task in ('electra', 'mlm', 'lm') else 0)
   given = entry_parameters(found.hlo)
   assert given.count(f's32[{ROWS // 8},{LENGTH}]') >= 2
   for leaf in jax.tree.leaves((state.params, frozen)):
