@@ -110,7 +110,7 @@ def _deciding(config: RunConfig) -> dict[str, Any]:
 
 
 def _search(
-  plan: Plan, mesh: Mesh, topology: Topology, effort: float, first: Program | Overflow
+  plan: Plan, mesh: Mesh, topology: Topology, effort: float, fixed: int, first: Program | Overflow
 ) -> tuple[int, int | None]:
   config, usable = plan.config, topology.chip.usable_bytes
   unit = mesh.shape['data'] * mesh.shape['fsdp'] * config.optimizer.accumulate
