@@ -121,7 +121,8 @@ def depthwise_slices(x_BTD: Float[Array, 'B T D'], kernel_WD: Float[Array, 'W D'
 
 def _depthwise_slices_kernel(x_BTD: Array, g_BTD: Array, taps: int, back: int) -> Array:
   padded, g_BTD = materialize((_pad_time(x_BTD, taps, back), g_BTD))
-  return jnp.stack([(padded[:, j : j + x_BTD.shape[1]] * g_BTD).sum((0, 1)) for j in range(taps)])
+  parts = _products(padded, g_BTD, taps, axis=1)
+  return parts.sum((1, 2))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -189,13 +190,31 @@ def dynamic_slices(
 def _dynamic_slices_bwd(v_BTHK: Array, taps_WBTH: Array, g_BTHK: Array, back: int) -> tuple[Array, Array]:
   taps, length = taps_WBTH.shape[0], v_BTHK.shape[1]
   padded, g_BTHK = materialize((_pad_time(v_BTHK, taps, back), g_BTHK))
-  dtaps = jnp.stack([(padded[:, j : j + length] * g_BTHK).sum(-1) for j in range(taps)])
+  dtaps = _products(padded, g_BTHK, taps, axis=3).sum(-1)
   # v[t] was read by position t + back - j through tap j.
   pad = functools.partial(_pad_time, taps=taps, back=taps - 1 - back)
   g_padded, taps_padded = materialize((pad(g_BTHK), jax.vmap(pad)(taps_WBTH)))
   starts = [taps - 1 - j for j in range(taps)]
   terms = (g_padded[:, i : i + length] * taps_padded[j, :, i : i + length][..., None] for j, i in enumerate(starts))
   return _add(terms), dtaps
+
+
+def _products(padded: Array, g: Array, taps: int, axis: int) -> Array:
+  """[W, ...]: padded, shifted by each tap, times g, with pieces of `axis` already added up; the rest is to be summed.
+
+  XLA's CPU compiler hands a plain sum to a library, for which it first writes down every shifted copy.
+  """
+  pieces = next(n for n in (8, 4, 2, 1) if g.shape[axis] % n == 0)
+  length, size = g.shape[1], g.shape[axis] // pieces
+
+  def piece(x: Array, i: int) -> Array:
+    return jax.lax.slice_in_dim(x, i * size, (i + 1) * size, axis=axis)
+
+  def tap(j: int) -> Array:
+    shifted = padded[:, j : j + length]
+    return _add(piece(shifted, i) * piece(g, i) for i in range(pieces))
+
+  return materialize(jnp.stack([tap(j) for j in range(taps)]))
 
 
 def _add(terms: Iterable[Array]) -> Array:
