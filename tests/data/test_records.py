@@ -149,7 +149,7 @@ def test_budget_replaces_by_a_neighbour_and_stops_beyond(tmp_path):
 
 
 def test_flipped_bits_hurt_their_rows_only(tmp_path):
-  """All over a file: no crash, no wrong row, no intact row lost. Mutation: all records empty where one is not read."""
+  """All over a file: no crash, no wrong row, no intact row lost. Mutation: keep damaged rows."""
   folder = write(tmp_path / 'data', varied(20), shard_rows=10)
   intact = open_dataset(folder).fetch(np.arange(20))
   file = folder / read_manifest(folder).splits['train'][1].file
