@@ -146,7 +146,7 @@ def test_table_of_what_does_not_fit():
 
 
 def test_cache_keeps_programs(tmp_path, monkeypatch, caplog):
-  """Mutation: leave the sources out of the key; or raise on a damaged file."""
+  """Mutation: let the error of a damaged file through."""
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
   key = cache.cache_key({'batch_size': 8}, 'v3:2x2')
   assert cache.load(key) is None
