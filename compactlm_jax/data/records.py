@@ -67,7 +67,7 @@ class Reader:
   """Rows by index; messages name the file and the record's index in it.
 
   A batch of intact records is one NumPy view. A record that does not look as expected, and every record of a dataset
-  without a common layout, is read again by TFDS, which says what is wrong with it.
+  without a common layout, is parsed by TFDS, and checked field by field to say what is wrong with it.
   """
 
   def __init__(self, builder: Any, split: str, manifest: Manifest, folder: epath.Path, limit: int = 0) -> None:
@@ -94,7 +94,7 @@ class Reader:
     fields: Any = layout.dtype.fields if layout else {}
     self.layout: Layout | None = layout if {k: v[0].shape for k, v in fields.items()} == expected else None
     if self.layout is None:
-      log.warning('%s: an older format, ten times slower to read; prepare it again with overwrite', folder)
+      log.warning('%s: an older format, several times slower to read; prepare it again with overwrite', folder)
     self.files = _Files([os.fspath(folder / s.file) for s in self.shards], [s.rows for s in self.shards])
 
   def read(self, indices: np.ndarray) -> Record:
@@ -156,7 +156,8 @@ class Reader:
       DataError: the record is damaged.
     """
     try:
-      record = self.data.data_source[index]
+      # The data source takes far longer, but says why a record cannot be read.
+      record = self.files(np.asarray([index]))[0] or self.data.data_source[index]
       # Names stand in a record as they are; TFDS does not say which field it misses.
       missing = [name for name in ('input_ids', 'token_type_ids', 'length') if name.encode() not in record]
       raw = {} if missing else self.features.deserialize_example_np(record)
