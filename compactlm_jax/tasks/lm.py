@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 from compactlm_jax.config import EncoderConfig, to_json
 from compactlm_jax.errors import ConfigError
 from compactlm_jax.losses.reduce import masked_mean, masked_sum
-from compactlm_jax.losses.tokens import token_cross_entropy
+from compactlm_jax.losses.tokens import token_cross_entropy, token_hits
 from compactlm_jax.nn.encoder import encode
 from compactlm_jax.nn.heads import MlmHead
 from compactlm_jax.tasks.mlm import init_mlm
@@ -109,10 +109,7 @@ def token_losses(
   targets_BT, weights_BT = batch.input_ids[:, 1:], batch.attention_mask[:, 1:].astype(jnp.float32)
   if batch.weights is not None:
     weights_BT *= batch.weights[:, None]
-  # Not by argmax, which takes longer on a CPU than the whole cross-entropy.
-  right_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], -1)[..., 0]
-  hits_BT = (right_BT >= logits_BTV.max(-1)).astype(jnp.float32)
-  return token_cross_entropy(logits_BTV, targets_BT), hits_BT, weights_BT
+  return token_cross_entropy(logits_BTV, targets_BT), token_hits(logits_BTV, targets_BT), weights_BT
 
 
 def _exp(nats: float) -> float:

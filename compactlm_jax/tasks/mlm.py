@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from compactlm_jax.config import EncoderConfig, MaskConfig, to_json
 from compactlm_jax.errors import ConfigError
 from compactlm_jax.losses.reduce import masked_mean, masked_sum
-from compactlm_jax.losses.tokens import token_cross_entropy
+from compactlm_jax.losses.tokens import token_cross_entropy, token_hits
 from compactlm_jax.nn.encoder import encode, init_encoder
 from compactlm_jax.nn.heads import MlmHead
 from compactlm_jax.ops.corruption import mask_tokens, take_positions
@@ -102,8 +102,7 @@ def mlm_logits(
 
 def slot_values(logits_BPV: jax.Array, masked: Masked) -> tuple[jax.Array, jax.Array]:
   """(cross-entropy, 1 where the likeliest token is the right one) of each slot."""
-  hits_BP = jnp.equal(logits_BPV.argmax(-1), masked.ids_BP)
-  return token_cross_entropy(logits_BPV, masked.ids_BP), hits_BP.astype(jnp.float32)
+  return token_cross_entropy(logits_BPV, masked.ids_BP), token_hits(logits_BPV, masked.ids_BP)
 
 
 def with_row_weights(masked: Masked, batch: Batch) -> Masked:

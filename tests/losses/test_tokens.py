@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from compactlm_jax.losses.tokens import replaced_token_loss, token_cross_entropy
+from compactlm_jax.losses.tokens import replaced_token_loss, token_cross_entropy, token_hits
 
 
 def test_cross_entropy_against_numpy():
@@ -42,3 +42,12 @@ def test_replaced_token_loss_against_numpy():
   np.testing.assert_allclose(
     replaced_token_loss(jnp.asarray(logits, jnp.float32), jnp.asarray(replaced)), expected, rtol=1e-5, atol=1e-6
   )
+
+
+def test_hits_are_those_of_argmax():
+  """Mutation: compare with the smallest logit."""
+  rng = np.random.default_rng(2)
+  logits, ids = rng.normal(size=(2, 50, 4)), rng.integers(0, 4, (2, 50))
+  found = token_hits(jnp.asarray(logits, jnp.float32), jnp.asarray(ids))
+  np.testing.assert_array_equal(found, logits.argmax(-1) == ids)
+  assert 0 < found.mean() < 1
