@@ -32,7 +32,9 @@ def largest_batch(
   for _ in range(tries):
     good, needed = needs(batch)
     fits, fails = (batch, fails) if good else (fits, batch)
-    points = [*points[-1:], (float(batch), needed)]
+    (x, y), origin = points[-1], (0.0, fixed)
+    # Near the limit the compiler saves memory, so that more rows may need less; then the line starts at no rows.
+    points = [(x, y) if (needed - y) * (batch - x) > 0 else origin, (float(batch), needed)]
     step = max(unit, fits // FINENESS // unit * unit)
     if fails is not None and fails - fits <= step:
       break
