@@ -121,8 +121,7 @@ def depthwise_slices(x_BTD: Float[Array, 'B T D'], kernel_WD: Float[Array, 'W D'
 
 def _depthwise_slices_kernel(x_BTD: Array, g_BTD: Array, taps: int, back: int) -> Array:
   padded, g_BTD = materialize((_pad_time(x_BTD, taps, back), g_BTD))
-  parts = _products(padded, g_BTD, taps, axis=1)
-  return parts.sum((1, 2))
+  return _sums(padded, g_BTD, taps, axes=(0, 1))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -190,7 +189,7 @@ def dynamic_slices(
 def _dynamic_slices_bwd(v_BTHK: Array, taps_WBTH: Array, g_BTHK: Array, back: int) -> tuple[Array, Array]:
   taps, length = taps_WBTH.shape[0], v_BTHK.shape[1]
   padded, g_BTHK = materialize((_pad_time(v_BTHK, taps, back), g_BTHK))
-  dtaps = _products(padded, g_BTHK, taps, axis=3).sum(-1)
+  dtaps = _sums(padded, g_BTHK, taps, axes=(3,))
   # v[t] was read by position t + back - j through tap j.
   pad = functools.partial(_pad_time, taps=taps, back=taps - 1 - back)
   g_padded, taps_padded = materialize((pad(g_BTHK), jax.vmap(pad)(taps_WBTH)))
@@ -199,13 +198,24 @@ def _dynamic_slices_bwd(v_BTHK: Array, taps_WBTH: Array, g_BTHK: Array, back: in
   return _add(terms), dtaps
 
 
-def _products(padded: Array, g: Array, taps: int, axis: int) -> Array:
-  """[W, ...]: padded, shifted by each tap, times g, with pieces of `axis` already added up; the rest is to be summed.
+def _sums(padded: Array, g: Array, taps: int, axes: tuple[int, ...]) -> Array:
+  """[W, ...]: padded, shifted by each tap, times g, summed over `axes`."""
+  cpu, default = (functools.partial(f, taps=taps, axes=axes) for f in (_sums_in_pieces, _sums_plain))
+  return jax.lax.platform_dependent(padded, g, cpu=cpu, default=default)
+
+
+def _sums_plain(padded: Array, g: Array, taps: int, axes: tuple[int, ...]) -> Array:
+  return jnp.stack([(padded[:, j : j + g.shape[1]] * g).sum(axes) for j in range(taps)])
+
+
+def _sums_in_pieces(padded: Array, g: Array, taps: int, axes: tuple[int, ...]) -> Array:
+  """Pieces of the last of `axes` are added up first, in one loop.
 
   XLA's CPU compiler hands a plain sum to a library, for which it first writes down every shifted copy.
   """
+  axis, length = axes[-1], g.shape[1]
   pieces = next(n for n in (8, 4, 2, 1) if g.shape[axis] % n == 0)
-  length, size = g.shape[1], g.shape[axis] // pieces
+  size = g.shape[axis] // pieces
 
   def piece(x: Array, i: int) -> Array:
     return jax.lax.slice_in_dim(x, i * size, (i + 1) * size, axis=axis)
@@ -214,7 +224,7 @@ def _products(padded: Array, g: Array, taps: int, axis: int) -> Array:
     shifted = padded[:, j : j + length]
     return _add(piece(shifted, i) * piece(g, i) for i in range(pieces))
 
-  return materialize(jnp.stack([tap(j) for j in range(taps)]))
+  return materialize(jnp.stack([tap(j) for j in range(taps)])).sum(tuple(axis + 1 for axis in axes))
 
 
 def _add(terms: Iterable[Array]) -> Array:
