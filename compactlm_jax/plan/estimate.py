@@ -35,6 +35,8 @@ class Estimate:
     source: `OPTIMAL` or `ROOFLINE`.
     cycle_seconds: sum of the estimated cycles of the program's instructions at the chip's clock, a second and usually
       higher opinion of the compiler; None where the clock is not published.
+    exchange_seconds: of the collectives on the links between chips, if nothing hides them; not in `step_seconds`, for
+      which the compiler counts the memory that they read and write only.
     model_flops: of one step over all devices, counted from the model (see `flops`).
     mfu: model_flops / (step_seconds * devices * peak).
     tokens_per_second: over all devices.
@@ -46,6 +48,7 @@ class Estimate:
   step_seconds: float
   source: str
   cycle_seconds: float | None
+  exchange_seconds: float
   model_flops: float
   mfu: float
   tokens_per_second: float
@@ -74,6 +77,7 @@ def estimate(config: RunConfig, teacher: EncoderConfig | None, topology: Topolog
     step_seconds=seconds,
     source=source,
     cycle_seconds=program.cycles * times / chip.clock if chip.clock else None,
+    exchange_seconds=exchange_seconds(program, topology) * times,
     model_flops=needed,
     mfu=needed / (seconds * topology.devices * chip.peak_flops),
     tokens_per_second=config.batch_size * config.data.seq_len / seconds,
@@ -92,6 +96,19 @@ def step_seconds(program: Program, peak_flops: float, bandwidth: float) -> tuple
   if math.isfinite(own) and own > 0 and own >= compute:
     return own, OPTIMAL
   return max(compute, program.bytes_accessed / bandwidth), ROOFLINE
+
+
+def exchange_seconds(program: Program, topology: Topology) -> float:
+  """Time of the collectives on a ring of chips whose two directions both carry data.
+
+  Both cores of a chip are taken to add their values up before anything leaves it.
+  """
+  chips = math.prod(topology.shape)
+  share = (chips - 1) / chips
+  # Bytes that leave a chip, per byte that a device has afterwards.
+  leaving = {'all-reduce': 2 * share, 'reduce-scatter': chips - 1, 'collective-permute': 1.0}
+  sent = sum(each.bytes * leaving.get(each.kind, share) for each in program.collectives) if chips > 1 else 0.0
+  return sent / (2 * topology.chip.link)
 
 
 def published_hours(config_file: str) -> float | None:

@@ -15,6 +15,7 @@ UNITS = {
   'peak_hbm_bytes, hbm_bytes, usable_hbm_bytes, memory, flops, bytes_accessed, collectives': 'one device',
   'model_flops, tokens_per_second': 'all devices',
   'step_seconds, hours, mfu': "the compiler's estimate, not a measurement",
+  'exchange_seconds': 'the collectives on the links between chips, not in step_seconds',
   'published_hours': 'TPU v3-8, as the authors report',
 }
 """What the fields of the JSON are counted for."""
@@ -87,6 +88,7 @@ def as_json(report: Report) -> dict[str, Any]:
     'estimate_source': est.source if est else None,
     'thorough': report.thorough,
     'cycle_seconds': est.cycle_seconds if est and report.thorough else None,
+    'exchange_seconds': est.exchange_seconds if est else None,
     'mfu': est.mfu if est else None,
     'collectives': collectives(program) if program else None,
     'tokens_per_second': est.tokens_per_second if est else None,
@@ -181,6 +183,10 @@ def _time_rows(report: Report, program: Program, est: Estimate) -> list[tuple[st
     ('model FLOPs', f'{est.model_flops / 1e12:,.2f} T per step, over all {word}s'),
     ('MFU', f'{est.mfu:.1%} of {top.devices} x {top.chip.peak_flops / 1e12:g} TFLOP/s'),
     ('collectives', exchanged or 'none'),
+    (
+      'on the links',
+      f'{est.exchange_seconds * 1e3:.2f} ms more if nothing hides it; the step counts memory traffic only',
+    ),
     ('tokens/s', f'{est.tokens_per_second:,.0f}'),
     ('hours', hours + published),
     ('costly', '; '.join(costly)),

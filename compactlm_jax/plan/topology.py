@@ -25,6 +25,7 @@ class Chip:
     usable_bytes: what of it the compiler gives to programs.
     peak_flops: bfloat16 FLOP/s of one device.
     bandwidth: bytes/s between one device and its memory.
+    link: bytes/s of one link between two chips, one way.
     clock: cycles per second; 0 where it is not published.
   """
 
@@ -37,23 +38,25 @@ class Chip:
   usable_bytes: float
   peak_flops: float
   bandwidth: float
+  link: float
   clock: float
 
 
 _G, _T = 2.0**30, 1e12
 
 # HBM, peak and bandwidth: cloud.google.com/tpu/docs, one page of system architecture per version (v2 to v6e), halved
-# for the two devices of a v2 or v3 chip; v2's and v3's bandwidth and the clocks of v2 to v4: "Ten Lessons From Three
-# Generations Shaped Google's TPUv4i" (ISCA 2021), table 1. The clocks of v5e and v5p follow from the peak and the
-# matrix units (4 of 128 x 128 per core). Usable memory: what libtpu 0.0.42's compiler says
-# when a program is too large (GiB of one device).
+# for the two devices of a v2 or v3 chip; v2's and v3's bandwidth, their links (496 and 656 Gbit/s) and the clocks of v2
+# to v4: "Ten Lessons From Three Generations Shaped Google's TPUv4i" (ISCA 2021), table 1. Links of the others: the
+# documented interconnect bandwidth of a chip over its 4 (2-D) or 6 (3-D) links. The clocks of v5e and v5p follow from
+# the peak and the matrix units (4 of 128 x 128 per core). Usable memory: what libtpu 0.0.42's compiler says when a
+# program is too large (GiB of one device).
 CHIPS: tuple[Chip, ...] = (
-  Chip('v2', 2, 2, True, 2, 8 * _G, 7.48 * _G, 46 * _T / 2, 700e9 / 2, 700e6),
-  Chip('v3', 2, 2, True, 2, 16 * _G, 15.48 * _G, 123 * _T / 2, 900e9 / 2, 940e6),
-  Chip('v4', 2, 1, True, 3, 32 * _G, 30.75 * _G, 275 * _T, 1228e9, 1050e6),
-  Chip('v5e', 1, 1, False, 2, 16 * _G, 15.75 * _G, 197 * _T, 819e9, 1500e6),
-  Chip('v5p', 2, 1, True, 3, 95.74 * _G, 95.74 * _G, 459 * _T, 2765e9, 1750e6),
-  Chip('v6e', 1, 1, False, 2, 32 * _G, 31.25 * _G, 918 * _T, 1640e9, 0.0),
+  Chip('v2', 2, 2, True, 2, 8 * _G, 7.48 * _G, 46 * _T / 2, 700e9 / 2, 62e9, 700e6),
+  Chip('v3', 2, 2, True, 2, 16 * _G, 15.48 * _G, 123 * _T / 2, 900e9 / 2, 82e9, 940e6),
+  Chip('v4', 2, 1, True, 3, 32 * _G, 30.75 * _G, 275 * _T, 1228e9, 50e9, 1050e6),
+  Chip('v5e', 1, 1, False, 2, 16 * _G, 15.75 * _G, 197 * _T, 819e9, 50e9, 1500e6),
+  Chip('v5p', 2, 1, True, 3, 95.74 * _G, 95.74 * _G, 459 * _T, 2765e9, 100e9, 1750e6),
+  Chip('v6e', 1, 1, False, 2, 32 * _G, 31.25 * _G, 918 * _T, 1640e9, 112e9, 0.0),
 )
 
 # Chips along each dimension of the slices that Cloud TPU offers (system architecture, "configurations"), up to 256.

@@ -6,7 +6,7 @@ import pytest
 
 from compactlm_jax.config import DataConfig, EncoderConfig, OptimizerConfig, RunConfig
 from compactlm_jax.plan import cache
-from compactlm_jax.plan.estimate import OPTIMAL, ROOFLINE, estimate, published_hours, step_seconds
+from compactlm_jax.plan.estimate import OPTIMAL, ROOFLINE, estimate, exchange_seconds, published_hours, step_seconds
 from compactlm_jax.plan.program import Collective, Overflow, Program, costly_parts, overflow_of, read_collectives
 from compactlm_jax.plan.report import Report, as_json, as_table, collectives
 from compactlm_jax.plan.topology import parse_topology
@@ -110,6 +110,15 @@ def test_time_from_a_program():
   assert estimate(dataclasses.replace(CONFIG, steps=0, epochs=1.0), None, V3, PROGRAM).hours is None
 
 
+def test_collectives_on_the_links():
+  """Four chips, 82 GB/s each way; an all-reduce sends 2 * 3/4 of its bytes. Mutation: count devices for chips."""
+  program = dataclasses.replace(PROGRAM, collectives=(Collective('all-reduce', (('f32', (1000, 1000)),)),))
+  assert exchange_seconds(program, V3) == pytest.approx(1.5 * 4e6 / 164e9)
+  gather = dataclasses.replace(program, collectives=(Collective('all-gather', (('bf16', (1000, 1000)),)),))
+  assert exchange_seconds(gather, V3) == pytest.approx(0.75 * 2e6 / 164e9)
+  assert exchange_seconds(program, parse_topology('v5e-1')) == 0
+
+
 def test_published_hours():
   """Of ConvBERT and ELECTRA on a v3-8 (answers to reviewers, NeurIPS 2020). Mutation: take the folder for the file."""
   assert published_hours('configs/convbert.py:base') == 72 and published_hours('/a/b/electra.py:base') == 192
@@ -127,7 +136,8 @@ def test_table_and_json():
   """Mutation: report the chip's HBM for the core; or leave the word estimate out."""
   found, said = as_json(report(PROGRAM)), as_table(report(PROGRAM))
   names = ('fits', 'peak_hbm_bytes', 'hbm_bytes', 'flops', 'model_flops', 'bytes_accessed', 'step_seconds',
-           'estimate_source', 'mfu', 'collectives', 'tokens_per_second', 'hours', 'published_hours')  # fmt: skip
+           'estimate_source', 'mfu', 'collectives', 'exchange_seconds', 'tokens_per_second', 'hours',
+           'published_hours')  # fmt: skip
   assert all(found[name] is not None for name in names)
   assert (found['fits'], found['peak_hbm_bytes'], found['hbm_bytes']) == (True, 136, 16 * 2**30)
   assert (found['hours'], found['published_hours'], found['measured']) == (0.5, 192.0, False)
