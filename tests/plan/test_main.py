@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import json
 import re
 
 import jax
@@ -99,6 +100,19 @@ def test_the_assumed_teacher_fits(changes, layers, note):
   plan = resolve(tiny_config('distill', **changes))
   assert plan.teacher.num_layers == layers and note in plan.notes[0]
   assert plan.teacher.vocab_size == plan.config.encoder.vocab_size
+
+
+def test_named_models_need_no_weights(tmp_path):
+  """Only config.json is read; dropout and dtype are those of the run. Mutation: load the whole model."""
+  sizes = {'model_type': 'bert', 'vocab_size': 64, 'hidden_size': 48, 'num_hidden_layers': 3, 'num_attention_heads': 4}
+  more = {'intermediate_size': 96, 'max_position_embeddings': 16}
+  (tmp_path / 'config.json').write_text(json.dumps({**sizes, **more}))
+  encoder = dataclasses.replace(tiny_config().encoder, hidden_dropout=0.25, dtype='bfloat16')
+  plan = resolve(tiny_config('finetune', model=str(tmp_path), encoder=encoder))
+  own = plan.config.encoder
+  assert (own.hidden_size, own.num_layers, own.hidden_dropout, own.dtype) == (48, 3, 0.25, 'bfloat16')
+  plan = resolve(tiny_config('distill', teacher=str(tmp_path), distill=DistillConfig(relation_heads=4)))
+  assert (plan.teacher.num_layers, plan.teacher.scan_unroll, plan.notes) == (3, 0, ())
 
 
 def test_rows_longer_than_positions():
