@@ -78,8 +78,8 @@ def _backward(causal: bool, rate: float, saved: Any, g: Array) -> tuple[Any, ...
 _attention.defvjp(_forward, _backward)
 
 # Elsewhere than on a CPU the compiler lays arrays out by itself and transposes fewer. By XLA's estimates for a TPU v3
-# core, forward + backward of a block 768 wide, this and the products of `dense` save 9 % of the time (roofline) and 15
-# % of the cycles of the rows below, at T = 128 and at 512. Not measured on GPUs.
+# core, forward + backward of a block 768 wide, this and the products of `dense` save 9 % of the time (roofline) and
+# 15 % of the cycles of the rows below, at T = 128 and at 512. Not measured on GPUs.
 
 
 def _forward_einsum(causal: bool, rate: float, q: Array, k: Array, v: Array, bias: Array, words: Array | None) -> Any:
