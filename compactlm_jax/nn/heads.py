@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from compactlm_jax.config import EncoderConfig
 from compactlm_jax.nn.layers import LayerNorm, MaskedDense, kernel_init
-from compactlm_jax.ops.dense import gelu
+from compactlm_jax.ops.dense import gelu, tied_logits
 from compactlm_jax.ops.dropout import dropout
 
 
@@ -24,7 +24,7 @@ class MlmHead(nn.Module):
     h = gelu(MaskedDense(cfg.embedding_size, cfg, name='dense')(x))
     h = LayerNorm(cfg.layer_norm_epsilon, name='norm')(h)
     bias_V = self.param('output_bias', nn.initializers.zeros, (cfg.vocab_size,))
-    logits = jnp.einsum('...E,VE->...V', h, word_VE.astype(h.dtype), preferred_element_type=jnp.float32)
+    logits = tied_logits(h, word_VE)
     return logits + bias_V.reshape((1,) * (logits.ndim - 1) + (-1,))
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from compactlm_jax.config import EncoderConfig
-from compactlm_jax.ops.dense import add_bias, dense, layer_norm
+from compactlm_jax.ops.dense import add_bias, dense, grouped_matmul, layer_norm
 from compactlm_jax.ops.dropout import dropout
 from compactlm_jax.ops.masks import masked_weight
 
@@ -61,9 +61,7 @@ class GroupedDense(nn.Module):
     shape = (self.groups, size, self.features // self.groups)
     kernel = self.param('kernel', kernel_init(self.config.initializer_range), shape)
     bias = self.param('bias', nn.initializers.zeros, (self.features,))
-    split = x.reshape(*x.shape[:-1], self.groups, size)
-    out = jnp.einsum('...gi,gio->...go', split, kernel.astype(x.dtype))
-    return add_bias(out.reshape(*x.shape[:-1], self.features), bias.astype(x.dtype))
+    return add_bias(grouped_matmul(x, kernel.astype(x.dtype)), bias.astype(x.dtype))
 
 
 class LayerNorm(nn.Module):

@@ -56,6 +56,68 @@ _matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
 @jax.custom_vjp
+def tied_logits(x: Float[Array, '*b E'], table: Float[Array, 'V E']) -> Float[Array, '*b V']:
+  """x @ table^T in x's dtype, added up in float32.
+
+  The gradient of the table is float32 whatever the dtype of x: it is added to that of the look-ups before devices
+  exchange it, so that a shared table travels once.
+  """
+  return jnp.einsum('...e,ve->...v', x, table.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def _tied_logits_bwd(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+  x, table = saved
+  g = g.astype(x.dtype)
+  dtable = jnp.einsum('...v,...e->ve', g, x, preferred_element_type=jnp.float32)
+  return jnp.einsum('...v,ve->...e', g, table.astype(x.dtype)), dtable.astype(table.dtype)
+
+
+tied_logits.defvjp(lambda x, table: (tied_logits(x, table), (x, table)), _tied_logits_bwd)
+
+
+@jax.custom_vjp
+def grouped_matmul(x: Float[Array, '*b i'], kernel: Float[Array, 'G p q']) -> Float[Array, '*b o']:
+  """Each of G contiguous slices of x times its own matrix, side by side; no shuffle (ConvBERT).
+
+  On a CPU one batched product; elsewhere a product for each group, because a TPU would transpose x and the result to
+  bring the group to the front.
+  """
+  return jax.lax.platform_dependent(x, kernel, cpu=_grouped_batched, default=_grouped_each)
+
+
+def _grouped_batched(x: Array, kernel: Array) -> Array:
+  return jnp.einsum('...gp,gpq->...gq', _groups(x, kernel), kernel).reshape(*x.shape[:-1], -1)
+
+
+def _grouped_each(x: Array, kernel: Array) -> Array:
+  return jnp.concatenate([part @ k for part, k in zip(jnp.split(x, len(kernel), -1), kernel, strict=True)], -1)
+
+
+def _grouped_bwd(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+  return jax.lax.platform_dependent(*saved, g, cpu=_grouped_batched_bwd, default=_grouped_each_bwd)
+
+
+def _grouped_batched_bwd(x: Array, kernel: Array, g: Array) -> tuple[Array, Array]:
+  g = _groups(g, kernel)
+  dx = jnp.einsum('...gq,gpq->...gp', g, kernel).reshape(x.shape)
+  return dx, jnp.einsum('...gp,...gq->gpq', _groups(x, kernel), g)
+
+
+def _grouped_each_bwd(x: Array, kernel: Array, g: Array) -> tuple[Array, Array]:
+  parts = [jnp.split(a, len(kernel), -1) for a in (x, g)]
+  dx = [jnp.einsum('...q,pq->...p', part, k) for part, k in zip(parts[1], kernel, strict=True)]
+  dkernel = [jnp.einsum('...p,...q->pq', a, b) for a, b in zip(*parts, strict=True)]
+  return jnp.concatenate(dx, -1), jnp.stack(dkernel)
+
+
+grouped_matmul.defvjp(lambda x, kernel: (grouped_matmul(x, kernel), (x, kernel)), _grouped_bwd)
+
+
+def _groups(x: Array, kernel: Array) -> Array:
+  return x.reshape(*x.shape[:-1], len(kernel), -1)
+
+
+@jax.custom_vjp
 def add_bias(x: Float[Array, '*b o'], bias: Float[Array, ' o']) -> Float[Array, '*b o']:
   """x + bias over all but the last axis."""
   return x + as_row(bias, x)
