@@ -12,7 +12,7 @@ DEMO_DIR ?= demo_run
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet --editable '.[test,lint]' 'torch==2.13.0'
+	.venv/bin/python -m pip install --quiet --editable '.[test,lint,plan]' 'torch==2.13.0'
 	touch $@
 
 demo: .venv-demo/ready
@@ -33,6 +33,9 @@ benchmarks: .venv/ready
 	.venv/bin/python benchmarks/speed.py
 	.venv/bin/python benchmarks/distill_step.py
 	.venv/bin/python benchmarks/distill_memory.py
+	.venv/bin/python benchmarks/convbert_speed.py
+	.venv/bin/python benchmarks/kernel.py
+	.venv/bin/python benchmarks/loader.py
 
 clean:
 	rm -rf .venv .venv-demo $(DEMO_DIR)

@@ -209,7 +209,7 @@ COMMANDS = {
     _tokenizer,
   ),
   'train': Command(
-    'Train, distil or fine-tune; the same command resumes after a kill.',
+    'Pre-train, distil or fine-tune; the same command resumes after a kill.',
     'compactlm train --config=configs/tiny.py:distill --workdir=runs/tiny --config.steps=100',
     _all(
       _text('workdir', None, 'Run directory: config.json, metrics.jsonl, checkpoints/, results.json.'),

@@ -160,6 +160,16 @@ def test_missing_sections_take_their_defaults():
     (base(encoder={'dtype': 'float16'}), "config.encoder.dtype: 'float16'; use 'float32' or 'bfloat16'"),
     (base(encoder={'num_layers': 0}), 'config.encoder.num_layers: 0 must be at least 1'),
     (base(encoder={'hidden_dropout': 1.0}), 'config.encoder.hidden_dropout: 1.0 must be in [0, 1)'),
+    (base(encoder={'conv_kind': 'static'}), "config.encoder.conv_kind: 'static'; use 'span' or 'dynamic'"),
+    (base(encoder={'self_attention': False}), 'config.encoder.self_attention: False leaves nothing that mixes'),
+    (base(mask={'probability': 1.5}), 'config.mask.probability: 1.5 must be between 0 and 1'),
+    (base(mask={'probability': 0.0}), 'config.mask.probability: 0.0 must be between 0 and 1'),
+    (base(mask={'mask_rate': -0.1}), 'config.mask.mask_rate: -0.1 must be in [0, 1]'),
+    (base(mask={'mask_rate': 0.8, 'random_rate': 0.3}), 'config.mask.random_rate: and mask.mask_rate add up'),
+    (base(electra={'generator_size': 0.0}), 'config.electra.generator_size: 0.0 must be in (0, 1]'),
+    (base(electra={'sharing': 'some'}), "config.electra.sharing: 'some'; use 'embeddings', 'none' or 'all'"),
+    (base(electra={'sharing': 'all'}), "config.electra.sharing: 'all' needs generator_size"),
+    (base(electra={'temperature': 0.0}), 'config.electra.temperature: 0.0 must be positive'),
   ],
   ids=lambda x: x if isinstance(x, str) else '',
 )
@@ -175,3 +185,12 @@ def test_derived_sizes_are_kept_through_the_round_trip():
   encoder = EncoderConfig.mixed(heads=12, head_ratio=2, hidden_size=768)
   assert (encoder.num_heads, encoder.head_size, encoder.conv_kernel_size) == (6, 64, 9)
   assert from_config_dict(EncoderConfig, to_json(encoder), 'encoder.') == encoder
+
+
+def test_a_head_ratio_that_does_not_divide_is_refused():
+  """Mutation: round down, as the original does."""
+  with pytest.raises(
+    ConfigError, match='config.encoder.num_heads: 8 configured heads do not divide by the head ratio 3'
+  ):
+    EncoderConfig.mixed(heads=8, head_ratio=3, hidden_size=48)
+  assert EncoderConfig.mixed(heads=1, head_ratio=2, hidden_size=64).num_heads == 1  # the original's way out
