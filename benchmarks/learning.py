@@ -63,31 +63,34 @@ def with_rate(config: RunConfig, rate: float) -> RunConfig:
   return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=rate))
 
 
-def choose_rate(
-  config: RunConfig, rates: tuple[float, ...], steps: int, workdir: pathlib.Path
-) -> tuple[float, dict[str, float]]:
-  """The learning rate whose short run ends with the lowest training loss; no held-out row is looked at.
+def folder_of(config: RunConfig, folder: pathlib.Path) -> pathlib.Path:
+  """Where a run is kept, by what differs between the runs of a script."""
+  return folder / f'{config.steps}-steps-rate-{config.optimizer.learning_rate:g}-seed-{config.seed}'
+
+
+def choose_rate(config: RunConfig, rates: tuple[float, ...], folder: pathlib.Path) -> tuple[float, dict[str, float]]:
+  """The learning rate whose whole run ends with the lowest training loss; no held-out row is looked at.
+
+  Short runs would choose wrongly: a rate that is too high for the first steps may be the best for all of them.
 
   Args:
-    config: the long run; the short ones differ in steps and rate.
+    config: the run.
     rates: rates to try; one is taken as it is.
-    steps: of a short run, with its own warm-up and decay to zero.
-    workdir: where the short runs are kept.
+    folder: where the runs are kept.
 
   Returns:
-    (the rate, mean training loss over the last quarter of each short run).
+    (the rate, mean training loss over the last quarter of each run).
   """
   if len(rates) == 1:
     return rates[0], {}
-  data = dataclasses.replace(config.data, eval_path='', eval_rows=config.batch_size)  # little to evaluate at the end
-  short = dataclasses.replace(config, steps=steps, checkpoint_every=steps, eval_every=0, data=data)
-  short = dataclasses.replace(short, log_every=max(1, steps // 40))
   losses = {}
   for rate in rates:
-    _, lines = run(with_rate(short, rate), workdir / f'{steps}-steps-rate-{rate:g}')
-    late = [line['loss'] for line in lines if 'loss' in line and line['step'] > 0.75 * steps]
+    each = with_rate(config, rate)
+    _, lines = run(each, folder_of(each, folder))
+    late = [line['loss'] for line in lines if 'loss' in line and line['step'] > 0.75 * config.steps]
     mean = sum(late) / len(late)
     losses[rate] = mean if math.isfinite(mean) else math.inf
+    print(f'{folder.name}, rate {rate:g}: training loss {losses[rate]:.4f}', flush=True)
   best = min(losses, key=lambda rate: losses[rate])
   return best, {f'{rate:g}': round(loss, 4) for rate, loss in losses.items()}
 

@@ -10,7 +10,7 @@ Not yet reproduced here.
 WikiText-2 on two CPU cores, for trends: benchmarks/wikitext2.py runs both with three seeds and prints the perplexities.
   wt2-transformer    1,883,520 parameters: 4 layers of 128, 4 heads, feed-forward 512, 8192 word pieces
   wt2-mixed          1,884,456 (+0.05 %): likewise with feed-forward 536
-The wt2 runs see less than half of the text once: no dropout, and learning rates that the benchmark chose by short runs.
+The wt2 runs see less than half of the text once: no dropout, and learning rates that the benchmark chose by whole runs.
 Perplexity: `perplexity_word` divides the nats of all predicted tokens, special ones included, by the words of the text;
 published figures for WikiText divide by words and line ends. A row does not see the row before it, which costs some;
 figures with a longer context are lower. Text keeps its case (--nolowercase).
