@@ -173,7 +173,7 @@ def test_a_run_leaves_what_the_architecture_says(run):
   assert [line['step'] for line in lines] == [1, 2, 3]
   wanted = {'loss', 'relation_qk', 'relation_vv', 'learning_rate', 'gradient_norm', 'bad_step', 'tokens_per_second'}
   assert all(wanted <= set(line) for line in lines)
-  assert [line['learning_rate'] for line in lines] == [0.0, pytest.approx(1e-4), pytest.approx(2e-4)]
+  assert [line['learning_rate'] for line in lines] == [pytest.approx(rate) for rate in (1e-3, 2e-3 / 3, 1e-3 / 3)]
   assert sorted(p.name for p in (run / 'checkpoints').iterdir()) == ['2', '3']
 
 

@@ -64,11 +64,14 @@ def _draw(key: jax.Array, candidates_BT: Array, slots: int, with_replacement: bo
     logits_BT = jnp.where(candidates_BT, 0.0, -jnp.inf)
     draws_PB = jax.random.categorical(key, logits_BT, shape=(slots, candidates_BT.shape[0]))
     return draws_PB.T, jnp.broadcast_to(candidates_BT.any(1)[:, None], draws_PB.T.shape)
-  # The largest of independent uniforms are a draw without replacement.
-  order_BT = jnp.where(candidates_BT, jax.random.uniform(key, candidates_BT.shape), -1.0)
-  values_BP, positions_BP = jax.lax.top_k(order_BT, min(slots, candidates_BT.shape[1]))
-  missing = ((0, 0), (0, slots - values_BP.shape[1]))  # a row shorter than its slots
-  return jnp.pad(positions_BP, missing), jnp.pad(values_BP, missing, constant_values=-1.0) >= 0
+  # The largest of independent uniforms are a draw without replacement. Not by top_k, which XLA's CPU does not split
+  # over rows.
+  order_BT = jnp.where(candidates_BT, -jax.random.uniform(key, candidates_BT.shape), 1.0)
+  positions_BT = jax.lax.broadcasted_iota(jnp.int32, order_BT.shape, 1)
+  sorted_BT, positions_BT = jax.lax.sort((order_BT, positions_BT), num_keys=1)
+  missing = ((0, 0), (0, max(0, slots - order_BT.shape[1])))  # a row shorter than its slots
+  positions_BP = jnp.pad(positions_BT[:, :slots], missing)
+  return positions_BP, jnp.pad(sorted_BT[:, :slots], missing, constant_values=1.0) < 1
 
 
 def write_tokens(
