@@ -34,7 +34,7 @@ from jax.sharding import PartitionSpec as P
 from compactlm_jax import stepdir
 from compactlm_jax.errors import ConfigError, NumericsError, StorageError
 from compactlm_jax.stepdir import DamagedError, StepDirectory, absolute, free_bytes
-from compactlm_jax.tree import named_leaves
+from compactlm_jax.tree import named_leaves, nested
 from compactlm_jax.types import Params, TrainState
 
 log = logging.getLogger(__name__)
@@ -223,7 +223,7 @@ class Checkpoints:
     try:
       with self._context:
         response = ocp.save_checkpointables_async(
-          self._directory / str(step), {'state': stepdir.nested(named_leaves(state)), 'manifest': manifest}
+          self._directory / str(step), {'state': nested(named_leaves(state)), 'manifest': manifest}
         )
     except Exception as e:  # a storage failure like any other: it is retried
       self._error = e
@@ -316,7 +316,7 @@ def load_params(directory: epath.PathLike, step: int | None = None) -> tuple[Par
     with stepdir.reporting_damage(path):
       manifest = stepdir.read_manifest(path, candidate)
       wanted = {name: leaf for name, leaf in manifest['leaves'].items() if name.startswith('params/')}
-      return stepdir.nested(_read(path, wanted))['params'], stepdir.public_metadata(manifest)
+      return nested(_read(path, wanted))['params'], stepdir.public_metadata(manifest)
   raise stepdir.none_intact(folder, steps)
 
 
@@ -367,7 +367,7 @@ def _read(path: epath.Path, leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
     context.multiprocessing.barrier_sync_key_prefix = f'read{jax.process_index()}'
   try:
     with context:
-      arrays = named_leaves(ocp.load_checkpointables(path, {'state': stepdir.nested(like)})['state'])
+      arrays = named_leaves(ocp.load_checkpointables(path, {'state': nested(like)})['state'])
   except (PermissionError, MemoryError) as e:
     raise StorageError(f'{path}: cannot be read ({e}); fix its permissions, or free memory') from e
   except Exception as e:  # Orbax reports damage by many types, often wrapped

@@ -74,7 +74,7 @@ class MetricsWriter:
     if tensorboard if tensorboard is not None else importlib.util.find_spec('tensorboardX') is not None:
       self._board = _open_board(self._path.parent / 'tensorboard')
     try:
-      self._hours_before = _device_hours(self._path)
+      self._hours_before = _device_hours(workdir)
       _keep_until(self._path, start_step)
       self._file = self._path.open('a')
     except OSError as e:
@@ -203,10 +203,9 @@ def _whole_lines(text: str) -> list[str]:
   return [line for line in text.split('\n')[:-1] if whole(line)]
 
 
-def _device_hours(path: epath.Path) -> float:
+def _device_hours(workdir: epath.PathLike) -> float:
   """What the runs so far used, by their last line that says it; lines that will be dropped count too."""
-  lines = [json.loads(line) for line in _whole_lines(path.read_text())] if path.exists() else []
-  return max((float(line.get('device_hours', 0)) for line in lines), default=0.0)
+  return max((float(line.get('device_hours', 0)) for line in read_metrics(workdir)), default=0.0)
 
 
 def _keep_until(path: epath.Path, step: int) -> None:

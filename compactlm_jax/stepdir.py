@@ -190,15 +190,3 @@ def sha256(x: np.ndarray) -> str:
 
 def _sha256_json(body: Mapping[str, Any]) -> str:
   return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-  """{'a/b': x} -> {'a': {'b': x}}: saved trees do not depend on the classes of an optimiser."""
-  out: dict[str, Any] = {}
-  for name, leaf in flat.items():
-    *folders, last = name.split('/')
-    node = out
-    for key in folders:
-      node = node.setdefault(key, {})
-    node[last] = leaf
-  return out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -21,6 +21,29 @@ def leaf_name(path: Sequence[Any]) -> str:
 def named_leaves(tree: Any) -> dict[str, Any]:
   """Name -> leaf, in the order of the tree's leaves."""
   return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def nested(leaves: Mapping[str, _V]) -> dict[str, Any]:
+  """The nested dicts of named leaves: the inverse of `named_leaves` for trees of dicts.
+
+  Of any other tree it is a form that does not depend on the classes of its nodes (an optimiser's).
+  """
+  out: dict[str, Any] = {}
+  for name, leaf in leaves.items():
+    *folders, last = name.split('/')
+    node = out
+    for folder in folders:
+      node = node.setdefault(folder, {})
+    node[last] = leaf
+  return out
+
+
+def overlaid(tree: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+  """The nested dict `tree` with the leaves of `given`, a part of it, in place of its own."""
+  return {
+    name: overlaid(node, given.get(name, {})) if isinstance(node, dict) else given.get(name, node)
+    for name, node in tree.items()
+  }
 
 
 def map_named(fn: Callable[[str, Any], _V], tree: Any) -> Any:

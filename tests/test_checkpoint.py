@@ -25,7 +25,7 @@ def two_steps(tmp_path_factory):
 
 @pytest.mark.parametrize('commit_file', [False, True])
 def test_round_trip_with_donation(tmp_path, commit_file):
-  """Mutation: put `like.dtype` of another type in `_read`, or drop a leaf in `stepdir.nested`."""
+  """Mutation: put `like.dtype` of another type in `_read`, or drop a leaf in `tree.nested`."""
   donate = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
   with Checkpoints(tmp_path / 'c', 3, commit_file=commit_file) as checkpoints:
     assert checkpoints.latest_step() is None and checkpoints.restore(abstract(make_state(0))) is None

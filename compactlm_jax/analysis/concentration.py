@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from compactlm_jax.config import EncoderConfig
 from compactlm_jax.errors import ConfigError
 from compactlm_jax.nn.encoder import encode
+from compactlm_jax.ops.attention import hide_later, mask_bias
 from compactlm_jax.types import QKV, Params, struct
 
 RADIUS = 4
@@ -96,8 +97,5 @@ def attention_probabilities(qkv: QKV, mask_BS: Int[Array, 'B S'], *, causal: boo
   """
   q_BTHK, k_BSHK = qkv.q_BTHK.astype(jnp.float32), qkv.k_BTHK.astype(jnp.float32)
   logits_BHTS = jnp.einsum('bthk,bshk->bhts', q_BTHK, k_BSHK) / jnp.sqrt(jnp.float32(q_BTHK.shape[-1]))
-  logits_BHTS = jnp.where(mask_BS[:, None, None, :] > 0, logits_BHTS, jnp.finfo(jnp.float32).min)
-  if causal:
-    seen_TS = jnp.tril(jnp.ones(logits_BHTS.shape[-2:], bool))
-    logits_BHTS = jnp.where(seen_TS[None, None], logits_BHTS, -jnp.inf)
-  return jax.nn.softmax(logits_BHTS, axis=-1)
+  logits_BHTS += mask_bias(mask_BS)
+  return jax.nn.softmax(hide_later(logits_BHTS) if causal else logits_BHTS, axis=-1)

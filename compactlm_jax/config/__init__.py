@@ -7,7 +7,7 @@ strings at the command line and tuples inside.
 
 from compactlm_jax.config.convert import from_config_dict, to_config_dict, to_json
 from compactlm_jax.config.encoder import EncoderConfig
-from compactlm_jax.config.pretrain import ElectraConfig, MaskConfig
+from compactlm_jax.config.pretrain import SHARED_EMBEDDINGS, ElectraConfig, MaskConfig
 from compactlm_jax.config.run import (
   DataConfig,
   DistillConfig,
@@ -18,6 +18,7 @@ from compactlm_jax.config.run import (
 )
 
 __all__ = [
+  'SHARED_EMBEDDINGS',
   'DataConfig',
   'DistillConfig',
   'ElectraConfig',

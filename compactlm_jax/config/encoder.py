@@ -136,3 +136,8 @@ class EncoderConfig:
       head_size=fields['hidden_size'] // heads,
       **{'conv_kernel_size': 9, **fields},
     )
+
+  def with_run_options(self, asked: EncoderConfig) -> EncoderConfig:
+    """The sizes of this (loaded) encoder with dropout, dtype, remat and unroll of the run that was asked for."""
+    names = ('hidden_dropout', 'attention_dropout', 'dtype', 'remat', 'scan_unroll')
+    return dataclasses.replace(self, **{name: getattr(asked, name) for name in names})

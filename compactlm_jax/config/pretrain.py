@@ -41,6 +41,10 @@ class MaskConfig:
     return max(1, self.max_predictions or int((self.probability + 0.005) * seq_len))
 
 
+SHARED_EMBEDDINGS = ('word', 'position', 'token_type', 'norm')
+"""Parts of the embeddings that both towers use with sharing 'embeddings'; a projection belongs to its tower."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ElectraConfig:
   """Replaced-token detection (Clark et al. 2020): a generator and a discriminator trained together.

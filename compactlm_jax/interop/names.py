@@ -20,7 +20,7 @@ from absl import logging
 
 from compactlm_jax.config import EncoderConfig
 from compactlm_jax.errors import ConfigError, DataError, NumericsError
-from compactlm_jax.tree import named_leaves
+from compactlm_jax.tree import named_leaves, nested
 from compactlm_jax.types import Params
 
 HEADS = ('mlm_head', 'rtd_head', 'classifier')
@@ -191,18 +191,6 @@ def leaf_shapes(config: EncoderConfig, parts: Collection[str], num_classes: int 
   return {row.path: ((config.num_layers,) if row.stacked else ()) + _shape(row, sizes) for row in rows}
 
 
-def nest(leaves: Mapping[str, Any]) -> Params:
-  """The nested dicts of named leaves: the inverse of `tree.named_leaves`."""
-  out: Params = {}
-  for name, value in leaves.items():
-    *folders, leaf = name.split('/')
-    node = out
-    for folder in folders:
-      node = node.setdefault(folder, {})
-    node[leaf] = value
-  return out
-
-
 def _hf_shape(row: Row, sizes: Mapping[str, int]) -> tuple[int, ...]:
   return row.transform.to_hf(np.broadcast_to(np.float32(0), _shape(row, sizes))).shape
 
@@ -366,7 +354,7 @@ def _stack(
   for row in rows:
     values = [found[row.path, layer][1] for layer in _layers(row, config)]
     leaves[row.path] = np.stack(values) if row.stacked else np.ascontiguousarray(values[0])
-  return nest(leaves)
+  return nested(leaves)
 
 
 def count_parameters(params: Params) -> int:

@@ -15,14 +15,13 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from compactlm_jax.config import EncoderConfig
+from compactlm_jax.config import SHARED_EMBEDDINGS, EncoderConfig
 from compactlm_jax.errors import ConfigError
 from compactlm_jax.interop import hf_config
 from compactlm_jax.interop.bundle import Bundle, export_files
-from compactlm_jax.interop.names import leaf_shapes, nest
-from compactlm_jax.interop.tokenizer_files import TokenizerFiles
+from compactlm_jax.interop.names import leaf_shapes
 from compactlm_jax.interop.writing import write_export
-from compactlm_jax.tree import named_leaves
+from compactlm_jax.tree import named_leaves, nested
 from compactlm_jax.types import Params
 
 GENERATOR = 'generator'
@@ -30,7 +29,7 @@ GENERATOR = 'generator'
 
 _SHARED = {
   'none': (),
-  'embeddings': tuple(f'encoder/embeddings/{name}/' for name in ('word', 'position', 'token_type', 'norm')),
+  'embeddings': tuple(f'encoder/embeddings/{name}/' for name in SHARED_EMBEDDINGS),
   'all': ('encoder/',),
 }
 """What of a generator stands under 'encoder', by `electra.sharing`: beginnings of names."""
@@ -86,11 +85,12 @@ def electra_start(
   given: dict[str, Any] = {}
   if generator is not None:
     _check_sizes(generator.config, generator_encoder, encoder, 'generator')
-    own = {n if n.startswith(_SHARED[sharing]) else f'{GENERATOR}/{n}': a for n, a in _leaves(generator).items()}
+    leaves = named_leaves(generator.params)
+    own = {n if n.startswith(_SHARED[sharing]) else f'{GENERATOR}/{n}': a for n, a in leaves.items()}
     given |= _taken(own, expected, 'generator')
   if discriminator is not None:
     _check_sizes(discriminator.config, encoder, encoder, 'discriminator')
-    own = _taken(_leaves(discriminator), expected, 'discriminator')
+    own = _taken(named_leaves(discriminator.params), expected, 'discriminator')
     differing = [name for name in given if name in own and not np.array_equal(given[name], own[name])]
     if differing:
       logging.warning(
@@ -100,7 +100,7 @@ def electra_start(
         sharing,
       )
     given |= own
-  return nest(given), _prefixes(expected, given)
+  return nested(given), _prefixes(expected, given)
 
 
 def mlm_start(bundle: Bundle, encoder: EncoderConfig) -> tuple[Params, tuple[str, ...]]:
@@ -118,30 +118,8 @@ def mlm_start(bundle: Bundle, encoder: EncoderConfig) -> tuple[Params, tuple[str
   """
   expected = leaf_shapes(encoder, ('encoder', 'mlm_head'))
   _check_sizes(bundle.config, encoder, encoder, 'model')
-  given = _taken(_leaves(bundle), expected, 'model')
-  return nest(given), _prefixes(expected, given)
-
-
-def pretraining_bundles(
-  params: Params,
-  encoder: EncoderConfig,
-  generator_encoder: EncoderConfig,
-  sharing: str,
-  tokenizer: TokenizerFiles | None = None,
-) -> tuple[Bundle, Bundle]:
-  """(discriminator, generator) of a run of replaced-token detection, each complete: what they share is in both.
-
-  Args:
-    params: the run's parameters.
-    encoder: configuration of the discriminator.
-    generator_encoder: configuration of the generator.
-    sharing: `electra.sharing` of the run.
-    tokenizer: of the run.
-  """
-  shared = {n: a for n, a in named_leaves({'encoder': params['encoder']}).items() if n.startswith(_SHARED[sharing])}
-  generator = nest({**shared, **named_leaves(params[GENERATOR])})
-  discriminator: Params = {name: params[name] for name in ('encoder', 'rtd_head') if name in params}
-  return Bundle(encoder, discriminator, tokenizer), Bundle(generator_encoder, generator, tokenizer)
+  given = _taken(named_leaves(bundle.params), expected, 'model')
+  return nested(given), _prefixes(expected, given)
 
 
 def save_pretraining(discriminator: Bundle, generator: Bundle, folder: epath.PathLike) -> None:
@@ -173,10 +151,6 @@ def save_pretraining(discriminator: Bundle, generator: Bundle, folder: epath.Pat
     )
   inside = export_files(generator, epath.Path(folder) / GENERATOR, native=native)
   write_export(export_files(discriminator, folder, generator=GENERATOR), folder, {GENERATOR: inside})
-
-
-def _leaves(bundle: Bundle) -> dict[str, Any]:
-  return named_leaves(bundle.params)
 
 
 def _taken(own: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]], what: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from compactlm_jax.interop.bundle import Bundle, save_pretrained
 from compactlm_jax.interop.pretrained import save_pretraining
 from compactlm_jax.jobs.distill import distill_job
 from compactlm_jax.jobs.finetune import finetune_job
-from compactlm_jax.jobs.models import is_run, load_generator, load_model, params_digest
+from compactlm_jax.jobs.models import is_run, load_model, load_towers, params_digest
 from compactlm_jax.jobs.pretrain import electra_job, lm_job, mlm_job
 from compactlm_jax.train.loop import Job, train
 from compactlm_jax.types import Batch
@@ -40,7 +40,7 @@ def run_export(checkpoint: str, output: str) -> Bundle:
 
   A replaced-token run gives the discriminator in `output` and the generator in `output`/generator.
   """
-  bundle, generator = load_model(checkpoint), load_generator(checkpoint) if is_run(checkpoint) else None
+  bundle, generator = load_towers(checkpoint) if is_run(checkpoint) else (load_model(checkpoint), None)
   if generator is None:
     save_pretrained(bundle, output)
   else:

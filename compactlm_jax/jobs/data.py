@@ -8,7 +8,7 @@ from typing import Any
 
 from etils import epath
 
-from compactlm_jax.config import EncoderConfig, RunConfig
+from compactlm_jax.config import RunConfig
 from compactlm_jax.data import source as rows
 from compactlm_jax.data.manifest import read_manifest
 from compactlm_jax.data.source import RowSource
@@ -68,10 +68,5 @@ def check_tokenizer(config: RunConfig, fingerprint: str) -> None:
   """Raises ConfigError if `data.tokenizer` names another tokenizer."""
   named = config.data.tokenizer
   if named and tokenizer_of(named).fingerprint() != fingerprint:
-    raise ConfigError(f'config.data.tokenizer: {named} is not the tokenizer of {config.teacher or config.model}')
-
-
-def with_run_options(loaded: EncoderConfig, asked: EncoderConfig) -> EncoderConfig:
-  """Sizes of the loaded model; dropout, dtype, remat and unroll of this run."""
-  names = ('hidden_dropout', 'attention_dropout', 'dtype', 'remat', 'scan_unroll')
-  return dataclasses.replace(loaded, **{name: getattr(asked, name) for name in names})
+    owner = config.teacher or config.model or config.data.path
+    raise ConfigError(f'config.data.tokenizer: {named} is not the tokenizer of {owner}')

@@ -8,7 +8,7 @@ import jax
 
 from compactlm_jax.config import RunConfig
 from compactlm_jax.errors import ConfigError
-from compactlm_jax.jobs.data import JobData, generated, prepared, with_run_options
+from compactlm_jax.jobs.data import JobData, generated, prepared
 from compactlm_jax.jobs.models import load_model, tokenizer_of
 from compactlm_jax.nn.encoder import init_encoder
 from compactlm_jax.tasks.distill import make_distill_task
@@ -26,7 +26,7 @@ def distill_job(config: RunConfig) -> tuple[Task, JobData]:
   teacher, fingerprint = load_model(config.teacher), tokenizer_of(config.teacher).fingerprint()
   data = prepared(config, fingerprint, teacher.tokenizer)
   start = load_model(config.model) if config.model else None
-  student = with_run_options(start.config, config.encoder) if start else config.encoder
+  student = start.config.with_run_options(config.encoder) if start else config.encoder
   task = make_distill_task(
     student,
     teacher.config,

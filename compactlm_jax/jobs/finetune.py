@@ -12,7 +12,7 @@ from compactlm_jax.data.source import RowSource
 from compactlm_jax.data.synthetic import synthetic_table
 from compactlm_jax.data.table import read_table, tokenize_table
 from compactlm_jax.errors import ConfigError
-from compactlm_jax.jobs.data import JobData, check_tokenizer, with_run_options
+from compactlm_jax.jobs.data import JobData, check_tokenizer
 from compactlm_jax.jobs.models import load_model, tokenizer_of
 from compactlm_jax.tasks.finetune import make_finetune_task
 from compactlm_jax.types import Task
@@ -52,6 +52,6 @@ def finetune_job(config: RunConfig) -> tuple[Task, JobData]:
     held = read_table(config.data.dev, *columns, classes=table.classes)
     dev = tokenize_table(held, tokenizer, config.data.seq_len)
   identity = hashlib.sha256(epath.Path(config.data.train).read_bytes()).hexdigest()
-  encoder = with_run_options(bundle.config, config.encoder)
+  encoder = bundle.config.with_run_options(config.encoder)
   task = make_finetune_task(encoder, table.classes, config.finetune, bundle.params)
   return task, JobData(train_rows, dev, identity, bundle.tokenizer)

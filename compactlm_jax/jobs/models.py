@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +14,9 @@ from compactlm_jax.config import ElectraConfig, EncoderConfig, from_config_dict
 from compactlm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from compactlm_jax.interop.bundle import Bundle, drop_pooler, from_pretrained
 from compactlm_jax.interop.folder import open_folder
-from compactlm_jax.interop.pretrained import GENERATOR, pretraining_bundles
-from compactlm_jax.interop.tokenizer_files import TokenizerFiles, read_tokenizer
+from compactlm_jax.interop.pretrained import GENERATOR
+from compactlm_jax.interop.tokenizer_files import read_tokenizer
+from compactlm_jax.tasks.electra import generator_params
 from compactlm_jax.tree import named_leaves
 from compactlm_jax.types import Params
 
@@ -30,15 +30,7 @@ def load_model(path: epath.PathLike) -> Bundle:
   Raises:
     ConfigError, DataError, StorageError: the folder cannot be used; the message says why.
   """
-  if not is_run(path):
-    return from_pretrained(path)
-  params, model, tokenizer = _read_run(path)
-  encoder = from_config_dict(EncoderConfig, model['encoder'], 'encoder.')
-  own = {name: tree for name, tree in params.items() if name != GENERATOR}
-  bundle = Bundle(encoder, own, tokenizer)
-  # In a bundle a classifier reads the pooler if there is one; this run's reads the first token itself.
-  raw = 'classifier' in params and encoder.pooler and not model['finetune']['pooled']
-  return drop_pooler(bundle) if raw else bundle
+  return load_towers(path)[0] if is_run(path) else from_pretrained(path)
 
 
 def load_generator(path: epath.PathLike) -> Bundle | None:
@@ -53,15 +45,30 @@ def load_generator(path: epath.PathLike) -> Bundle | None:
   Raises:
     ConfigError, DataError, StorageError: see `load_model`.
   """
-  if not is_run(path):
-    inside = epath.Path(path) / GENERATOR
-    return from_pretrained(inside if inside.exists() else path)
-  params, model, tokenizer = _read_run(path)
-  if GENERATOR not in params:
-    return None
+  if is_run(path):
+    return load_towers(path)[1]
+  inside = epath.Path(path) / GENERATOR
+  return from_pretrained(inside if inside.exists() else path)
+
+
+def load_towers(run: epath.PathLike) -> tuple[Bundle, Bundle | None]:
+  """(model, generator or None) of the newest intact checkpoint of a run, which is read once.
+
+  Raises:
+    ConfigError, DataError, StorageError: see `load_model`.
+  """
+  leaves, metadata = load_params(run)
+  params, model, folder = jax.tree.map(jnp.asarray, leaves), metadata['model'], epath.Path(run) / 'tokenizer'
+  tokenizer = read_tokenizer(open_folder(folder)) if folder.exists() else None
   encoder = from_config_dict(EncoderConfig, model['encoder'], 'encoder.')
+  bundle = Bundle(encoder, {name: tree for name, tree in params.items() if name != GENERATOR}, tokenizer)
+  # In a bundle a classifier reads the pooler if there is one; this run's reads the first token itself.
+  if 'classifier' in params and encoder.pooler and not model['finetune']['pooled']:
+    bundle = drop_pooler(bundle)
+  if GENERATOR not in params:
+    return bundle, None
   config = from_config_dict(ElectraConfig, model['electra'], 'electra.')
-  return pretraining_bundles(params, encoder, config.generator_encoder(encoder), config.sharing, tokenizer)[1]
+  return bundle, Bundle(config.generator_encoder(encoder), generator_params(params, config), tokenizer)
 
 
 def is_run(path: epath.PathLike) -> bool:
@@ -69,18 +76,15 @@ def is_run(path: epath.PathLike) -> bool:
   return (epath.Path(path) / 'checkpoints').exists()
 
 
-def _read_run(path: epath.PathLike) -> tuple[Params, dict[str, Any], TokenizerFiles | None]:
-  """(parameters, description of the model, tokenizer) of the newest intact checkpoint."""
-  run = epath.Path(path)
-  params, metadata = load_params(run / 'checkpoints')
-  tokenizer = read_tokenizer(open_folder(run / 'tokenizer')) if (run / 'tokenizer').exists() else None
-  return jax.tree.map(jnp.asarray, params), metadata['model'], tokenizer
+def tokenizer_folder(path: epath.PathLike) -> epath.Path:
+  """Where the tokenizer of a model folder, a run or a prepared dataset lies."""
+  inside = epath.Path(path) / 'tokenizer'
+  return inside if inside.exists() else epath.Path(path)
 
 
 def tokenizer_of(path: epath.PathLike) -> Tokenizer:
-  """The tokenizer of a model folder or a run."""
-  inside = epath.Path(path) / 'tokenizer'
-  return load_tokenizer(inside if inside.exists() else path)
+  """The tokenizer of a model folder, a run or a prepared dataset."""
+  return load_tokenizer(tokenizer_folder(path))
 
 
 def params_digest(params: Params) -> str:

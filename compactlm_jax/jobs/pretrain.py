@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 
-from etils import epath
-
 from compactlm_jax.config import EncoderConfig, RunConfig
 from compactlm_jax.data import synthetic
 from compactlm_jax.data.manifest import read_manifest
@@ -15,12 +13,12 @@ from compactlm_jax.interop.bundle import Bundle
 from compactlm_jax.interop.folder import open_folder
 from compactlm_jax.interop.pretrained import electra_start, mlm_start
 from compactlm_jax.interop.tokenizer_files import read_tokenizer
-from compactlm_jax.jobs.data import JobData, generated, prepared, with_run_options
-from compactlm_jax.jobs.models import load_generator, load_model, tokenizer_of
+from compactlm_jax.jobs.data import JobData, generated, prepared
+from compactlm_jax.jobs.models import load_generator, load_model, tokenizer_folder, tokenizer_of
 from compactlm_jax.tasks.electra import make_electra_task
 from compactlm_jax.tasks.lm import make_lm_task
 from compactlm_jax.tasks.mlm import make_mlm_task
-from compactlm_jax.types import SpecialTokens, Task
+from compactlm_jax.types import Params, SpecialTokens, Task
 
 log = logging.getLogger(__name__)
 
@@ -32,12 +30,12 @@ def electra_job(config: RunConfig) -> tuple[Task, JobData]:
     ConfigError, DataError: fields, weights or files that do not fit.
   """
   data, special = _rows(config)
-  found = load_model(config.model) if config.model else None
+  found, encoder = _encoder(config, data)
   generator = load_generator(config.electra.generator) if config.electra.generator else None
-  encoder = _encoder(config, found, data)
   small = config.electra.generator_encoder(encoder)
   start, fresh = electra_start(found, generator, encoder, small, config.electra.sharing)
-  _report(found or generator, fresh)
+  if found or generator:
+    _report(fresh)
   return make_electra_task(encoder, config.electra, config.mask, special, start), data
 
 
@@ -48,11 +46,8 @@ def mlm_job(config: RunConfig) -> tuple[Task, JobData]:
     ConfigError, DataError: fields, weights or files that do not fit.
   """
   data, special = _rows(config)
-  found = load_model(config.model) if config.model else None
-  encoder = _encoder(config, found, data)
-  start, fresh = mlm_start(found, encoder) if found else ({}, ())
-  _report(found, fresh)
-  return make_mlm_task(encoder, config.mask, special, start), data
+  found, encoder = _encoder(config, data)
+  return make_mlm_task(encoder, config.mask, special, _start(found, encoder)), data
 
 
 def lm_job(config: RunConfig) -> tuple[Task, JobData]:
@@ -62,16 +57,23 @@ def lm_job(config: RunConfig) -> tuple[Task, JobData]:
     ConfigError, DataError: fields, weights or files that do not fit.
   """
   data, _ = _rows(config)
-  found = load_model(config.model) if config.model else None
-  encoder = dataclasses.replace(_encoder(config, found, data), causal=config.encoder.causal)
-  start, fresh = mlm_start(found, encoder) if found else ({}, ())
-  _report(found, fresh)
+  found, encoder = _encoder(config, data)
+  encoder = dataclasses.replace(encoder, causal=config.encoder.causal)
   words_per_token = data.dev.words_per_token if data.dev else 0.0
-  return make_lm_task(encoder, words_per_token=words_per_token, start=start), data
+  return make_lm_task(encoder, words_per_token=words_per_token, start=_start(found, encoder)), data
 
 
-def _report(found: Bundle | None, fresh: tuple[str, ...]) -> None:
-  if found is not None and fresh:
+def _start(found: Bundle | None, encoder: EncoderConfig) -> Params | None:
+  """What a loaded model gives to a language model; says what it does not."""
+  if found is None:
+    return None
+  start, fresh = mlm_start(found, encoder)
+  _report(fresh)
+  return start
+
+
+def _report(fresh: tuple[str, ...]) -> None:
+  if fresh:
     log.info('starting fresh: %s', ', '.join(fresh))
 
 
@@ -87,15 +89,15 @@ def _rows(config: RunConfig) -> tuple[JobData, SpecialTokens]:
   read_manifest(config.data.path)
   source = config.model or config.data.path
   tokenizer = tokenizer_of(source)
-  inside = epath.Path(source) / 'tokenizer'
-  files = read_tokenizer(open_folder(inside if inside.exists() else source))
+  files = read_tokenizer(open_folder(tokenizer_folder(source)))
   special = SpecialTokens(tokenizer.pad_id, tokenizer.cls_id, tokenizer.sep_id, tokenizer.mask_id)
   return prepared(config, tokenizer.fingerprint(), files), special
 
 
-def _encoder(config: RunConfig, found: Bundle | None, data: JobData) -> EncoderConfig:
-  """The encoder, if it fits the rows."""
-  encoder, rows = with_run_options(found.config, config.encoder) if found else config.encoder, data.train
+def _encoder(config: RunConfig, data: JobData) -> tuple[Bundle | None, EncoderConfig]:
+  """(the model to continue from, its encoder or that of the configuration), if it fits the rows."""
+  found, rows = load_model(config.model) if config.model else None, data.train
+  encoder = found.config.with_run_options(config.encoder) if found else config.encoder
   if encoder.vocab_size != rows.vocab_size:
     raise ConfigError(
       f'config.encoder.vocab_size: the model has {encoder.vocab_size} and the data {rows.vocab_size} tokens; set it to '
@@ -107,4 +109,4 @@ def _encoder(config: RunConfig, found: Bundle | None, data: JobData) -> EncoderC
       f'{encoder.max_positions}; prepare shorter rows or raise it'
     )
   pad = 0 if data.tokenizer is None else data.tokenizer.pad_token_id
-  return encoder if pad is None else dataclasses.replace(encoder, pad_token_id=pad)
+  return found, encoder if pad is None else dataclasses.replace(encoder, pad_token_id=pad)

@@ -85,7 +85,7 @@ _attention.defvjp(_forward, _backward)
 def _forward_einsum(causal: bool, rate: float, q: Array, k: Array, v: Array, bias: Array, words: Array | None) -> Any:
   q = q * np.asarray(q.shape[-1] ** -0.5, q.dtype)
   logits = _einsum('bthk,bshk->bhts', q, k) + bias
-  logits = _hide_later(logits) if causal else logits
+  logits = hide_later(logits) if causal else logits
   exps = jnp.exp(logits - logits.max(-1, keepdims=True))
   inverse = 1 / exps.sum(-1, keepdims=True)
   dropped = _drop((exps * inverse).astype(v.dtype), rate, words)
@@ -111,7 +111,7 @@ def _forward_rows(causal: bool, rate: float, q: Array, k: Array, v: Array, bias:
   batch, length, heads, size = q.shape
   q_, k_, v_ = _split(q * np.asarray(size**-0.5, q.dtype)), _split(k), _split(v)
   logits = _dot(q_, k_, 2, 2).reshape(batch, heads, length, -1) + bias
-  logits = (_hide_later(logits) if causal else logits).reshape(batch * heads, length, -1)
+  logits = (hide_later(logits) if causal else logits).reshape(batch * heads, length, -1)
   exps = materialize(jnp.exp(logits - logits.max(-1, keepdims=True)))
   inverse = materialize(1 / exps.sum(-1, keepdims=True))
   dropped = materialize(_drop((exps * inverse).astype(v.dtype), rate, words))
@@ -139,7 +139,7 @@ def _backward_rows(
   return dq, dk.astype(g.dtype), dv.astype(g.dtype)
 
 
-def _hide_later(logits: Array) -> Array:
+def hide_later(logits: Float[Array, 'B H T S']) -> Float[Array, 'B H T S']:
   """Minus infinity where the key (last axis) stands behind the query; a position always reads itself, so rows stay
   finite, padded ones too."""
   query, key = (jax.lax.broadcasted_iota(jnp.int32, logits.shape, axis) for axis in (2, 3))

@@ -60,8 +60,9 @@ def resolve(config: RunConfig) -> Plan:
   notes = []
   encoder = config.encoder
   if config.model:
-    names = ('hidden_dropout', 'attention_dropout', 'dtype', 'remat', *(['causal'] if config.task == 'lm' else []))
-    encoder = dataclasses.replace(encoder_of(config.model), **{name: getattr(encoder, name) for name in names})
+    found = encoder_of(config.model)
+    causal = encoder.causal if config.task == 'lm' else found.causal
+    encoder = dataclasses.replace(found.with_run_options(encoder), causal=causal)
   encoder = dataclasses.replace(encoder, scan_unroll=0)
   if config.data.path:
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=_row_length(config)))

@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from compactlm_jax.config import ElectraConfig, EncoderConfig, MaskConfig, to_json
+from compactlm_jax.config import SHARED_EMBEDDINGS, ElectraConfig, EncoderConfig, MaskConfig, to_json
 from compactlm_jax.losses.reduce import masked_mean, masked_sum
 from compactlm_jax.losses.tokens import replaced_token_loss
 from compactlm_jax.nn.encoder import encode, init_encoder
 from compactlm_jax.nn.heads import RtdHead
 from compactlm_jax.ops.corruption import mask_tokens, sample_tokens, write_tokens
 from compactlm_jax.tasks.mlm import (
+  ALL_BUT_POOLER,
   check_masked_model,
   evaluation_key,
   init_mlm,
@@ -24,10 +25,8 @@ from compactlm_jax.tasks.mlm import (
   slot_values,
   with_row_weights,
 )
+from compactlm_jax.tree import overlaid
 from compactlm_jax.types import Batch, Metrics, Params, SpecialTokens, Task, struct
-
-SHARED = ('word', 'position', 'token_type', 'norm')
-"""Parts of the embeddings that both towers use; a projection belongs to its tower."""
 
 
 class _Towers(NamedTuple):
@@ -98,13 +97,12 @@ def make_electra_task(
     weighed = config.generator_weight * means['mlm_loss'] + config.discriminator_weight * means['rtd_loss']
     return {'loss': weighed}
 
-  unused = r'encoder/pooler/.*'
   return Task(
     name='electra',
-    init=lambda key: _replace(init_electra(encoder, config, key), start or {}),
+    init=lambda key: jax.tree.map(jnp.asarray, overlaid(init_electra(encoder, config, key), start or {})),
     loss=loss,
     evaluate=evaluate,
-    trainable=((unused, False), (rf'(?!{unused}).*', True)),
+    trainable=ALL_BUT_POOLER,
     summarize=summarize,
     model={'encoder': to_json(encoder), 'electra': to_json(config), 'mask': to_json(mask)},
   )
@@ -164,7 +162,8 @@ def init_electra(encoder: EncoderConfig, config: ElectraConfig, key: jax.Array) 
   if config.sharing != 'all':
     own['encoder'] = generator['encoder']
   if config.sharing == 'embeddings':
-    embeddings = {name: tree for name, tree in generator['encoder']['embeddings'].items() if name not in SHARED}
+    tables = generator['encoder']['embeddings']
+    embeddings = {name: tree for name, tree in tables.items() if name not in SHARED_EMBEDDINGS}
     own['encoder'] = {'layers': generator['encoder']['layers'], **({'embeddings': embeddings} if embeddings else {})}
   return {**init_encoder(encoder, encoder_key), 'rtd_head': head, 'generator': own}
 
@@ -176,14 +175,6 @@ def generator_params(params: Params, config: ElectraConfig) -> Params:
     return {'encoder': params['encoder'], 'mlm_head': own['mlm_head']}
   if config.sharing == 'none':
     return dict(own)
-  shared = {name: params['encoder']['embeddings'][name] for name in SHARED}
+  shared = {name: params['encoder']['embeddings'][name] for name in SHARED_EMBEDDINGS}
   embeddings = {**shared, **own['encoder'].get('embeddings', {})}
   return {'encoder': {**own['encoder'], 'embeddings': embeddings}, 'mlm_head': own['mlm_head']}
-
-
-def _replace(fresh: Params, given: Params) -> Params:
-  """`fresh` with the leaves of `given` in their place."""
-  return {
-    name: _replace(tree, given.get(name, {})) if isinstance(tree, dict) else jnp.asarray(given.get(name, tree))
-    for name, tree in fresh.items()
-  }

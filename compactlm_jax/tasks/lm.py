@@ -24,7 +24,8 @@ from compactlm_jax.losses.reduce import masked_mean, masked_sum
 from compactlm_jax.losses.tokens import token_cross_entropy, token_hits
 from compactlm_jax.nn.encoder import encode
 from compactlm_jax.nn.heads import MlmHead
-from compactlm_jax.tasks.mlm import init_mlm
+from compactlm_jax.tasks.mlm import ALL_BUT_POOLER, init_mlm
+from compactlm_jax.tree import overlaid
 from compactlm_jax.types import Batch, Metrics, Params, Task
 
 
@@ -49,8 +50,7 @@ def make_lm_task(encoder: EncoderConfig, *, words_per_token: float = 0.0, start:
     raise ConfigError("config.encoder.causal: task 'lm' predicts the next token and must not read it; set it to True")
 
   def init(key: jax.Array) -> Params:
-    fresh = init_mlm(encoder, key)
-    return {name: jax.tree.map(jnp.asarray, (start or {}).get(name, tree)) for name, tree in fresh.items()}
+    return jax.tree.map(jnp.asarray, overlaid(init_mlm(encoder, key), start or {}))
 
   def loss(params: Params, frozen: Any, batch: Batch, key: jax.Array, step: jax.Array) -> tuple[jax.Array, Metrics]:
     losses_BT, hits_BT, weights_BT = token_losses(params, encoder, batch, key)
@@ -67,13 +67,12 @@ def make_lm_task(encoder: EncoderConfig, *, words_per_token: float = 0.0, start:
     found = {'perplexity_token': _exp(means['loss'])}
     return {**found, 'perplexity_word': _exp(means['loss'] / words_per_token)} if words_per_token else found
 
-  unused = r'encoder/pooler/.*'
   return Task(
     name='lm',
     init=init,
     loss=loss,
     evaluate=evaluate,
-    trainable=((unused, False), (rf'(?!{unused}).*', True)),
+    trainable=ALL_BUT_POOLER,
     summarize=summarize,
     model={'encoder': to_json(encoder)},
   )

@@ -16,7 +16,11 @@ from compactlm_jax.losses.tokens import token_cross_entropy, token_hits
 from compactlm_jax.nn.encoder import encode, init_encoder
 from compactlm_jax.nn.heads import MlmHead
 from compactlm_jax.ops.corruption import mask_tokens, take_positions
-from compactlm_jax.types import Batch, Masked, Metrics, Params, SpecialTokens, Task
+from compactlm_jax.tree import overlaid
+from compactlm_jax.types import Batch, Masked, Metrics, Params, SpecialTokens, Task, Trainable
+
+ALL_BUT_POOLER: Trainable = ((r'encoder/pooler/.*', False), (r'(?!encoder/pooler/).*', True))
+"""No pre-training loss reads the pooler."""
 
 
 def make_mlm_task(
@@ -36,8 +40,7 @@ def make_mlm_task(
   check_masked_model(encoder, special)
 
   def init(key: jax.Array) -> Params:
-    fresh = init_mlm(encoder, key)
-    return {name: jax.tree.map(jnp.asarray, (start or {}).get(name, tree)) for name, tree in fresh.items()}
+    return jax.tree.map(jnp.asarray, overlaid(init_mlm(encoder, key), start or {}))
 
   def slots(params: Params, batch: Batch, key: jax.Array, train: bool) -> tuple[jax.Array, jax.Array, Masked]:
     mask_key, dropout_key = jax.random.split(key)
@@ -56,13 +59,12 @@ def make_mlm_task(
     found = masked_sum(losses_BP, masked.weights_BP)
     return {'loss': found, 'mlm_loss': found, 'mlm_accuracy': masked_sum(hits_BP, masked.weights_BP)}
 
-  unused = r'encoder/pooler/.*'
   return Task(
     name='mlm',
     init=init,
     loss=loss,
     evaluate=evaluate,
-    trainable=((unused, False), (rf'(?!{unused}).*', True)),
+    trainable=ALL_BUT_POOLER,
     model={'encoder': to_json(encoder), 'mask': dataclasses.asdict(mask)},
   )
 

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from killing import Kill, killed_at
 
 from compactlm_jax.config import EncoderConfig
 from compactlm_jax.errors import ConfigError, DataError, StorageError
@@ -141,32 +142,13 @@ def test_export_replaces_only_exports(tmp_path):
 @pytest.mark.parametrize('call', range(1, 9))
 def test_a_kill_at_any_file_operation_leaves_the_old_export_or_none(call, tmp_path, monkeypatch):
   """A kill is an exception that nothing catches; the next export cleans up. Mutation: write into the target."""
-
-  class Kill(BaseException):
-    pass
-
-  target, count = tmp_path / 'e', 0
+  target = tmp_path / 'e'
   save_pretrained(_bundle(seed=0), target)
   old = _files(target)
   save_pretrained(_bundle(seed=1), tmp_path / 'expected')
   new = _files(tmp_path / 'expected')
-  cls = type(epath.Path(tmp_path))
-
-  def dying(real):
-    def wrapped(*args, **kwargs):
-      nonlocal count
-      count += 1
-      if count == call:
-        raise Kill
-      return real(*args, **kwargs)
-
-    return wrapped
-
-  with monkeypatch.context() as m:
-    for name in ('write_bytes', 'rename', 'rmtree', 'mkdir'):
-      m.setattr(cls, name, dying(getattr(cls, name)))
-    with pytest.raises(Kill):
-      save_pretrained(_bundle(seed=1), target)
+  with killed_at(monkeypatch, call), pytest.raises(Kill):
+    save_pretrained(_bundle(seed=1), target)
   assert not target.exists() or _files(target) in (old, new)
   save_pretrained(_bundle(seed=1), target)
   assert _files(target) == new

@@ -1,20 +1,22 @@
 """Pre-training from and to bundles: what is given, what is fresh, what does not fit, and the pair of folders."""
 
+import contextlib
 import dataclasses
 import re
 
 import jax
 import numpy as np
 import pytest
-from etils import epath
+from killing import Kill, killed_at
 
 from compactlm_jax.config import ElectraConfig, EncoderConfig
 from compactlm_jax.errors import ConfigError
 from compactlm_jax.interop import names
 from compactlm_jax.interop.bundle import Bundle, from_pretrained, save_pretrained
 from compactlm_jax.interop.hf_config import from_hf
-from compactlm_jax.interop.pretrained import electra_start, mlm_start, pretraining_bundles, save_pretraining
-from compactlm_jax.tree import named_leaves
+from compactlm_jax.interop.pretrained import electra_start, mlm_start, save_pretraining
+from compactlm_jax.tasks.electra import generator_params
+from compactlm_jax.tree import named_leaves, nested
 
 SMALL = dict(vocab_size=17, hidden_size=16, num_layers=2, max_positions=8)
 BIG = EncoderConfig('electra', num_heads=4, embedding_size=12, **SMALL)
@@ -26,7 +28,7 @@ TABLES = [f'encoder/embeddings/{part}' for part in ('word', 'position', 'token_t
 def _bundle(config, heads=(), seed=0):
   rng = np.random.default_rng(seed)
   shapes = names.leaf_shapes(config, ('encoder', *heads), 3)
-  return Bundle(config, names.nest({n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()}))
+  return Bundle(config, nested({n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()}))
 
 
 def _pair(encoder=BIG, electra=HALF):
@@ -67,7 +69,9 @@ def test_a_finished_run_goes_out_and_comes_back(sharing, encoder, caplog):
   Mutation: leave LayerNorm out of what is shared.
   """
   tree, *configs = _full(sharing, encoder)
-  discriminator, generator = pretraining_bundles(tree, *configs, sharing)
+  electra = ElectraConfig(generator_size=1.0, sharing=sharing)
+  discriminator = Bundle(configs[0], {name: tree[name] for name in ('encoder', 'rtd_head')})
+  generator = Bundle(configs[1], generator_params(tree, electra))
   for bundle, head in ((discriminator, 'rtd_head'), (generator, 'mlm_head')):
     shapes = names.leaf_shapes(bundle.config, ('encoder', head))
     assert {n: a.shape for n, a in named_leaves(bundle.params).items()} == shapes
@@ -232,34 +236,13 @@ def test_the_pair_is_replaced_as_one_and_foreign_files_are_kept(tmp_path):
 @pytest.mark.parametrize('call', range(1, 16))
 def test_a_kill_leaves_a_whole_pair_or_none(call, tmp_path, monkeypatch):
   """A kill is an exception that nothing catches. Mutation: write the generator in an export of its own."""
-
-  class Kill(BaseException):
-    pass
-
-  target, count = tmp_path / 'e', 0
+  target = tmp_path / 'e'
   _save(target)
   old = _tree(target)
   _save(tmp_path / 'expected', 1)
   new = _tree(tmp_path / 'expected')
-  cls = type(epath.Path(tmp_path))
-
-  def dying(real):
-    def wrapped(*args, **kwargs):
-      nonlocal count
-      count += 1
-      if count == call:
-        raise Kill
-      return real(*args, **kwargs)
-
-    return wrapped
-
-  with monkeypatch.context() as m:
-    for name in ('write_bytes', 'rename', 'rmtree', 'mkdir'):
-      m.setattr(cls, name, dying(getattr(cls, name)))
-    try:
-      _save(target, 1)
-    except Kill:
-      pass
+  with killed_at(monkeypatch, call), contextlib.suppress(Kill):
+    _save(target, 1)
   assert not target.exists() or _tree(target) in (old, new)
   _save(target, 1)
   assert _tree(target) == new

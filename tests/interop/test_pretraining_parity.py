@@ -15,10 +15,11 @@ import pytest
 from compactlm_jax.config import ElectraConfig, EncoderConfig
 from compactlm_jax.interop import names
 from compactlm_jax.interop.bundle import Bundle, from_pretrained, save_pretrained
-from compactlm_jax.interop.pretrained import electra_start, mlm_start, pretraining_bundles, save_pretraining
+from compactlm_jax.interop.pretrained import electra_start, mlm_start, save_pretraining
 from compactlm_jax.nn.encoder import encode
 from compactlm_jax.nn.heads import MlmHead, RtdHead
-from compactlm_jax.tree import named_leaves
+from compactlm_jax.tasks.electra import generator_params
+from compactlm_jax.tree import named_leaves, nested
 
 pytestmark = pytest.mark.torch
 TOLERANCE = 1e-5
@@ -72,7 +73,7 @@ def _tree(encoder, electra):
 
   shared = tuple(f'encoder/embeddings/{part}/' for part in ('word', 'position', 'token_type', 'norm'))
   own = {n: a for n, a in draw(generator, 'encoder', 'mlm_head').items() if not n.startswith(shared)}
-  return names.nest({**draw(encoder, 'encoder', 'rtd_head'), **{f'generator/{n}': a for n, a in own.items()}})
+  return nested({**draw(encoder, 'encoder', 'rtd_head'), **{f'generator/{n}': a for n, a in own.items()}})
 
 
 def _equal(a, b):
@@ -90,7 +91,8 @@ def test_an_exported_run_has_transformers_logits_and_starts_the_same_run_again(p
 
   encoder, electra = PAIRS[pair]
   tree, generator_encoder = _tree(encoder, electra), electra.generator_encoder(encoder)
-  bundles = pretraining_bundles(tree, encoder, generator_encoder, 'embeddings')
+  discriminator = {name: tree[name] for name in ('encoder', 'rtd_head')}
+  bundles = Bundle(encoder, discriminator), Bundle(generator_encoder, generator_params(tree, electra))
   save_pretraining(*bundles, tmp_path / 'e')
   batch = tools.random_batch(np.random.default_rng(1))
   kind = {'electra': 'Electra', 'convbert': 'ConvBert'}[encoder.architecture]
@@ -202,7 +204,7 @@ def test_a_language_model_goes_out_and_comes_back(kind, cls, causal, tools, tmp_
   )  # fmt: skip
   rng = np.random.default_rng(0)
   shapes = names.leaf_shapes(config, ('encoder', 'mlm_head'))
-  params = names.nest({n: 0.2 * rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()})
+  params = nested({n: 0.2 * rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()})
   save_pretrained(Bundle(config, params), tmp_path / 'e')
   assert json.loads((tmp_path / 'e/config.json').read_text())['architectures'] == [cls]
   model, info = getattr(transformers, cls).from_pretrained(tmp_path / 'e', output_loading_info=True)
