@@ -1,7 +1,7 @@
 """Configuration: ConfigDicts at the command line, frozen and validated dataclasses inside.
 
 `to_config_dict` turns a dataclass into the ConfigDict that a file in `configs/` returns, `from_config_dict` turns it
-back and validates it once. Nothing below `cli.py` and this package sees a ConfigDict. Lists are comma-separated
+back and validates it once. Nothing below `cli` and this package sees a ConfigDict. Lists are comma-separated
 strings at the command line and tuples inside.
 """
 

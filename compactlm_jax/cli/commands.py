@@ -1,0 +1,178 @@
+"""The sub-commands: their flags, and what each calls. Heavy modules are imported when a command runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+
+from absl import flags
+
+from compactlm_jax.cli.flags import Command, all_of, choice, number, switch, text
+from compactlm_jax.errors import ConfigError
+
+
+def _demo(values: flags.FlagValues) -> str:
+  from compactlm_jax.cpu import keep_memory
+  from compactlm_jax.demo.main import run_demo
+
+  keep_memory()
+  return run_demo(values.workdir)
+
+
+def _prepare(values: flags.FlagValues) -> str:
+  from compactlm_jax.data.prepare import prepare
+
+  manifest = prepare(
+    values.input,
+    values.tokenizer,
+    values.output,
+    values.seq_len,
+    values.mode,
+    workers=values.workers,
+    seed=values.seed,
+    pair_rule=values.pair_rule,
+    holdout_rows=values.holdout_rows,
+    split=values.split,
+    text_key=values.text_key,
+    overwrite=values.overwrite,
+  )
+  counts = ', '.join(f'{name} {value:,}' for name, value in sorted(manifest.counts.items()))
+  return f'{values.output}: {counts}'
+
+
+def _tokenizer(values: flags.FlagValues) -> str:
+  from compactlm_jax.data.tokenizer import train_wordpiece
+
+  made = train_wordpiece(values.input, values.vocab_size, values.output, lowercase=values.lowercase)
+  return f'{values.output}: {made.vocab_size:,} word pieces'
+
+
+def _train(values: flags.FlagValues) -> str:
+  from compactlm_jax.config import RunConfig, from_config_dict
+  from compactlm_jax.cpu import keep_memory
+  from compactlm_jax.jobs import run_train
+
+  keep_memory()
+  config = from_config_dict(RunConfig, values.config)
+  allowed = tuple(name.strip() for name in values.allow_change.split(',') if name.strip())
+  results = run_train(config, values.workdir, allow_change=allowed, steal_lock=values.steal_lock)
+  return f'{values.workdir}/results.json: {json.dumps(results["metrics"])}'
+
+
+def _export(values: flags.FlagValues) -> str:
+  from compactlm_jax.jobs import run_export
+
+  bundle = run_export(values.checkpoint, values.output)
+  cfg = bundle.config
+  return f'{values.output}: {cfg.architecture}, {cfg.num_layers} layers, {cfg.hidden_size} wide'
+
+
+def _plan(values: flags.FlagValues) -> str:
+  os.environ['JAX_PLATFORMS'] = 'cpu'  # nothing is computed, and a TPU that is here may be in use
+  from compactlm_jax.config import RunConfig, from_config_dict
+  from compactlm_jax.plan.main import plan_run, too_large
+  from compactlm_jax.plan.report import as_json, as_table
+
+  for flag in ('output', 'hlo'):  # before the compiler takes its minutes
+    if not pathlib.Path(values[flag].value or '.').absolute().parent.is_dir():
+      raise ConfigError(f'--{flag}: the folder of {values[flag].value} is not there')
+  config = from_config_dict(RunConfig, values.config)
+  name = str(getattr(values['config'], 'config_filename', ''))
+  report = plan_run(config, name, values.topology, sweep=bool(values.sweep), thorough=values.thorough)
+  _write(values.output, json.dumps(as_json(report), indent=2) + '\n')
+  _write(values.hlo, getattr(report.program, 'hlo', ''))
+  if problem := too_large(report):
+    print(as_table(report))
+    raise ConfigError(problem)
+  return as_table(report)
+
+
+def _write(path: str, text: str) -> None:
+  if path and text:
+    pathlib.Path(path).write_text(text, encoding='utf-8')
+
+
+COMMANDS = {
+  'demo': Command(
+    'Distil a real encoder on real text, and show what was gained.',
+    'compactlm demo --workdir=demo_run',
+    text('workdir', 'demo_run', 'Where assets, data and models are kept; a second run reuses them.'),
+    (),
+    _demo,
+  ),
+  'prepare': Command(
+    'Tokenise text into rows of equal length: a TFDS dataset of ArrayRecord shards.',
+    "compactlm prepare --input='text/*.txt.gz' --tokenizer=MODEL --output=data/rows --seq_len=128",
+    all_of(
+      text('input', None, 'Comma-separated globs of text files (.gz is read), tfds:NAME, or hf:NAME[:CONFIG].'),
+      text('tokenizer', None, 'Folder with the tokenizer, for example a model folder.'),
+      text('output', None, 'Folder to write.'),
+      number('seq_len', None, 'Row length in tokens, special tokens included.'),
+      choice(
+        'mode',
+        ['packed', 'pairs', 'sentences'],
+        "'packed' fills rows with whole documents, 'pairs' builds two segments as ELECTRA does, 'sentences' puts one "
+        'line in a row.',
+      ),
+      number('holdout_rows', 0, "Rows that become a 'validation' split."),
+      number('workers', 0, 'Threads that tokenise; 0 takes all cores. The output does not depend on it.'),
+      number('seed', 0, 'Of pairs and held-out rows.'),
+      choice('pair_rule', ['electra', 'convbert'], "'convbert' builds pairs with the bug that ConvBERT trained with."),
+      text('split', 'train', 'Split of a tfds: or hf: input.'),
+      text('text_key', 'text', 'Text field of a tfds: or hf: input.'),
+      switch('overwrite', 'Replace an output that was made with other settings.'),
+    ),
+    ('input', 'tokenizer', 'output', 'seq_len'),
+    _prepare,
+  ),
+  'tokenizer': Command(
+    'Train a WordPiece vocabulary.',
+    "compactlm tokenizer --input='text/*.txt' --vocab_size=30522 --output=tokenizer",
+    all_of(
+      text('input', None, 'Comma-separated globs of text files (.gz is read).'),
+      number('vocab_size', None, 'Word pieces, special tokens included.'),
+      text('output', None, 'Folder to write.'),
+      lambda values: flags.DEFINE_bool('lowercase', True, 'Lower-case and strip accents.', flag_values=values),
+    ),
+    ('input', 'vocab_size', 'output'),
+    _tokenizer,
+  ),
+  'train': Command(
+    'Pre-train, distil or fine-tune; the same command resumes after a kill.',
+    'compactlm train --config=configs/tiny.py:distill --workdir=runs/tiny --config.steps=100',
+    all_of(
+      text('workdir', None, 'Run directory: config.json, metrics.jsonl, checkpoints/, results.json.'),
+      text('allow_change', '', 'Comma-separated fields that may differ from the run that is resumed.'),
+      switch('steal_lock', 'Take the directory over from a run on another host that is known to be dead.'),
+    ),
+    ('config', 'workdir'),
+    _train,
+    configured=True,
+  ),
+  'plan': Command(
+    'Compile the training step for a TPU that is not here: memory, step time, hours.',
+    'compactlm plan --config=configs/convbert.py:base --topology=v3-8',
+    all_of(
+      text('topology', None, 'TPU slice: v2-8, v3-8, v3-32, v3-128, v4-8, v5e-8, v5p-8, v6e-8, or chips as v3:4x4.'),
+      choice('sweep', ['', 'batch'], "'batch' looks for the largest batch that fits; each try is a compilation."),
+      switch('thorough', 'Compile with the effort of a run; takes three times as long.'),
+      text('output', '', 'JSON file to write.'),
+      text('hlo', '', 'File for the optimised program of one core, as text.'),
+    ),
+    ('config', 'topology'),
+    _plan,
+    configured=True,
+  ),
+  'export': Command(
+    'Write a trained model as a Hugging Face folder.',
+    'compactlm export --checkpoint=runs/tiny --output=exported',
+    all_of(
+      text('checkpoint', None, 'Run directory or model folder.'),
+      text('output', None, 'Folder to write.'),
+      choice('format', ['hf'], "'hf': config.json, model.safetensors and tokenizer for transformers."),
+    ),
+    ('checkpoint', 'output'),
+    _export,
+  ),
+}

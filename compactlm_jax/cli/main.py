@@ -1,0 +1,167 @@
+"""Parsing, help, and the one place that maps errors to exit codes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import pathlib
+import re
+import sys
+import textwrap
+import traceback
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from absl import flags
+
+from compactlm_jax.cli.commands import COMMANDS
+from compactlm_jax.errors import CompactLMError, ConfigError
+
+
+def usage() -> str:
+  """The text of `compactlm --help`."""
+  lines = ['compactlm: train, distil and compress BERT-like encoders.', '']
+  lines += ['usage: compactlm COMMAND [--flag=value ...]', '']
+  lines += [f'  {name:<10} {command.summary}' for name, command in COMMANDS.items()]
+  lines += ['', 'compactlm COMMAND --help tells the flags of a command.']
+  codes = '0 done, 65 bad data, 70 numerics or a bug, 74 storage, 75 saved, please restart, 77 directory in use, '
+  return '\n'.join([*lines, *textwrap.wrap('Exit codes: ' + codes + '78 configuration or mismatch.', 100)])
+
+
+def command_help(name: str) -> str:
+  """The text of `compactlm NAME --help`."""
+  command = COMMANDS[name]
+  values = command.flag_values()
+  lines = [f'compactlm {name}: {command.summary}', '', f'  {command.example}', '', 'flags:']
+  for flag in [values[key] for key in values]:
+    note = 'required' if flag.name in command.required else f'default: {flag.default!r}' if flag.default else ''
+    text = (flag.help or '') + (f' [{note}]' if note else '')
+    lines += [f'  --{flag.name}', *textwrap.wrap(text, 96, initial_indent='      ', subsequent_indent='      ')]
+  if command.configured:
+    lines += ['  --config.FIELD=VALUE', '      Overrides a field of the configuration, for example --config.steps=100.']
+    lines += ['      Lists are comma-separated. The fields are documented in compactlm_jax/config/.']
+  return '\n'.join(lines)
+
+
+def _parse(name: str, argv: Sequence[str]) -> flags.FlagValues:
+  command = COMMANDS[name]
+  values, file = command.flag_values(argv), _config_file(argv) if command.configured else ''
+  if file and not pathlib.Path(file).is_file():
+    raise ConfigError(f'--config: there is no file {file}. For example: {command.example}')
+  try:
+    left = values([f'compactlm {name}', *argv])
+  except CompactLMError:  # of the file's own get_config
+    raise
+  except Exception as e:  # the file is the user's code: whatever it raises is about the configuration
+    problem = _parse_problem(e, argv, file).rstrip('.')
+    raise ConfigError(f'{problem}{"" if problem.endswith("?") else "."} See: compactlm {name} --help') from e
+  if len(left) > 1:
+    raise ConfigError(f'unexpected argument {left[1]!r}; flags are written --name=value. See: compactlm {name} --help')
+  for flag in command.required:
+    if flag == 'config' and file and values[flag].value is None:
+      raise ConfigError(f'{file}: get_config() returns nothing')
+    if values[flag].value is None:
+      raise ConfigError(f'--{flag} is missing. For example: {command.example}')
+  return values
+
+
+def _config_file(argv: Sequence[str]) -> str:
+  """The file in --config=FILE:VARIANT or --config FILE:VARIANT."""
+  for argument, following in zip(argv, [*argv[1:], '']):
+    flag, given, value = argument.partition('=')
+    if flag in ('--config', '-config'):
+      return (value if given else following).partition(':')[0]
+  return ''
+
+
+def _parse_problem(error: Exception, argv: Sequence[str], file: str) -> str:
+  """One line, from the many forms in which absl, ml_collections and configuration files complain."""
+  if isinstance(error, flags.UnrecognizedFlagError) and error.flagname.startswith('config.') and not file:
+    return '--config=FILE.py:VARIANT is missing'
+  if isinstance(error, (KeyError, AttributeError)):
+    for argument in argv:  # ml_collections names only the part of a field that it did not find
+      field = argument.lstrip('-').partition('=')[0].split('.')
+      for i, part in enumerate(field):
+        if i and field[0] == 'config' and re.search(rf"'{re.escape(part)}\\?'", str(error)):
+          hint = re.search(r'Did you mean "([^"]+)"', str(error))
+          return f'{".".join(field[: i + 1])}: unknown field' + (f'; did you mean {hint[1]}?' if hint else '')
+  lines = [line for line in str(error).splitlines() if line.strip()] or ['']
+  if isinstance(error, flags.IllegalFlagValueError) and 'parsing config file' not in lines[0]:
+    return lines[0].removeprefix('flag ')
+  if isinstance(error, flags.UnrecognizedFlagError) or (isinstance(error, flags.Error) and not file):
+    return lines[0].replace(' ?', '?')
+  own = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.endswith(file)]
+  where = f', line {own[-1].lineno}' if own and file and not isinstance(error, flags.Error) else ''
+  kind = '' if isinstance(error, flags.Error) else f'{type(error).__name__}: '
+  return f'{file}{where}: {kind}{lines[-1]}' if file else f'{kind}{lines[-1]}'
+
+
+@contextlib.contextmanager
+def _log_to_stderr() -> Iterator[None]:
+  """Plain lines: warnings of all libraries, and what this one has to say."""
+  # Without a handler on the root, absl adds one of its own that complains about flags parsed by other means.
+  handler, root, own = logging.StreamHandler(sys.stderr), logging.getLogger(), logging.getLogger('compactlm_jax')
+  handler.setFormatter(logging.Formatter('%(message)s'))
+  root.addHandler(handler)
+  level = own.level
+  own.setLevel(logging.INFO)
+  try:
+    yield
+  finally:
+    own.setLevel(level)
+    root.removeHandler(handler)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs the command line.
+
+  Args:
+    argv: arguments without the program's name; None takes those of the process.
+
+  Returns:
+    The exit code.
+  """
+  arguments = list(sys.argv[1:] if argv is None else argv)
+  if not arguments or arguments[0] in ('--help', '-h', 'help'):
+    print(usage())
+    return 0 if arguments else 78
+  name, rest = arguments[0], arguments[1:]
+  if name not in COMMANDS:
+    print(f'compactlm: there is no command {name!r}\n\n{usage()}', file=sys.stderr)
+    return 78
+  if {'--help', '-h', '--helpfull', '--helpshort'} & set(rest):
+    print(command_help(name))
+    return 0
+  return _guarded(name, rest)
+
+
+def _guarded(name: str, arguments: Sequence[str]) -> int:
+  try:
+    with _log_to_stderr():
+      print(COMMANDS[name].run(_parse(name, arguments)))
+    return 0
+  except CompactLMError as e:
+    print(f'compactlm {name}: {e}', file=sys.stderr)
+    return e.exit_code
+  except KeyboardInterrupt:
+    print(f'compactlm {name}: interrupted', file=sys.stderr)
+    return 130
+  except Exception as e:
+    if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO):
+      where = f': {e.filename}' if e.filename else ''
+      print(f'compactlm {name}: {e.strerror}{where}; free space or fix permissions', file=sys.stderr)
+      return 74
+    traceback.print_exc()
+    print(f'compactlm {name}: this is a bug in compactlm-jax; the lines above say where', file=sys.stderr)
+    return 70
+
+
+def entry() -> Any:
+  """The console script: exits at once, without waiting for reading threads of the input pipeline."""
+  code = main()
+  with contextlib.suppress(BrokenPipeError):  # the reader of a pipe has seen enough
+    sys.stdout.flush()
+    sys.stderr.flush()
+  os._exit(code)
