@@ -8,7 +8,7 @@ is better.
 
 Usage: python benchmarks/electra_curves.py --data=DIR --workdir=RUNS [--steps=3600] [--rates=5e-4,1e-3]
 DIR holds train.txt.gz (or .txt). Runs that are over are not run again. Writes RUNS/electra_curves.png and .json. Four
-runs of about 4 minutes on two idle cores. Needs matplotlib: pip install 'compactlm-jax[bench]'
+runs of about 4 minutes on two idle cores. Needs matplotlib: pip install 'compactlm-jax[plots]'
 """
 
 from __future__ import annotations
