@@ -7,18 +7,14 @@ strings at the command line and tuples inside.
 
 from compactlm_jax.config.convert import from_config_dict, to_config_dict, to_json
 from compactlm_jax.config.encoder import EncoderConfig
+from compactlm_jax.config.finetune import GLUE, SQUAD, FinetuneConfig, SpanConfig
 from compactlm_jax.config.pretrain import SHARED_EMBEDDINGS, ElectraConfig, MaskConfig
-from compactlm_jax.config.run import (
-  DataConfig,
-  DistillConfig,
-  FinetuneConfig,
-  MeshConfig,
-  OptimizerConfig,
-  RunConfig,
-)
+from compactlm_jax.config.run import DataConfig, DistillConfig, MeshConfig, OptimizerConfig, RunConfig
 
 __all__ = [
+  'GLUE',
   'SHARED_EMBEDDINGS',
+  'SQUAD',
   'DataConfig',
   'DistillConfig',
   'ElectraConfig',
@@ -28,6 +24,7 @@ __all__ = [
   'MeshConfig',
   'OptimizerConfig',
   'RunConfig',
+  'SpanConfig',
   'from_config_dict',
   'to_config_dict',
   'to_json',

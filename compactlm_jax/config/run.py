@@ -7,6 +7,7 @@ import re
 
 from compactlm_jax.config.check import require
 from compactlm_jax.config.encoder import EncoderConfig
+from compactlm_jax.config.finetune import FinetuneConfig, SpanConfig
 from compactlm_jax.config.pretrain import ElectraConfig, MaskConfig
 
 TASKS = ('electra', 'mlm', 'lm', 'distill', 'finetune')
@@ -17,7 +18,8 @@ class DataConfig:
   """What a run reads.
 
   Attributes:
-    path: a dataset written by `compactlm prepare`; '' trains on a small generated corpus.
+    path: a dataset written by `compactlm prepare`, or where a benchmark lies (folder in its official layout, tfds:NAME,
+      hf:NAME[:CONFIG]); '' trains on a small generated corpus.
     eval_path: held-out rows, likewise; '' holds out the last `eval_rows` rows of `path`.
     eval_rows: rows held out of `path` when `eval_path` is ''.
     seq_len: row length (tokens) of generated corpora and tables; prepared data brings its own.
@@ -25,6 +27,11 @@ class DataConfig:
     dev: labelled table for evaluation.
     text_columns: one column, or two for pairs.
     label_column: column of class names or integers.
+    score_column: column of numbers to predict instead of classes.
+    buckets: row lengths, ascending; a batch of tables is cut to the shortest that holds its longest row, and each
+      length is compiled once. () pads every row to `seq_len`, as the originals do on TPUs.
+    group_by_length: let rows of similar length share batches; with `buckets` less is padded. Still a pure function of
+      (seed, step), and every row comes once per epoch.
     bad_record_budget: fraction of damaged records that may be replaced by a neighbour; 0 stops at the first.
     tokenizer: tokenizer folder that the data must match; '' takes the one in `path` or in the model.
   """
@@ -37,6 +44,9 @@ class DataConfig:
   dev: str = ''
   text_columns: tuple[str, ...] = ('text',)
   label_column: str = 'label'
+  score_column: str = ''
+  buckets: tuple[int, ...] = ()
+  group_by_length: bool = False
   bad_record_budget: float = 0.0
   tokenizer: str = ''
 
@@ -44,6 +54,9 @@ class DataConfig:
     require(self.seq_len >= 4, 'data.seq_len', f'{self.seq_len} must be at least 4')
     require(self.eval_rows >= 0, 'data.eval_rows', f'{self.eval_rows} must not be negative')
     require(len(self.text_columns) in (1, 2), 'data.text_columns', f'{self.text_columns} must name one or two columns')
+    sizes = self.buckets
+    ascending = all(4 <= a < b for a, b in zip(sizes, (*sizes[1:], 1 << 30)))
+    require(ascending, 'data.buckets', f'{sizes} must be ascending lengths of at least 4 tokens')
     require(0 <= self.bad_record_budget <= 1e-2, 'data.bad_record_budget', 'must be a fraction between 0 and 0.01')
 
 
@@ -61,6 +74,9 @@ class OptimizerConfig:
     bias_correction: False as in BERT, ELECTRA and ConvBERT.
     weight_decay: decoupled; not on names that match `no_decay`.
     no_decay: regex over parameter names.
+    layer_decay: learning rates fall by this factor per layer from the head down; 1 for none.
+    layer_decay_rule: 'published' leaves the top layer at layer_decay^2 (ELECTRA and ConvBERT; embeddings at
+      layer_decay^(L + 2)), 'corrected' at layer_decay.
     clip_norm: global gradient norm; 0 for none.
     accumulate: micro-batches per step.
     max_bad_steps: consecutive non-finite updates after which the run stops with exit code 70.
@@ -77,6 +93,8 @@ class OptimizerConfig:
   bias_correction: bool = True
   weight_decay: float = 0.01
   no_decay: str = r'(.*/)?(bias|scale|output_bias)'
+  layer_decay: float = 1.0
+  layer_decay_rule: str = 'published'
   clip_norm: float = 1.0
   accumulate: int = 1
   max_bad_steps: int = 3
@@ -97,6 +115,9 @@ class OptimizerConfig:
       require(False, f + 'no_decay', f'{self.no_decay!r} is not a regular expression ({e})')
     require(self.decay in ('linear', 'constant'), f + 'decay', f"{self.decay!r}; use 'linear' or 'constant'")
     require(self.decay_from in ('start', 'warmup'), f + 'decay_from', f"{self.decay_from!r}; use 'start' or 'warmup'")
+    require(0 < self.layer_decay <= 1, f + 'layer_decay', f'{self.layer_decay} must be in (0, 1]')
+    rules = ('published', 'corrected')
+    require(self.layer_decay_rule in rules, f + 'layer_decay_rule', f'{self.layer_decay_rule!r}; use one of {rules}')
     require(self.accumulate >= 1, f + 'accumulate', 'must be at least 1')
     require(self.max_bad_steps >= 1, f + 'max_bad_steps', 'must be at least 1')
     require(0 <= self.warmup_fraction < 1, f + 'warmup_fraction', 'must be in [0, 1)')
@@ -174,25 +195,6 @@ class DistillConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class FinetuneConfig:
-  """A classification head on the first token.
-
-  Attributes:
-    num_classes: 0 counts the labels of the training table.
-    dropout: rate before the head.
-    pooled: read BERT's pooler instead of the raw first token.
-  """
-
-  num_classes: int = 0
-  dropout: float = 0.1
-  pooled: bool = False
-
-  def __post_init__(self) -> None:
-    require(self.num_classes >= 0, 'finetune.num_classes', f'{self.num_classes} must not be negative')
-    require(0 <= self.dropout < 1, 'finetune.dropout', f'{self.dropout} must be in [0, 1)')
-
-
-@dataclasses.dataclass(frozen=True)
 class RunConfig:
   """One job of `compactlm train`.
 
@@ -207,7 +209,7 @@ class RunConfig:
     log_every: steps between lines in metrics.jsonl.
     eval_every: steps between evaluations; 0 evaluates at the end only.
     model: folder or run whose weights start the trained model; '' starts from `encoder` at random.
-    teacher: folder or run of the frozen teacher.
+    teacher: folder or run of the frozen teacher; for 'finetune', one that was fine-tuned for the same task.
     encoder: sizes of the trained model where `model` is ''.
   """
 
@@ -228,6 +230,7 @@ class RunConfig:
   mesh: MeshConfig = MeshConfig()
   distill: DistillConfig = DistillConfig()
   finetune: FinetuneConfig = FinetuneConfig()
+  span: SpanConfig = SpanConfig()
   mask: MaskConfig = MaskConfig()
   electra: ElectraConfig = ElectraConfig()
 
