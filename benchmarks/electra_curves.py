@@ -53,14 +53,15 @@ def configs(args: argparse.Namespace, workdir: pathlib.Path) -> dict[str, RunCon
   """Both runs, on the user's text."""
   text = learning.text_file(args.data, 'train')
   tokenizer = learning.tokenizer_for(text, workdir / 'tokenizer', 8192, lowercase=True)
-  path = learning.rows(text, tokenizer, workdir / 'rows', 128, holdout_rows=256)
+  path = learning.rows(text, tokenizer, workdir / 'rows', args.seq_len, holdout_rows=256 * 128 // args.seq_len)
   return {
     name: RunConfig(
       task='electra',
       steps=args.steps,
-      batch_size=8,  # many small steps: the discriminator takes hundreds to leave the rate of replaced tokens behind
+      batch_size=1024
+      // args.seq_len,  # many small steps: the discriminator takes hundreds to leave the rate of replaced tokens behind
       encoder=encoder,
-      data=DataConfig(path=path, seq_len=128),
+      data=DataConfig(path=path, seq_len=args.seq_len),
       electra=ElectraConfig(generator_size=0.5),
       optimizer=OptimizerConfig(warmup_fraction=0.1),
       checkpoint_every=args.steps,
@@ -113,6 +114,7 @@ def main() -> None:
   parser.add_argument('--data', required=True)
   parser.add_argument('--workdir', required=True)
   parser.add_argument('--steps', type=int, default=3600)
+  parser.add_argument('--seq_len', type=int, default=128)
   parser.add_argument('--rates', default='5e-4,1e-3')
   args = parser.parse_args()
   keep_memory()

@@ -19,6 +19,7 @@ from compactlm_jax.config import (
   MeshConfig,
   OptimizerConfig,
   RunConfig,
+  SpanConfig,
   from_config_dict,
   to_config_dict,
   to_json,
@@ -62,12 +63,13 @@ def test_every_field_is_documented():
     MeshConfig,
     DistillConfig,
     FinetuneConfig,
+    SpanConfig,
     EncoderConfig,
     MaskConfig,
     ElectraConfig,
   ):
     for field in dataclasses.fields(kind):
-      sections = ('data', 'optimizer', 'mesh', 'distill', 'finetune', 'mask', 'electra')
+      sections = ('data', 'optimizer', 'mesh', 'distill', 'finetune', 'span', 'mask', 'electra')
       if kind is RunConfig and field.name in sections:
         continue
       listed = re.search(rf'^ +(\w+, )*{field.name}(, \w+)*( and \w+)?: ', kind.__doc__, re.MULTILINE)
