@@ -129,7 +129,12 @@ def _scores(found: Sequence[str], numbers: Sequence[int], file: Any) -> np.ndarr
   return np.asarray(values, np.float32)
 
 
-def _lines(file: epath.Path) -> Iterator[tuple[int, str]]:
+def numbered_lines(file: epath.Path) -> Iterator[tuple[int, str]]:
+  """The lines of a text file (.gz is decompressed) with their numbers from 1, without byte order mark and line ends.
+
+  Raises:
+    DataError: no such file, not UTF-8, or a damaged gzip file.
+  """
   if not file.exists():
     raise DataError(f'{file}: no such file')
   with file.open('rb') as raw:
@@ -145,7 +150,7 @@ def _lines(file: epath.Path) -> Iterator[tuple[int, str]]:
 
 def _tsv(file: epath.Path) -> Iterator[tuple[int, dict[str, Any]]]:
   header: list[str] | None = None
-  for number, line in _lines(file):
+  for number, line in numbered_lines(file):
     if not line.strip():
       continue
     cells = line.split('\t')
@@ -160,7 +165,7 @@ def _tsv(file: epath.Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def _jsonl(file: epath.Path) -> Iterator[tuple[int, dict[str, Any]]]:
   if '.jsonl' not in file.suffixes[-2:]:
     raise ConfigError(f'{file}: unknown kind of table; use .tsv or .jsonl, optionally with .gz')
-  for number, line in _lines(file):
+  for number, line in numbered_lines(file):
     if not line.strip():
       continue
     try:
