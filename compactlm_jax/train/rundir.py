@@ -11,10 +11,13 @@ import logging
 import os
 import pathlib
 import platform
+import re
 import secrets
+import shlex
 import socket
+import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -219,6 +222,7 @@ def _next_record(
     'config': to_json(config),
     'config_hash': _hash(to_json(config)),
     'identity': dict(identity),
+    'command': _command(sys.argv),
     **_versions(),
     'changes': [],
   }
@@ -228,6 +232,7 @@ def _next_record(
   if not (checkpoints.steps() or checkpoints.bad()):
     return record  # nothing to resume
   old_config, old = read_run(path)
+  record['command'] = old.get('command') or record['command']  # of the start, not of the last resume
   before = _fields({**old, 'config': to_json(old_config)})
   differing = [f for f in sorted(set(new) | set(before)) if new.get(f) != before.get(f) and f not in FREE_FIELDS]
   refused = [
@@ -272,6 +277,22 @@ def _fields(record: Mapping[str, Any]) -> dict[str, Any]:
         yield prefix + name, value
 
   return dict([*walk(record['config'], ''), *walk({'identity': record['identity']}, '')])
+
+
+def _command(argv: Sequence[str]) -> str:
+  """The line that a shell takes to start this process again; the home directory is written as "$HOME"."""
+  program = pathlib.Path(argv[0]) if argv and argv[0] else pathlib.Path('python')
+  if program.name == '__main__.py':
+    start = ['python', '-m', program.parent.name]
+  else:
+    start = ['python', argv[0]] if program.suffix == '.py' else [program.name]
+  home, parts = os.path.expanduser('~'), []
+  pattern = rf'(?<![\w./-]){re.escape(home)}(?![\w.-])' if len(home) > 1 else '(?!)'  # '~' or '/': there is none
+  for argument in [*start, *argv[1:]]:
+    quoted = shlex.quote(argument)
+    variable = '$HOME' if quoted == argument else """'"$HOME"'"""
+    parts.append(re.sub(pattern, variable, quoted))
+  return ' '.join(parts)
 
 
 def _versions() -> dict[str, Any]:

@@ -15,6 +15,8 @@ class StopRequest:
 
   The loop asks `requested(step)` after every step and saves before it leaves. A second SIGTERM changes nothing, a
   second SIGINT aborts at once. With several processes all agree on the same step.
+
+  One may be open inside another (a run inside a series of runs): each knows what the other was asked.
   """
 
   def __init__(self) -> None:
@@ -25,12 +27,19 @@ class StopRequest:
     if threading.current_thread() is threading.main_thread():
       for number in (signal.SIGTERM, signal.SIGINT):
         self._previous[number] = signal.signal(number, self._remember)
+      self._asked |= any(outer._asked for outer in self._outer())
     return self
 
   def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
     for number, handler in self._previous.items():
       signal.signal(number, handler)  # type: ignore[arg-type]
+    for outer in self._outer():
+      outer._asked |= self._asked
     self._previous.clear()
+
+  def _outer(self) -> list[StopRequest]:
+    owners = [getattr(handler, '__self__', None) for handler in self._previous.values()]
+    return [owner for owner in owners if isinstance(owner, StopRequest)]
 
   def _remember(self, number: int, frame: FrameType | None) -> None:
     if number == signal.SIGINT and self._asked:

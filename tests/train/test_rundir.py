@@ -265,3 +265,34 @@ def test_free_space_check(tmp_path):
   with pytest.raises(StorageError, match='MB are needed'):
     free_space_check(tmp_path / 'not' / 'yet', 2**62)
   free_space_check('gs://bucket/run', 2**62)  # not known there
+
+
+@pytest.mark.parametrize(
+  ('argv', 'line'),
+  [
+    (['/opt/bin/compactlm', 'train', '--workdir=a b'], "compactlm train '--workdir=a b'"),
+    (['/x/compactlm_jax/__main__.py', 'train'], 'python -m compactlm_jax train'),
+    (['mine.py', '$(id)'], "python mine.py '$(id)'"),
+    (['compactlm', '--workdir=/home/me/runs', '--x=/home/me y'], "compactlm --workdir=$HOME/runs '--x='\"$HOME\"' y'"),
+    (['compactlm', '/home/meta', '/data/home/me/x'], 'compactlm /home/meta /data/home/me/x'),
+    ([''], 'python'),
+  ],
+)
+def test_the_command_is_told_as_a_shell_takes_it(argv, line, monkeypatch):
+  """Mutations: join by blanks; replace the home directory wherever its letters stand."""
+  monkeypatch.setenv('HOME', '/home/me')
+  assert rundir._command(argv) == line
+
+
+def test_the_command_that_started_a_run_is_kept_when_it_is_resumed(tmp_path, monkeypatch):
+  """Another command line is no reason to refuse. Mutation: record the newest command."""
+  monkeypatch.setattr(sys, 'argv', ['compactlm', 'train', '--workdir=runs/a b'])
+  trained(tmp_path)
+  monkeypatch.setattr(sys, 'argv', ['compactlm', 'train', '--config.log_every=3'])
+  trained(tmp_path, dataclasses.replace(CONFIG, log_every=3))
+  record = read_run(tmp_path)[1]
+  assert record['command'] == "compactlm train '--workdir=runs/a b'" and record['changes'] == []
+  del record['command']  # as an older version left it
+  (tmp_path / 'config.json').write_text(json.dumps(record))
+  trained(tmp_path)
+  assert read_run(tmp_path)[1]['command'] == 'compactlm train --config.log_every=3'

@@ -1,0 +1,28 @@
+"""Requests to stop, one inside another."""
+
+import signal
+
+from compactlm_jax.train.signals import StopRequest
+
+
+def test_a_request_is_known_inside_and_outside(tmp_path):
+  """SIGTERM while data are loaded stops the run that starts next; one during a run stops the series after it.
+
+  Mutations: inherit nothing on entry; hand nothing back on exit.
+  """
+  before = signal.getsignal(signal.SIGTERM)
+  with StopRequest() as series:
+    signal.raise_signal(signal.SIGTERM)
+    with StopRequest() as run:
+      assert run.requested(1)
+  with StopRequest() as series:
+    with StopRequest() as run:
+      assert not run.requested(1)
+      signal.raise_signal(signal.SIGTERM)
+      assert run.requested(2) and not series.requested(2)
+    assert series.requested(0)
+    with StopRequest() as run:
+      assert run.requested(1)
+  assert signal.getsignal(signal.SIGTERM) == before
+  with StopRequest() as fresh:
+    assert not fresh.requested(1)
