@@ -1,9 +1,8 @@
-"""FLOPs that a model needs, counted from its configuration: what MFU divides by.
+"""FLOPs of a training step, counted from its configuration: what MFU divides by.
 
-Matrix products only, two FLOPs per multiplication and addition, whatever the compiler makes of them: recomputation,
-padding and one-hot tricks do not count. A trained product counts three times (forward, and two in the backward pass),
-a frozen one once. Table look-ups, LayerNorms, softmax and the optimiser count nothing. For a plain encoder at short
-length this is the usual 6 * weights * tokens (PaLM, Chowdhery et al. 2022, appendix B), plus attention and heads.
+A product of `nn.flops` counts three times if it is trained (forward, and two in the backward pass), once if it is
+frozen. Recomputation and the optimiser count nothing. For a plain encoder at short length this is the usual 6 * weights
+* tokens (PaLM, Chowdhery et al. 2022, appendix B), plus attention and heads.
 """
 
 from __future__ import annotations
@@ -11,48 +10,11 @@ from __future__ import annotations
 import dataclasses
 
 from compactlm_jax.config import EncoderConfig, RunConfig
+from compactlm_jax.nn.flops import encoder_flops, layer_flops, mlm_head_flops
 from compactlm_jax.tasks.distill import layer_pairs
 
 TRAINED = 3
 """Forward pass, gradient of the inputs, gradient of the weights."""
-
-
-def layer_flops(config: EncoderConfig, seq_len: int) -> float:
-  """Forward FLOPs of one layer for one token.
-
-  Args:
-    config: the encoder.
-    seq_len: length of its row. Causal attention reads (seq_len + 1) / 2 positions on average.
-  """
-  inner, branches = config.num_heads * config.head_size, 0
-  total = 2.0 * config.hidden_size * inner  # queries
-  if config.self_attention:
-    branches += 1
-    read = (seq_len + 1) / 2 if config.causal else seq_len
-    total += 2 * 2 * config.hidden_size * inner + 2 * 2 * read * inner
-  if config.conv_kernel_size:
-    branches += 1
-    total += conv_flops(config)
-  total += 2 * branches * inner * config.hidden_size
-  return total + 2 * 2 * config.hidden_size * config.intermediate_size / config.num_groups
-
-
-def conv_flops(config: EncoderConfig) -> float:
-  """Forward FLOPs of the dynamic convolution of one layer for one token: span, taps, values, mixing."""
-  inner, taps = config.num_heads * config.head_size, config.conv_kernel_size
-  span = 2 * taps * config.hidden_size + 2 * config.hidden_size * inner if config.conv_kind == 'span' else 0
-  return span + 2 * inner * config.num_heads * taps + 2 * config.hidden_size * inner + 2 * taps * inner
-
-
-def encoder_flops(config: EncoderConfig, seq_len: int) -> float:
-  """Forward FLOPs of an encoder for one token, without pooler and heads."""
-  projection = 2 * config.embedding_size * config.hidden_size if config.embedding_size != config.hidden_size else 0
-  return projection + config.num_layers * layer_flops(config, seq_len)
-
-
-def mlm_head_flops(config: EncoderConfig) -> float:
-  """Forward FLOPs of the masked-language-model head for one position: Dense, then the word table."""
-  return 2.0 * config.embedding_size * (config.hidden_size + config.vocab_size)
 
 
 def model_flops(config: RunConfig, teacher: EncoderConfig | None = None) -> float:

@@ -13,7 +13,8 @@ from compactlm_jax.config import (
   MaskConfig,
   RunConfig,
 )
-from compactlm_jax.plan.flops import conv_flops, encoder_flops, layer_flops, mlm_head_flops, model_flops
+from compactlm_jax.nn.flops import conv_flops, encoder_flops, layer_flops, mlm_head_flops
+from compactlm_jax.plan.flops import model_flops
 
 BERT = EncoderConfig()
 CONVBERT = EncoderConfig.mixed(heads=12, head_ratio=2, hidden_size=768)
