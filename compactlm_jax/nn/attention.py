@@ -41,17 +41,23 @@ class SpanDynamicConv(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x_BTD: Float[Array, 'B T D'], q_BTHK: Float[Array, 'B T H K'], mask_BT: Int[Array, 'B T']
-  ) -> Float[Array, 'B T H K']:
+    self,
+    x_BTD: Float[Array, 'B T D'],
+    q_BTHK: Float[Array, 'B T H K'],
+    mask_BT: Int[Array, 'B T'],
+    *,
+    only_taps: bool = False,
+  ) -> Float[Array, 'B T H K'] | Float[Array, 'W B T H']:
     """Mixes neighbouring values.
 
     Args:
       x_BTD: the layer's input.
       q_BTHK: the unscaled queries of self-attention.
       mask_BT: 1 for real tokens; read unless `config.conv_sees_padding`.
+      only_taps: stop at the kernels, which are then returned, to look at them.
 
     Returns:
-      One vector per position and head.
+      One vector per position and head; with `only_taps` one kernel, which adds up to 1.
     """
     cfg = self.config
     heads, size, taps = cfg.num_heads, cfg.head_size, cfg.conv_kernel_size
@@ -65,6 +71,8 @@ class SpanDynamicConv(nn.Module):
     logits_BTHW = logits.reshape(*logits.shape[:2], heads, taps).astype(jnp.float32)
     # Taps first: the softmax and the sums over taps then run over long rows.
     taps_WBTH = jax.nn.softmax(materialize(jnp.moveaxis(logits_BTHW, -1, 0)), axis=0).astype(x_BTD.dtype)
+    if only_taps:
+      return taps_WBTH
     v = MaskedDense(heads * size, cfg, self.mask_fn, name='value')(x_BTD)
     if not cfg.conv_sees_padding:
       taps_WBTH *= tap_reads(real_BT, taps, causal=cfg.causal)[..., None]
