@@ -1,0 +1,1 @@
+"""Scores of predictions: host-side NumPy, scikit-learn and SciPy; no JAX."""
