@@ -11,6 +11,7 @@ from absl import logging
 from etils import epath
 
 from compactlm_jax.config import EncoderConfig
+from compactlm_jax.errors import ConfigError
 from compactlm_jax.interop import hf_config, names
 from compactlm_jax.interop.card import model_card
 from compactlm_jax.interop.folder import WEIGHTS, open_folder, read_tensors
@@ -26,14 +27,17 @@ class Bundle:
 
   Attributes:
     config: the encoder's configuration.
-    params: the tree: 'encoder', and any of 'mlm_head', 'rtd_head', 'classifier'. A classifier reads the pooled vector
-      if `config.pooler`, else the last hidden state of the first token; `drop_pooler` makes the second true.
+    params: the tree: 'encoder', and any of 'mlm_head', 'rtd_head', 'classifier', 'span'. A classifier reads the pooled
+      vector if `config.pooler`, else the last hidden state of the first token; `drop_pooler` makes the second true. A
+      classifier of one output predicts a number, in the unit of the labels.
     tokenizer: the tokenizer's files; None if the folder had none.
+    labels: names of the classifier's classes in the order of its outputs; () if they have none.
   """
 
   config: EncoderConfig
   params: Params
   tokenizer: TokenizerFiles | None = None
+  labels: tuple[str, ...] = ()
 
 
 def from_pretrained(folder: epath.PathLike) -> Bundle:
@@ -58,7 +62,12 @@ def from_pretrained(folder: epath.PathLike) -> Bundle:
     config = dataclasses.replace(config, pooler=True)
   tokenizer = read_tokenizer(source)
   config = matched(config, tokenizer)
-  return Bundle(config, jax.tree.map(jnp.asarray, names.import_tensors(tensors, config)), tokenizer)
+  params = names.import_tensors(tensors, config)
+  outputs = params['classifier']['bias'].shape[0] if 'classifier' in params else 0
+  labels = hf_config.labels_of(raw) if outputs > 1 else ()
+  if len(labels) not in (0, outputs):
+    raise ConfigError(f'{folder}/config.json: id2label names {len(labels)} classes, the classifier has {outputs}')
+  return Bundle(config, jax.tree.map(jnp.asarray, params), tokenizer, labels)
 
 
 def save_pretrained(bundle: Bundle, folder: epath.PathLike) -> None:
@@ -100,8 +109,8 @@ def export_files(
     logging.warning('%s: exported without a tokenizer; whoever loads it must bring the right one', folder)
   config = matched(config, bundle.tokenizer)
   classes = bundle.params['classifier']['bias'].shape[-1] if 'classifier' in heads else 0
-  described = hf_config.to_native(config) if native else hf_config.to_hf(config, heads, classes)
-  extra = [] if native else hf_config.unread_heads(config, heads)
+  described = hf_config.to_native(config) if native else hf_config.to_hf(config, heads, classes, bundle.labels)
+  extra = [] if native else hf_config.unread_heads(config, heads, classes)
   if extra:
     logging.warning('%s: transformers will ignore %s; from_pretrained reads it back', folder, ', '.join(extra))
   tensors = names.export_tensors(bundle.params, config)

@@ -7,7 +7,6 @@ from typing import Any
 
 from compactlm_jax.config import EncoderConfig
 from compactlm_jax.interop.hf_config import unread_heads
-from compactlm_jax.interop.names import reads_pooler
 
 
 def model_card(
@@ -15,6 +14,7 @@ def model_card(
 ) -> str:
   """What the folder holds and how to load it. A function of its arguments alone: no dates, no paths."""
   cls = described['architectures'][0] if 'architectures' in described else None
+  unread = unread_heads(config, heads, len(described.get('id2label', ())))
   no_pooler = ', add_pooling_layer=False' if cls == 'BertModel' and not config.pooler else ''
   lines = [
     '---',
@@ -54,12 +54,20 @@ def model_card(
       'that its outputs near padding differ; rows without padding agree. compactlm-jax restores the trained mode.',
       '',
     ]
-  if unread_heads(config, heads):
-    lines += [f'transformers ignores: {", ".join(unread_heads(config, heads))}. compactlm-jax reads them.', '']
-  if 'rtd_head' in unread_heads(config, heads):
+  if unread:
+    lines += [f'transformers ignores: {", ".join(unread)}. compactlm-jax reads them.', '']
+  if 'rtd_head' in unread:
     lines += ['The replaced-token head is `discriminator_predictions.*`, as in ELECTRA.', '']
   if generator:
     lines += [f'The generator that this discriminator was trained with is in `{generator}/`.', '']
-  if 'classifier' in heads and not reads_pooler(config):
+  if 'classifier' in unread:
     lines += ['The classifier (`compactlm_classifier.*`) reads the last hidden state of the first token.', '']
+  if cls in ('ElectraForSequenceClassification', 'ConvBertForSequenceClassification'):
+    lines += [
+      'The classifier is one layer on the first token. `classifier.dense` and `classifier.out_proj` hold it exactly:',
+      'gelu(z) - gelu(-z) = z.',
+      '',
+    ]
+  if described.get('problem_type') == 'regression':
+    lines += ['The classifier has one output: a number in the unit of the labels.', '']
   return '\n'.join(lines)

@@ -2,8 +2,9 @@
 
 Documented additions of ours, which transformers ignores on load:
   `discriminator_predictions.*` (ELECTRA's own names) holds the replaced-token head of every architecture;
-  `compactlm_classifier.*` holds a classifier that reads the first token. Only BERT with a pooler has the same
-  classifier in transformers (`classifier.*` of BertForSequenceClassification, on the pooled vector).
+  `compactlm_classifier.*` holds a classifier that reads BERT's first token itself. BERT with a pooler has the same
+  classifier in transformers (`classifier.*` of BertForSequenceClassification, on the pooled vector); for ELECTRA and
+  ConvBERT it is rewritten as the head that transformers has there (`first_token`).
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from absl import logging
 
 from compactlm_jax.config import EncoderConfig
 from compactlm_jax.errors import ConfigError, DataError, NumericsError
+from compactlm_jax.interop import first_token
 from compactlm_jax.tree import named_leaves, nested
 from compactlm_jax.types import Params
 
-HEADS = ('mlm_head', 'rtd_head', 'classifier')
+HEADS = ('mlm_head', 'rtd_head', 'classifier', 'span')
 """Optional parts of a tree beside 'encoder'."""
 
 
@@ -143,7 +145,8 @@ def _head_rows(config: EncoderConfig) -> list[Row]:
     bias,
     *_dense('rtd_head/dense', 'discriminator_predictions.dense', 'D', 'D'),
     *_dense('rtd_head/output', 'discriminator_predictions.dense_prediction', 'D', '1'),
-    *_dense('classifier', 'classifier' if reads_pooler(config) else 'compactlm_classifier', 'D', 'C'),
+    *_dense('classifier', 'classifier' if reads_pooler(config) else first_token.OURS, 'D', 'C'),
+    *_dense('span', 'qa_outputs', 'D', '2'),
   ]
 
 
@@ -177,6 +180,7 @@ def _sizes(config: EncoderConfig, num_classes: int) -> dict[str, int]:
     'F/G': config.intermediate_size // config.num_groups,
     'C': num_classes,
     '1': 1,
+    '2': 2,
   }
 
 
@@ -250,7 +254,7 @@ def export_tensors(params: Params, config: EncoderConfig) -> dict[str, np.ndarra
     for layer in _layers(row, config):
       value = array if layer is None else array[layer]
       out[prefix + _name(row, layer)] = np.ascontiguousarray(row.transform.to_hf(value))
-  return out
+  return first_token.widened(out) if first_token.fits(config, classes) else out
 
 
 def import_tensors(tensors: Mapping[str, np.ndarray], config: EncoderConfig) -> Params:
@@ -268,7 +272,7 @@ def import_tensors(tensors: Mapping[str, np.ndarray], config: EncoderConfig) -> 
       that differ.
     ConfigError: a shape that does not agree with the configuration.
   """
-  rows = table(config)
+  rows, tensors = table(config), first_token.narrowed(tensors, config)
   classes = next((t.shape[0] for n, t in tensors.items() if n.endswith('classifier.weight') and t.ndim == 2), 0)
   sizes, accepted = _sizes(config, classes), _accepted(rows, config)
   found: dict[tuple[str, int | None], tuple[str, np.ndarray]] = {}
@@ -323,9 +327,9 @@ def _unused(name: str, config: EncoderConfig) -> bool:
 
 
 def _unexpected(name: str, config: EncoderConfig) -> str:
-  if name.split('.')[0] in ('classifier', 'qa_outputs', 'sequence_summary'):
+  if name.split('.')[0] in ('classifier', 'sequence_summary'):
     return (
-      "unexpected: this task head of transformers is not one of ours (only BertForSequenceClassification's is); "
+      "unexpected: this task head of transformers is not one of ours (BertForSequenceClassification's is); "
       'save the encoder without it: AutoModel.from_pretrained(folder).save_pretrained(new_folder)'
     )
   return f'unexpected in a {config.architecture} model of {config.num_layers} layers; check config.json against it'

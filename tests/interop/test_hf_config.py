@@ -138,6 +138,9 @@ def test_published_convberts_are_expressible():
 READ = {
   'BertForMaskedLM': {'mlm_head'},
   'BertForSequenceClassification': {'classifier'},
+  'ConvBertForSequenceClassification': {'classifier'},
+  'ElectraForSequenceClassification': {'classifier'},
+  'BertForQuestionAnswering': {'span'},
   'ElectraForPreTraining': {'rtd_head'},
   'ElectraForMaskedLM': {'mlm_head'},
   'ConvBertForMaskedLM': {'mlm_head'},
@@ -156,7 +159,10 @@ READ = {
     ('electra', False, ('mlm_head', 'rtd_head'), 'ElectraForPreTraining'),
     ('electra', False, ('mlm_head',), 'ElectraForMaskedLM'),
     ('convbert', False, ('mlm_head', 'rtd_head'), 'ConvBertForMaskedLM'),
-    ('convbert', False, ('rtd_head', 'classifier'), 'ConvBertModel'),
+    ('convbert', False, ('rtd_head', 'classifier'), 'ConvBertForSequenceClassification'),
+    ('electra', False, ('classifier', 'span'), 'ElectraForSequenceClassification'),
+    ('bert', False, ('classifier', 'span'), 'BertModel'),
+    ('bert', True, ('span',), 'BertForQuestionAnswering'),
     ('causal bert', False, ('mlm_head',), 'BertLMHeadModel'),
     ('causal electra', False, ('mlm_head',), 'ElectraForCausalLM'),
     ('causal bert', False, (), 'BertModel'),
@@ -164,5 +170,5 @@ READ = {
 )
 def test_architectures(kind, pooler, heads, expected):
   config = EncoderConfig(kind.split()[-1], **{**SMALL, 'num_heads': 4}, pooler=pooler, causal=kind.startswith('causal'))
-  assert architecture(config, heads) == expected
-  assert unread_heads(config, heads) == sorted(set(heads) - READ.get(expected, set()))
+  assert architecture(config, heads, 3) == expected
+  assert unread_heads(config, heads, 3) == sorted(set(heads) - READ.get(expected, set()))

@@ -31,6 +31,7 @@ def _full_shapes(config):
       'mlm_head': MlmHead(config).init(key, x_BTD, word_VE)['params'],
       'rtd_head': RtdHead(config).init(key, x_BTD)['params'],
       'classifier': Classifier(5, config).init(key, x_BTD[0])['params'],
+      'span': Classifier(2, config).init(key, x_BTD[0])['params'],
     }
 
   return {**encoder_shapes(config), **jax.eval_shape(heads, jax.random.key(0))}
