@@ -31,8 +31,9 @@ import numpy as np
 
 from compactlm_jax.config import RunConfig, from_config_dict
 from compactlm_jax.data import shards
+from compactlm_jax.data.batches import Batches
 from compactlm_jax.data.manifest import Manifest, Shard
-from compactlm_jax.data.source import Batches, RowSource, open_dataset
+from compactlm_jax.data.source import RowSource, open_dataset
 from compactlm_jax.data.text import file_sha256
 from compactlm_jax.types import Batch
 
@@ -133,7 +134,7 @@ def wait_in_training(folder: Path, steps: int) -> str:
   config = dataclasses.replace(config, steps=steps, checkpoint_every=steps, eval_every=0)
   rows = write(folder / 'short', 20_000, config.data.seq_len, config.encoder.vocab_size, 1)
   watched = Watched(Batches(rows, config.batch_size, config.seed))
-  job = dataclasses.replace(build_job(config), batches=watched, eval_batches=None)
+  job = dataclasses.replace(build_job(config), batches=watched, evals=())
   with contextlib.redirect_stderr(open(os.devnull, 'w')):
     train(job, str(folder / 'run'))
   mesh, batch = make_mesh(config.mesh), watched.batches.batch(0)

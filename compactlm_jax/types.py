@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 Params = dict[str, Any]
@@ -127,8 +128,14 @@ Trainable = tuple[tuple[str, bool | tuple[bool, ...]], ...]
 LossFn = Callable[[Params, Any, Batch, jax.Array, jax.Array], tuple[jax.Array, Metrics]]
 """loss(params, frozen, batch, key, step) -> (value, metrics)."""
 
-EvaluateFn = Callable[[Params, Any, Batch], Mapping[str, tuple[jax.Array, jax.Array]]]
-"""evaluate(params, frozen, batch) -> {name: (sum, count)}, to be added up over batches."""
+EvaluateFn = Callable[[Params, Any, Batch], Mapping[str, tuple[jax.Array, jax.Array] | jax.Array]]
+"""evaluate(params, frozen, batch) -> {name: (sum, count) or rows [B, ...]}.
+
+Pairs are added up over batches and become means. Rows are gathered, without those of weight 0, for a `Score`.
+"""
+
+Score = Callable[[Mapping[str, np.ndarray]], Mapping[str, float]]
+"""What `evaluate` gathered, in the order of the rows -> metrics that are no sums (F1, correlations, exact match)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +147,7 @@ class Task:
     init: key -> freshly initialised parameters.
     loss: the training loss; `value` is a mean over `metrics['weight']` units (rows, tokens), so that gradient
       accumulation can weigh its micro-batches.
-    evaluate: sums and counts of held-out metrics.
+    evaluate: sums and counts of held-out metrics, and outputs of rows.
     frozen: parameters that are read but never trained or saved (a teacher); None if there are none.
     trainable: (regex, trained?) rows over parameter names such as 'encoder/layers/attention/query/kernel'; every
       name must match exactly one. For stacked layers the value may be a tuple with one entry per layer: layers that

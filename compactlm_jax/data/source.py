@@ -1,16 +1,10 @@
-"""The training side of data: rows by index, and batches that are a pure function of (seed, step).
-
-`open_dataset` proves a prepared dataset against its manifest and checks every record that it hands out. `Batches` is
-in Grain's order of shuffling, defined over all hosts, and reads ahead with Grain; nothing has to be saved to resume.
-"""
+"""Rows by index: of a prepared dataset, proved against its manifest and checked when read, or of arrays in memory."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,9 +13,6 @@ from etils import epath
 from compactlm_jax.data.manifest import Manifest, read_manifest, verify_files
 from compactlm_jax.data.records import Reader, Record
 from compactlm_jax.errors import ConfigError, DataError
-from compactlm_jax.types import Batch
-
-_ENDLESS = 1 << 48
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +32,7 @@ class RowSource:
     classes: class names, if rows are labelled with classes.
     damaged: indices of rows that were found damaged and replaced so far (`bad_record_budget`).
     words_per_token: words per token after the first of each row (`Manifest.words_per_token`); 0 if it is unknown.
+    lengths: real tokens of each row, int32 [size], where all rows are in memory; None for rows on disk.
   """
 
   fetch: Callable[[np.ndarray], Record]
@@ -52,6 +44,7 @@ class RowSource:
   classes: tuple[str, ...] = ()
   damaged: set[int] = dataclasses.field(default_factory=set, compare=False)
   words_per_token: float = 0.0
+  lengths: np.ndarray | None = dataclasses.field(default=None, compare=False)
 
   def __len__(self) -> int:
     return self.size
@@ -66,9 +59,15 @@ class RowSource:
     """The rows start <= index < stop as a source of their own; how many words they hold is not known."""
     if not 0 <= start < stop <= self.size:
       raise ConfigError(f'{self.name}: rows {start} to {stop} do not lie within its {self.size} rows')
+    lengths = None if self.lengths is None else self.lengths[start:stop]
     return dataclasses.replace(
-      self, fetch=lambda indices: self.fetch(start + indices), size=stop - start, words_per_token=0.0
+      self, fetch=lambda indices: self.fetch(start + indices), size=stop - start, words_per_token=0.0, lengths=lengths
     )
+
+  def reordered(self, order: np.ndarray) -> RowSource:
+    """The same rows; row i of the result is row order[i] (int64 [size], a permutation)."""
+    lengths = None if self.lengths is None else self.lengths[order]
+    return dataclasses.replace(self, fetch=lambda indices: self.fetch(order[indices]), lengths=lengths)
 
 
 def hold_out(source: RowSource, eval_rows: int) -> tuple[RowSource, RowSource]:
@@ -97,6 +96,7 @@ def array_source(
     fingerprint=fingerprint,
     name=name,
     classes=classes,
+    lengths=rows['length'],
   )
 
 
@@ -163,120 +163,3 @@ def _builder(path: Any, split: str, manifest: Manifest) -> Any:
       f'{epath.Path(path) / "dataset_info.json"}: {lengths} rows per shard, the manifest has others; copy it again'
     )
   return builder
-
-
-@dataclasses.dataclass(frozen=True)
-class Batches:
-  """Training batches: shuffled anew each epoch, every row exactly once per epoch, the same for any number of hosts.
-
-  Row number step * batch_size + i of the endless sequence epoch 0, epoch 1, ... is row i of batch `step`; a batch may
-  hold the end of one epoch and the start of the next. Host p of P gets rows [p * B / P, (p + 1) * B / P) of the batch.
-
-  Attributes:
-    source: the rows.
-    batch_size: rows of a batch over all hosts (B).
-    seed: of the order.
-    process_index: this host (p).
-    process_count: hosts (P).
-  """
-
-  source: RowSource
-  batch_size: int
-  seed: int
-  process_index: int = 0
-  process_count: int = 1
-
-  def __post_init__(self) -> None:
-    if self.batch_size < 1 or self.batch_size % self.process_count:
-      raise ConfigError(
-        f'config.batch_size: {self.batch_size} must be a positive multiple of the {self.process_count} hosts'
-      )
-    if not 0 <= self.process_index < self.process_count:
-      raise ConfigError(f'process_index {self.process_index} is outside 0 to {self.process_count - 1}')
-    if not len(self.source):
-      raise DataError(f'{self.source.name}: no rows')
-
-  @functools.cached_property
-  def _seed(self) -> int:
-    # The number of the epoch is added to it: hashed, so that neighbouring seeds do not share epochs.
-    return int(np.random.SeedSequence(self.seed).generate_state(1)[0])
-
-  def indices(self, step: int) -> np.ndarray:
-    """This host's row indices of batch `step` >= 0, int64, in the order of the batch.
-
-    Each epoch has the order of `grain.MapDataset.shuffle`, asked for single indices here because a pipeline of them
-    takes three times as long.
-    """
-    from grain.experimental import index_shuffle
-
-    if step < 0:
-      raise ValueError(f'step {step} must not be negative')
-    size, share = len(self.source), self.batch_size // self.process_count
-    first = step * self.batch_size + self.process_index * share
-    # Grain's cipher is one bit too short for the last of 2**k + 1 rows (k even, from 16 on), and would return one row
-    # twice and another never. There the last row keeps its place.
-    last = size - 1
-    fixed = last >= 1 << 16 and last.bit_count() == 1 and last.bit_length() % 2 == 1
-    found = []
-    for number in range(first, first + share):
-      epoch, place = divmod(number, size)
-      if not (fixed and place == last):
-        place = index_shuffle(place, last - fixed, (self._seed + epoch) % 2**32, 4)
-      found.append(place)
-    return np.asarray(found, np.int64)
-
-  def batch(self, step: int) -> Batch:
-    """This host's rows of batch `step` >= 0 as NumPy arrays, a pure function of (seed, step)."""
-    return _batch(self.source.fetch(self.indices(step)))
-
-  def prefetch(self, start_step: int = 0, *, threads: int = 2, buffer: int = 16) -> Iterator[tuple[int, Batch]]:
-    """Endless (step, batch) pairs from `start_step` on, read ahead by threads.
-
-    Args:
-      start_step: first step.
-      threads: reading threads.
-      buffer: batches read ahead.
-
-    Returns:
-      The pairs; their batches equal `batch(step)`.
-    """
-    import grain
-
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(buffer, threads))
-    steps = grain.MapDataset.range(start_step, start_step + _ENDLESS)
-    ahead = steps.map(self.batch).to_iter_dataset(options)
-    return zip(itertools.count(start_step), ahead, strict=False)
-
-
-def eval_batches(source: RowSource, batch_size: int, process_index: int = 0, process_count: int = 1) -> Iterator[Batch]:
-  """Every row once, in order; the last batch is filled up with copies of the last row, which have weight 0.
-
-  Args:
-    source: the rows.
-    batch_size: rows of a batch over all hosts.
-    process_index: this host.
-    process_count: hosts; each gets its rows of every batch.
-
-  Returns:
-    Batches of equal shape, with weights.
-  """
-  if batch_size < 1 or batch_size % process_count:
-    raise ConfigError(f'config.batch_size: {batch_size} must be a positive multiple of the {process_count} hosts')
-  share = batch_size // process_count
-  for start in range(process_index * share, -(-len(source) // batch_size) * batch_size, batch_size):
-    indices = np.arange(start, start + share)
-    rows = source.fetch(np.minimum(indices, len(source) - 1))
-    yield _batch(rows, (indices < len(source)).astype(np.float32))
-
-
-def _batch(rows: Record, weights: np.ndarray | None = None) -> Batch:
-  input_ids = rows['input_ids']
-  tokens = np.arange(input_ids.shape[1], dtype=np.int32)
-  fields: dict[str, Any] = {
-    'input_ids': input_ids,
-    'attention_mask': (tokens < rows['length'][:, None]).astype(np.int32),
-    'token_type_ids': rows['token_type_ids'],
-    'labels': rows.get('label'),
-    'weights': weights,
-  }
-  return Batch(**fields)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
+import logging
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from compactlm_jax.data.tokenizer import Tokenizer
 from compactlm_jax.errors import ConfigError, DataError
 
 _BATCH = 1000
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,18 +27,18 @@ class Table:
 
   Attributes:
     texts: one or two columns of texts.
-    labels: int32 class index per row, or float32 score.
+    labels: int32 class index per row, or float32 score; None for texts without labels.
     classes: class names in the order of their indices; empty for scores.
     name: the file.
   """
 
   texts: tuple[tuple[str, ...], ...]
-  labels: np.ndarray
+  labels: np.ndarray | None
   classes: tuple[str, ...]
   name: str
 
   def __len__(self) -> int:
-    return len(self.labels)
+    return len(self.texts[0])
 
 
 def read_table(
@@ -78,6 +80,8 @@ def read_table(
     for column, name in zip(texts, text_columns, strict=True):
       if not isinstance(row[name], str):
         raise DataError(f'{file}:{number}: column {name!r} holds {row[name]!r} instead of text')
+      if not row[name].strip():
+        raise DataError(f'{file}:{number}: column {name!r} is empty; fill it in or remove the row')
       column.append(row[name])
     found.append(_label_name(row[label_column], f'{file}:{number}'))
     numbers.append(number)
@@ -180,7 +184,8 @@ def _jsonl(file: epath.Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def tokenize_table(table: Table, tokenizer: Tokenizer, seq_len: int) -> RowSource:
   """Rows [CLS] a [SEP] or [CLS] a [SEP] b [SEP] (b in segment 1), padded, with labels.
 
-  Texts that are too long are cut at the end; of a pair, the longer text first, as Hugging Face's `longest_first`.
+  Texts that are too long are cut at the end, of a pair the longer text first, as Hugging Face's `longest_first`; how
+  many is logged.
 
   Args:
     table: texts and labels.
@@ -195,17 +200,22 @@ def tokenize_table(table: Table, tokenizer: Tokenizer, seq_len: int) -> RowSourc
   input_ids = np.full((rows, seq_len), tokenizer.pad_id, np.int32)
   token_type_ids = np.zeros((rows, seq_len), np.int32)
   length = np.zeros(rows, np.int32)
+  cut = 0
   for i, texts in enumerate(zip(*columns, strict=True)):
     ids = [tokenizer.cls_id]
-    for segment, (text, keep) in enumerate(
-      zip(texts, _keep([len(t) for t in texts], seq_len - 1 - len(texts)), strict=True)
-    ):
+    kept = _keep([len(t) for t in texts], seq_len - 1 - len(texts))
+    cut += sum(kept) < sum(map(len, texts))
+    for segment, (text, keep) in enumerate(zip(texts, kept, strict=True)):
       start = len(ids)
       ids += [*text[:keep], tokenizer.sep_id]
       token_type_ids[i, start : len(ids)] = segment
     input_ids[i, : len(ids)] = ids
     length[i] = len(ids)
-  arrays: Record = {'input_ids': input_ids, 'token_type_ids': token_type_ids, 'length': length, 'label': table.labels}
+  if cut:
+    log.warning('%s: %d of %d rows are longer than %d tokens and were cut', table.name, cut, rows, seq_len)
+  arrays: Record = {'input_ids': input_ids, 'token_type_ids': token_type_ids, 'length': length}
+  if table.labels is not None:
+    arrays['label'] = table.labels
   return array_source(
     arrays,
     vocab_size=tokenizer.vocab_size,

@@ -11,14 +11,15 @@ import numpy as np
 from etils import epath
 
 from compactlm_jax.config import DistillConfig, MeshConfig
-from compactlm_jax.data.source import eval_batches, open_dataset
+from compactlm_jax.data.batches import eval_batches
+from compactlm_jax.data.source import open_dataset
 from compactlm_jax.data.table import Table, tokenize_table
 from compactlm_jax.data.tokenizer import load_tokenizer
 from compactlm_jax.interop.bundle import Bundle
 from compactlm_jax.nn.encoder import encode
 from compactlm_jax.parallel import make_mesh
 from compactlm_jax.tasks.distill import make_distill_task
-from compactlm_jax.train.evaluate import make_evaluate
+from compactlm_jax.train.evaluate import Evaluation, make_evaluate
 
 
 def parameters(model: Bundle) -> int:
@@ -36,7 +37,7 @@ def relation_kl(model: Bundle, teacher: Bundle, rows: str) -> float:
   task = make_distill_task(model.config, teacher.config, teacher.params, DistillConfig())
   evaluate = make_evaluate(task, make_mesh(MeshConfig()))
   params = {'encoder': model.params['encoder']}
-  return evaluate(params, task.frozen, eval_batches(open_dataset(rows), 32))['loss']
+  return evaluate(params, task.frozen, Evaluation(lambda: eval_batches(open_dataset(rows), 32)))['loss']
 
 
 def latency(model: Bundle, folder: epath.Path, sentences: list[str]) -> float:

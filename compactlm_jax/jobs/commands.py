@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from compactlm_jax.config import RunConfig
-from compactlm_jax.data import source as rows
-from compactlm_jax.data.source import Batches, RowSource
+from compactlm_jax.data.batches import Batches, by_length, eval_batches
 from compactlm_jax.errors import ConfigError
 from compactlm_jax.interop.bundle import Bundle, save_pretrained
 from compactlm_jax.interop.pretrained import save_pretraining
+from compactlm_jax.jobs.data import EvalSet
 from compactlm_jax.jobs.distill import distill_job
 from compactlm_jax.jobs.finetune import finetune_job
 from compactlm_jax.jobs.models import is_run, load_model, load_towers, params_digest
 from compactlm_jax.jobs.pretrain import electra_job, lm_job, mlm_job
+from compactlm_jax.train.evaluate import Evaluation
 from compactlm_jax.train.loop import Job, train
-from compactlm_jax.types import Batch
 
 _BUILDERS = {
   'electra': electra_job,
@@ -66,14 +67,22 @@ def build_job(config: RunConfig) -> Job:
   if task.frozen is not None:
     identity['teacher'] = params_digest(task.frozen)
   files = {f'tokenizer/{name}': content for name, content in data.tokenizer.files.items()} if data.tokenizer else {}
-  return Job(task, config, steps, _batches(config, data.train), _eval_batches(config, data.dev), identity, files)
+  grouped = steps if config.data.group_by_length else 0
+  hosts, buckets = (jax.process_index(), jax.process_count()), config.data.buckets
+  batches = Batches(data.train, config.batch_size, config.seed, *hosts, buckets, grouped)
+  evals = tuple(_evaluation(held, config) for held in data.evals)
+  return Job(task, config, steps, batches, evals, identity, files)
 
 
-def _batches(config: RunConfig, source: RowSource) -> Batches:
-  return Batches(source, config.batch_size, config.seed, jax.process_index(), jax.process_count())
+def _evaluation(held: EvalSet, config: RunConfig) -> Evaluation:
+  """A pass over held-out rows; with buckets from short to long, which a score does not get to see."""
+  source, score, buckets = held.rows, held.score, config.data.buckets
+  if buckets:
+    source, order = by_length(held.rows)
+    inverse = np.argsort(order)
 
+    def score(rows: Mapping[str, np.ndarray]) -> Mapping[str, float]:
+      return held.score({name: values[inverse] for name, values in rows.items()})
 
-def _eval_batches(config: RunConfig, source: RowSource | None) -> Callable[[], Iterable[Batch]] | None:
-  if source is None:
-    return None
-  return lambda: rows.eval_batches(source, config.batch_size, jax.process_index(), jax.process_count())
+  hosts = (jax.process_index(), jax.process_count())
+  return Evaluation(lambda: eval_batches(source, config.batch_size, *hosts, buckets), score, held.prefix)

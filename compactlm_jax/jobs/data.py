@@ -16,6 +16,22 @@ from compactlm_jax.data.synthetic import synthetic_rows
 from compactlm_jax.errors import ConfigError
 from compactlm_jax.interop.tokenizer_files import TokenizerFiles
 from compactlm_jax.jobs.models import tokenizer_of
+from compactlm_jax.types import Score
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalSet:
+  """Held-out rows.
+
+  Attributes:
+    rows: what is evaluated.
+    score: metrics of the gathered outputs, which come in the order of `rows`.
+    prefix: of the names of all its metrics.
+  """
+
+  rows: RowSource
+  score: Score = lambda rows: {}
+  prefix: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +39,7 @@ class JobData:
   """Rows of a job, and what identifies them."""
 
   train: RowSource
-  dev: RowSource | None
+  evals: tuple[EvalSet, ...]
   identity: str
   tokenizer: TokenizerFiles | None
 
@@ -33,7 +49,7 @@ def generated(config: RunConfig) -> JobData:
   sizes: dict[str, Any] = {'seq_len': config.data.seq_len, 'vocab_size': config.encoder.vocab_size}
   source = synthetic_rows(seed=config.seed, **sizes)
   train_rows, dev = rows.hold_out(source, config.data.eval_rows)
-  return JobData(train_rows, dev, f'generated {sizes}', None)
+  return JobData(train_rows, (EvalSet(dev),), f'generated {sizes}', None)
 
 
 def prepared(config: RunConfig, fingerprint: str, tokenizer: TokenizerFiles | None) -> JobData:
@@ -61,7 +77,7 @@ def prepared(config: RunConfig, fingerprint: str, tokenizer: TokenizerFiles | No
   else:
     source, dev = rows.hold_out(source, config.data.eval_rows)
   digest = hashlib.sha256((path / 'manifest.json').read_bytes()).hexdigest()
-  return JobData(source, dev, digest, tokenizer)
+  return JobData(source, (EvalSet(dev),), digest, tokenizer)
 
 
 def check_tokenizer(config: RunConfig, fingerprint: str) -> None:

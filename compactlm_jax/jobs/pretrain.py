@@ -59,7 +59,7 @@ def lm_job(config: RunConfig) -> tuple[Task, JobData]:
   data, _ = _rows(config)
   found, encoder = _encoder(config, data)
   encoder = dataclasses.replace(encoder, causal=config.encoder.causal)
-  words_per_token = data.dev.words_per_token if data.dev else 0.0
+  words_per_token = data.evals[0].rows.words_per_token if data.evals else 0.0
   return make_lm_task(encoder, words_per_token=words_per_token, start=_start(found, encoder)), data
 
 

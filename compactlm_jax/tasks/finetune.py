@@ -1,4 +1,4 @@
-"""Fine-tuning for classification of sentences or sentence pairs."""
+"""Fine-tuning for classes or scores of sentences and sentence pairs, alone or with a fine-tuned teacher."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from compactlm_jax.config import EncoderConfig, FinetuneConfig, to_json
 from compactlm_jax.errors import ConfigError
-from compactlm_jax.losses.classification import cross_entropy
+from compactlm_jax.losses.classification import cross_entropy, soft_kl, squared_error
 from compactlm_jax.losses.reduce import masked_mean, masked_sum
 from compactlm_jax.nn.encoder import encode, init_encoder
 from compactlm_jax.nn.heads import Classifier
@@ -18,24 +18,36 @@ from compactlm_jax.types import Batch, Metrics, Params, Task
 
 
 def make_finetune_task(
-  encoder: EncoderConfig, classes: tuple[str, ...], config: FinetuneConfig, start: Params | None = None
+  encoder: EncoderConfig,
+  classes: tuple[str, ...],
+  config: FinetuneConfig,
+  start: Params | None = None,
+  teacher: tuple[Params, EncoderConfig] | None = None,
 ) -> Task:
   """A task that trains the whole encoder and a fresh head on the first token.
 
+  Outputs of evaluation (see `types.EvaluateFn`): 'outputs' [B, C], logits of classes or one score in the units of the
+  labels, and 'labels' [B] where there are any.
+
   Args:
     encoder: the encoder's configuration.
-    classes: class names, in the order of their indices.
-    config: head and dropout.
+    classes: class names, in the order of their indices; () for a regression.
+    config: head, dropout, and the weights of both losses.
     start: parameters that hold a trained 'encoder'; None starts at random.
+    teacher: (parameters with 'encoder' and 'classifier', configuration) of a model of the same classes; its head reads
+      the pooler if it has one. None trains on labels alone.
 
   Raises:
-    ConfigError: fewer than two classes, or `pooled` without a pooler.
+    ConfigError: one class, `pooled` without a pooler, or a teacher without a head or with another number of outputs.
   """
-  if len(classes) < 2:
-    raise ConfigError(f'config.data.label_column: found {len(classes)} class(es) {classes}; at least two are needed')
+  if len(classes) == 1:
+    raise ConfigError(f'config.data.label_column: found 1 class {classes}; at least two are needed')
   if config.pooled and not encoder.pooler:
     raise ConfigError('config.finetune.pooled: this encoder has no pooler; set it to False')
-  head = Classifier(len(classes), encoder, config.dropout)
+  width, scale = max(1, len(classes)), 1.0 if classes else config.score_scale
+  head = Classifier(width, encoder, config.dropout)
+  if teacher is not None:
+    _check_teacher(teacher[0], width)
 
   def init(key: jax.Array) -> Params:
     encoder_key, head_key = jax.random.split(key)
@@ -43,25 +55,43 @@ def make_finetune_task(
     fresh = head.init(head_key, jnp.zeros((1, encoder.hidden_size)))['params']
     return {'encoder': jax.tree.map(jnp.asarray, base), 'classifier': fresh}
 
-  def logits(params: Params, batch: Batch, key: jax.Array | None) -> jax.Array:
+  def outputs(params: Params, batch: Batch, key: jax.Array | None) -> jax.Array:
     encoder_key, head_key = (None, None) if key is None else jax.random.split(key)
     out = encode(params, encoder, batch.input_ids, batch.attention_mask, batch.token_type_ids, dropout_key=encoder_key)
     vector_BD = out.pooled_BD if config.pooled else out.last_BTD[:, 0]
     return jnp.asarray(head.apply({'params': params['classifier']}, vector_BD, head_key))
 
-  def losses_and_hits(logits_BC: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+  def task_losses(outputs_BC: jax.Array, batch: Batch) -> jax.Array:
     labels_B = jnp.asarray(batch.labels)
-    return cross_entropy(logits_BC, labels_B), jnp.equal(logits_BC.argmax(-1), labels_B).astype(jnp.float32)
+    return cross_entropy(outputs_BC, labels_B) if classes else squared_error(outputs_BC[:, 0], labels_B / scale)
+
+  def distillation(outputs_BC: jax.Array, frozen: Any, batch: Batch) -> jax.Array:
+    assert teacher is not None
+    target_BC = jax.lax.stop_gradient(classify(frozen, teacher[1], batch))
+    if classes:
+      return soft_kl(target_BC, outputs_BC, config.temperature)
+    return squared_error(outputs_BC[:, 0], target_BC[:, 0] / scale)  # a loaded teacher speaks in units of the labels
 
   def loss(params: Params, frozen: Any, batch: Batch, key: jax.Array, step: jax.Array) -> tuple[jax.Array, Metrics]:
-    losses_B, hits_B = losses_and_hits(logits(params, batch, key), batch)
+    outputs_BC = outputs(params, batch, key)
+    losses_B = task_losses(outputs_BC, batch)
     weights_B = jnp.ones_like(losses_B) if batch.weights is None else batch.weights
-    metrics = {'accuracy': masked_mean(hits_B, weights_B), 'weight': weights_B.sum()}
+    metrics = {'weight': weights_B.sum()}
+    if classes:
+      hits_B = jnp.equal(outputs_BC.argmax(-1), jnp.asarray(batch.labels)).astype(jnp.float32)
+      metrics['accuracy'] = masked_mean(hits_B, weights_B)
+    if teacher is not None:
+      soft_B = distillation(outputs_BC, frozen, batch)
+      metrics |= {'task_loss': masked_mean(losses_B, weights_B), 'distil_loss': masked_mean(soft_B, weights_B)}
+      losses_B = config.ce_weight * losses_B + config.distil_weight * soft_B
     return masked_mean(losses_B, weights_B), metrics
 
-  def evaluate(params: Params, frozen: Any, batch: Batch) -> dict[str, tuple[jax.Array, jax.Array]]:
-    losses_B, hits_B = losses_and_hits(logits(params, batch, None), batch)
-    return {'loss': masked_sum(losses_B, batch.weights), 'accuracy': masked_sum(hits_B, batch.weights)}
+  def evaluate(params: Params, frozen: Any, batch: Batch) -> dict[str, Any]:
+    outputs_BC = outputs(params, batch, None)
+    if batch.labels is None:
+      return {'outputs': scale * outputs_BC}
+    loss = masked_sum(task_losses(outputs_BC, batch), batch.weights)
+    return {'loss': loss, 'outputs': scale * outputs_BC, 'labels': batch.labels}
 
   unused = r'encoder/pooler/.*' if encoder.pooler and not config.pooled else r'(?!)'
   return Task(
@@ -69,6 +99,29 @@ def make_finetune_task(
     init=init,
     loss=loss,
     evaluate=evaluate,
+    frozen=None if teacher is None else {name: teacher[0][name] for name in ('encoder', 'classifier')},
     trainable=((unused, False), (rf'(?!{unused}).*', True)),
     model={'encoder': to_json(encoder), 'classes': list(classes), 'finetune': dataclasses.asdict(config)},
   )
+
+
+def classify(params: Params, encoder: EncoderConfig, batch: Batch) -> jax.Array:
+  """Outputs [B, C] of a finished model ('encoder' and 'classifier'), without dropout.
+
+  Its head reads the pooler if the encoder has one, else the first token (`interop.bundle.Bundle`).
+  """
+  out = encode(params, encoder, batch.input_ids, batch.attention_mask, batch.token_type_ids)
+  vector_BD = out.pooled_BD if encoder.pooler else out.last_BTD[:, 0]
+  head = Classifier(params['classifier']['bias'].shape[-1], encoder)
+  return jnp.asarray(head.apply({'params': params['classifier']}, vector_BD))
+
+
+def _check_teacher(params: Params, width: int) -> None:
+  if 'classifier' not in params:
+    raise ConfigError('config.teacher: this model has no classifier; fine-tune it for the same task first')
+  found = params['classifier']['bias'].shape[-1]
+  if found != width:
+    raise ConfigError(
+      f'config.teacher: its head has {found} output(s), the task needs {width}; use a teacher that was fine-tuned for '
+      'the same labels'
+    )

@@ -1,8 +1,9 @@
-"""Evaluation: sums and counts over batches, so that a padded last batch and several hosts count each row once."""
+"""Evaluation over batches, so that a padded last batch and several hosts count each row exactly once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -10,20 +11,56 @@ import numpy as np
 from jax.sharding import Mesh
 
 from compactlm_jax.parallel import batch_sharding, replicated, to_global
-from compactlm_jax.types import Batch, Params, Task
+from compactlm_jax.types import Batch, Params, Score, Task
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """Held-out rows, and what to make of a task's outputs on them.
+
+  Attributes:
+    batches: starts a pass over this host's rows; with weights.
+    score: see `types.Score`.
+    prefix: of the names of its metrics, where a run has several evaluations.
+  """
+
+  batches: Callable[[], Iterable[Batch]]
+  score: Score = lambda rows: {}
+  prefix: str = ''
 
 
 def make_evaluate(task: Task, mesh: Mesh) -> Any:
-  """evaluate(params, frozen, batches) -> {metric: mean}; compiled once for all calls."""
-  step = jax.jit(task.evaluate, in_shardings=(None, None, batch_sharding(mesh)), out_shardings=replicated(mesh))
+  """evaluate(params, frozen, evaluation) -> {metric: value}; compiled once for each shape of batch."""
+  gather = make_gather(task, mesh)
 
-  def evaluate(params: Params, frozen: Any, batches: Iterable[Batch]) -> dict[str, float]:
-    totals: dict[str, np.ndarray] = {}
-    for batch in batches:
-      for name, pair in step(params, frozen, to_global(mesh, batch)).items():
-        # float64 on the host: a long evaluation adds up without rounding away late batches.
-        totals[name] = totals.get(name, np.zeros(2)) + np.array([float(pair[0]), float(pair[1])])
-    means = {name: float(total / count) if count else float('nan') for name, (total, count) in totals.items()}
-    return {**means, **task.summarize(means)}
+  def evaluate(params: Params, frozen: Any, evaluation: Evaluation) -> dict[str, float]:
+    means, rows = gather(params, frozen, evaluation.batches())
+    found = {**means, **evaluation.score(rows), **task.summarize(means)}
+    return {evaluation.prefix + name: float(value) for name, value in found.items()}
 
   return evaluate
+
+
+def make_gather(task: Task, mesh: Mesh) -> Any:
+  """gather(params, frozen, batches) -> ({metric: mean}, {output: rows in order}); on every host, of all hosts' rows."""
+
+  def run(params: Params, frozen: Any, batch: Batch) -> tuple[Mapping[str, Any], jax.Array | None]:
+    return task.evaluate(params, frozen, batch), batch.weights
+
+  step = jax.jit(run, in_shardings=(None, None, batch_sharding(mesh)), out_shardings=replicated(mesh))
+
+  def gather(params: Params, frozen: Any, batches: Iterable[Batch]) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    totals: dict[str, np.ndarray] = {}
+    rows: dict[str, list[np.ndarray]] = {}
+    for batch in batches:
+      found, weights = jax.device_get(step(params, frozen, to_global(mesh, batch)))
+      for name, value in found.items():
+        if isinstance(value, tuple):
+          # float64 on the host: a long evaluation adds up without rounding away late batches.
+          totals[name] = totals.get(name, np.zeros(2)) + np.array([float(value[0]), float(value[1])])
+        else:
+          rows.setdefault(name, []).append(value if weights is None else value[weights > 0])
+    means = {name: float(total / count) if count else float('nan') for name, (total, count) in totals.items()}
+    return means, {name: np.concatenate(parts) for name, parts in rows.items()}
+
+  return gather

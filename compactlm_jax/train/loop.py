@@ -8,7 +8,7 @@ import itertools
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -19,13 +19,13 @@ from compactlm_jax.config import RunConfig
 from compactlm_jax.errors import PreemptedError
 from compactlm_jax.metrics import MetricsWriter
 from compactlm_jax.parallel import check_batch_size, make_mesh, param_shardings, state_shardings, to_global
-from compactlm_jax.train.evaluate import make_evaluate
+from compactlm_jax.train.evaluate import Evaluation, make_evaluate
 from compactlm_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from compactlm_jax.train.reporter import Reporter
 from compactlm_jax.train.rundir import open_run
 from compactlm_jax.train.signals import StopRequest
 from compactlm_jax.train.step import compile_step, init_state, make_train_step
-from compactlm_jax.types import Batch, Task, TrainState
+from compactlm_jax.types import Batch, Params, Task, TrainState
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class Job:
     config: the resolved configuration.
     total_steps: optimiser steps.
     batches: training rows.
-    eval_batches: starts a pass over the held-out rows; None without any.
+    evals: what is evaluated; () without held-out rows.
     identity: fingerprints (tokenizer, data, teacher) that a resumed run must share.
     files: relative path -> content of what is kept beside the checkpoints (the tokenizer).
   """
@@ -55,7 +55,7 @@ class Job:
   config: RunConfig
   total_steps: int
   batches: BatchSource
-  eval_batches: Callable[[], Iterable[Batch]] | None = None
+  evals: tuple[Evaluation, ...] = ()
   identity: Mapping[str, str] = dataclasses.field(default_factory=dict)
   files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
 
@@ -98,9 +98,9 @@ def train(job: Job, workdir: str, *, allow_change: tuple[str, ...] = (), steal_l
       done, stopping = step + 1, stop.requested(step + 1)
       reporter.add(done, metrics, batch, state, frozen)
       # Before the save: a run that resumes from this step does not evaluate it again.
-      if config.eval_every and done % config.eval_every == 0 and done < total and job.eval_batches and not stopping:
+      if config.eval_every and done % config.eval_every == 0 and done < total and job.evals and not stopping:
         reporter.flush()
-        scores = evaluate(state.params, frozen, job.eval_batches())
+        scores = _scores(job, evaluate, state.params, frozen)
         writer.write(done, {f'eval_{name}': value for name, value in scores.items()})
       if stopping or done == total or done % config.checkpoint_every == 0:
         reporter.flush()
@@ -108,8 +108,11 @@ def train(job: Job, workdir: str, *, allow_change: tuple[str, ...] = (), steal_l
       if stopping and done < total:
         raise PreemptedError(f'asked to stop: step {done} is saved in {workdir}; the same command continues from it')
 
-    scores = evaluate(state.params, frozen, job.eval_batches()) if job.eval_batches else {}
-    return _finish(job, workdir, scores, time.monotonic() - started)
+    return _finish(job, workdir, _scores(job, evaluate, state.params, frozen), time.monotonic() - started)
+
+
+def _scores(job: Job, evaluate: Callable[..., dict[str, float]], params: Params, frozen: Any) -> dict[str, float]:
+  return {name: value for held in job.evals for name, value in evaluate(params, frozen, held).items()}
 
 
 def _set_up(job: Job, checkpoints: Checkpoints) -> tuple[Any, TrainState, Any, Any]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from compactlm_jax.config import OptimizerConfig
-from compactlm_jax.tree import leaf_name, map_named, match_one
+from compactlm_jax.tree import leaf_name, map_named, match_one, named_leaves
 from compactlm_jax.types import Trainable
 
 
@@ -86,8 +86,41 @@ def decay_weights(config: OptimizerConfig, trainable: Trainable) -> optax.Gradie
   return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
+def scale_layers(config: OptimizerConfig) -> optax.GradientTransformation:
+  """Layer-wise learning rates: updates are multiplied by layer_decay^(distance from the head).
+
+  Embeddings have depth 0, encoder layer i (from 0) depth i + 1, the head depth L + 2. 'published' multiplies by
+  decay^(L + 2 - depth), so that the top layer gets decay^2 (google-research/electra:model/optimization.py);
+  'corrected' by decay^(L + 1 - depth), the head excepted.
+  """
+
+  def scale(updates: Any) -> Any:
+    leaves = named_leaves(updates)
+    layers = next((leaf.shape[0] for name, leaf in leaves.items() if _part(name) == 'layers'), 0)
+    top = layers + (2 if config.layer_decay_rule == 'published' else 1)
+
+    def scaled(name: str, update: jax.Array) -> jax.Array:
+      if _part(name) == 'layers':
+        powers = top - 1 - jnp.arange(layers)
+        rates = jnp.asarray(config.layer_decay**powers, update.dtype)
+        return update * rates.reshape((-1,) + (1,) * (update.ndim - 1))
+      return update * (config.layer_decay**top if _part(name) == 'embeddings' else 1.0)
+
+    return map_named(scaled, updates)
+
+  return optax.stateless(lambda updates, params: scale(updates))
+
+
+def _part(name: str) -> str:
+  """'layers' or 'embeddings' of the encoder; '' for heads and the pooler, which learn at the full rate."""
+  owner, part, *_ = [*name.split('/'), '']
+  return part if owner == 'encoder' and part in ('layers', 'embeddings') else ''
+
+
 def make_optimizer(config: OptimizerConfig, total_steps: int, trainable: Trainable) -> optax.GradientTransformation:
-  """Clip by global norm, Adam, decoupled weight decay, schedule; untrained parameters have no state and stay put.
+  """Clip by global norm, Adam, decoupled weight decay, layer-wise rates, schedule.
+
+  Untrained parameters have no state and stay put.
 
   Args:
     config: the optimiser's options.
@@ -105,6 +138,7 @@ def make_optimizer(config: OptimizerConfig, total_steps: int, trainable: Trainab
     optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
     scale_by_adam(config.beta1, config.beta2, config.epsilon, config.bias_correction),
     decay_weights(config, trainable) if config.weight_decay else optax.identity(),
+    scale_layers(config) if config.layer_decay < 1 else optax.identity(),
     optax.scale_by_learning_rate(learning_rate_schedule(config, total_steps)),
   ]
   return optax.partition({'train': optax.chain(*parts), 'hold': optax.set_to_zero()}, labels)

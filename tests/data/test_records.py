@@ -8,8 +8,9 @@ import tensorflow_datasets as tfds
 from stored_rows import T, V, example, write, write_format_1
 
 from compactlm_jax.data import shards
+from compactlm_jax.data.batches import Batches
 from compactlm_jax.data.manifest import read_manifest
-from compactlm_jax.data.source import Batches, open_dataset
+from compactlm_jax.data.source import open_dataset
 from compactlm_jax.errors import DataError
 
 NAMES = ('input_ids', 'token_type_ids', 'length')

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stored_rows import T, V, example, write
 
+from compactlm_jax.data.batches import Batches, eval_batches
 from compactlm_jax.data.manifest import read_manifest
 from compactlm_jax.data.prepare import prepare
-from compactlm_jax.data.source import Batches, RowSource, array_source, eval_batches, hold_out, open_dataset
+from compactlm_jax.data.source import RowSource, array_source, hold_out, open_dataset
 from compactlm_jax.errors import ConfigError, DataError
 
 
@@ -218,7 +219,8 @@ def test_prepared_rows_train_without_tensorflow(corpus, vocabulary, tmp_path):
   prepare(str(corpus), str(vocabulary), tmp_path / 'out', 32, 'pairs', holdout_rows=5)
   code = (
     'import sys, warnings; warnings.simplefilter("error")\n'
-    'from compactlm_jax.data.source import *\n'
+    'from compactlm_jax.data.batches import Batches\n'
+    'from compactlm_jax.data.source import open_dataset\n'
     'b = Batches(open_dataset(sys.argv[1]), 4, 0)\n'
     'step, batch = next(b.prefetch(3)); assert step == 3 and (batch.input_ids == b.batch(3).input_ids).all()\n'
     'print(batch.input_ids.tolist())\n'

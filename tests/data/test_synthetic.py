@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from compactlm_jax.data.source import Batches, eval_batches
+from compactlm_jax.data.batches import Batches, eval_batches
 from compactlm_jax.data.synthetic import CLS, PAD, SEP, synthetic_rows, synthetic_table
 from compactlm_jax.errors import ConfigError
 

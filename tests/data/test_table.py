@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compactlm_jax.data.source import eval_batches
+from compactlm_jax.data.batches import eval_batches
 from compactlm_jax.data.table import Table, read_table, tokenize_table
 from compactlm_jax.data.tokenizer import load_tokenizer
 from compactlm_jax.errors import ConfigError, DataError
@@ -24,10 +24,10 @@ def save(path, text):
 
 @pytest.mark.parametrize('name', ['t.tsv', 't.tsv.gz'])
 def test_tsv(name, tmp_path):
-  # Quotes are ordinary characters, a byte order mark and carriage returns are dropped, empty texts stay.
-  path = save(tmp_path / name, '\ufeffid\ttext\tlabel\r\n1\t"a\tpos\r\n\n2\tb "c"\tneg\n3\t\tpos\n')
+  # Quotes are ordinary characters, a byte order mark and carriage returns are dropped.
+  path = save(tmp_path / name, '\ufeffid\ttext\tlabel\r\n1\t"a\tpos\r\n\n2\tb "c"\tneg\n3\tc\tpos\n')
   table = read_table(path)
-  assert table.texts == (('"a', 'b "c"', ''),) and table.classes == ('neg', 'pos')
+  assert table.texts == (('"a', 'b "c"', 'c'),) and table.classes == ('neg', 'pos')
   assert table.labels.tolist() == [1, 0, 1] and table.labels.dtype == np.int32 and len(table) == 3
 
 
@@ -62,6 +62,7 @@ def test_scores(tmp_path):
     ('t.tsv', 'text\tlabel\na\tb\nc\n', DataError, r't.tsv:3: 1 columns, but the header has 2 \(text, label\)'),
     ('t.tsv', 'text\tclass\na\tb\n', ConfigError, "t.tsv:2: no column 'label'; columns are text, class"),
     ('t.tsv', 'text\tlabel\na\t \n', DataError, 't.tsv:2: the label is'),
+    ('t.tsv', 'text\tlabel\na\tb\n \tb\n', DataError, "t.tsv:3: column 'text' is empty; fill it in or remove"),
     ('t.tsv', b'text\tlabel\na\tb\n\xff\tb\n', DataError, 't.tsv:3: not UTF-8 at byte 0'),
     ('t.jsonl', '{"text": "a", "label": 1}\n{"text"\n', DataError, 't.jsonl:2: not JSON'),
     ('t.jsonl', '[1]\n', DataError, 't.jsonl:1: expected one JSON object'),

@@ -71,7 +71,7 @@ def test_a_distillation_from_files_knows_what_it_reads(files):
   assert {name.split('/')[0] for name in job.files} == {'tokenizer'} and 'tokenizer/vocab.txt' in job.files
   batch = job.batches.batch(0)
   assert batch.input_ids.shape == (16, 16) and batch.input_ids.max() < V
-  held = sum(float(batch.weights.sum()) for batch in job.eval_batches())
+  held = sum(float(batch.weights.sum()) for batch in job.evals[0].batches())
   assert held == 8  # the 'validation' split
 
 

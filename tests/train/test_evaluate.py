@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from compactlm_jax.config import MeshConfig
-from compactlm_jax.data.source import eval_batches
+from compactlm_jax.data.batches import eval_batches
 from compactlm_jax.data.synthetic import synthetic_rows
 from compactlm_jax.parallel import make_mesh
-from compactlm_jax.train.evaluate import make_evaluate
+from compactlm_jax.train.evaluate import Evaluation, make_evaluate
 from compactlm_jax.types import Task
 
 ROWS = synthetic_rows(rows=21, seq_len=8, vocab_size=64)
@@ -42,7 +42,9 @@ def expected(rows):
 def test_each_row_counts_once(batch_size, devices):
   """21 rows in padded batches. Mutation: average the means of batches, or ignore weights."""
   mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
-  found = make_evaluate(task(), mesh)({'scale': jnp.float32(2)}, None, eval_batches(ROWS, batch_size))
+  found = make_evaluate(task(), mesh)(
+    {'scale': jnp.float32(2)}, None, Evaluation(lambda: eval_batches(ROWS, batch_size))
+  )
   for name, value in expected(21).items():
     np.testing.assert_allclose(found[name], value, rtol=1e-6)
   assert np.isnan(found['nothing'])  # no unit at all: nothing to average, and no error
@@ -55,7 +57,7 @@ def test_long_sums_are_added_in_float64():
   heavy = dataclasses.replace(row, weights=np.ones(8, np.float32))
   light = dataclasses.replace(row, weights=np.zeros(8, np.float32))
   run = make_evaluate(big, make_mesh(MeshConfig(), jax.devices()[:1]))
-  found = run({}, None, [heavy, *[light] * 9])
+  found = run({}, None, Evaluation(lambda: [heavy, *[light] * 9]))
   assert found['x'] == (2**24 + 9) / 10
 
 
@@ -69,9 +71,9 @@ def test_evaluation_is_compiled_once_for_all_calls():
 
   run = make_evaluate(task(counted), make_mesh(MeshConfig(), jax.devices()[:1]))
   for scale in (1, 2):
-    run({'scale': jnp.float32(scale)}, jnp.float32(1), eval_batches(ROWS, 8))
+    run({'scale': jnp.float32(scale)}, jnp.float32(1), Evaluation(lambda: eval_batches(ROWS, 8)))
   assert traces == [(8, 8)]
 
 
 def test_no_batches_give_no_metrics():
-  assert make_evaluate(task(), make_mesh(MeshConfig()))({}, None, iter([])) == {}
+  assert make_evaluate(task(), make_mesh(MeshConfig()))({}, None, Evaluation(lambda: [])) == {}
