@@ -69,11 +69,10 @@ def read_table(
   file = epath.Path(path)
   if len(text_columns) not in (1, 2):
     raise ConfigError(f'text_columns {",".join(text_columns)!r} must name one or two columns')
-  rows = _tsv(file) if '.tsv' in file.suffixes[-2:] else _jsonl(file)
   texts: list[list[str]] = [[] for _ in text_columns]
   found: list[str] = []
   numbers: list[int] = []
-  for number, row in rows:
+  for number, row in table_rows(file):
     for name in (*text_columns, label_column):
       if row.get(name) is None:
         raise ConfigError(f'{file}:{number}: no column {name!r}; columns are {", ".join(map(str, row))}')
@@ -93,6 +92,17 @@ def read_table(
     classes = _sorted_classes(found) if classes is None else tuple(classes)
     labels = _class_indices(found, numbers, file, classes)
   return Table(tuple(tuple(c) for c in texts), labels, tuple(classes), str(file))
+
+
+def table_rows(path: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+  """(line number, column -> value) of each row of a .tsv or .jsonl file, optionally .gz, read one at a time.
+
+  Raises:
+    DataError: no such file, not UTF-8, or a malformed line; file and line are named.
+    ConfigError: another kind of file.
+  """
+  file = epath.Path(path)
+  return _tsv(file) if '.tsv' in file.suffixes[-2:] else _jsonl(file)
 
 
 def _label_name(value: Any, where: str) -> str:
@@ -202,14 +212,9 @@ def tokenize_table(table: Table, tokenizer: Tokenizer, seq_len: int) -> RowSourc
   length = np.zeros(rows, np.int32)
   cut = 0
   for i, texts in enumerate(zip(*columns, strict=True)):
-    ids = [tokenizer.cls_id]
-    kept = _keep([len(t) for t in texts], seq_len - 1 - len(texts))
-    cut += sum(kept) < sum(map(len, texts))
-    for segment, (text, keep) in enumerate(zip(texts, kept, strict=True)):
-      start = len(ids)
-      ids += [*text[:keep], tokenizer.sep_id]
-      token_type_ids[i, start : len(ids)] = segment
-    input_ids[i, : len(ids)] = ids
+    ids, segments, shortened = join_ids(texts, tokenizer, seq_len)
+    cut += shortened
+    input_ids[i, : len(ids)], token_type_ids[i, : len(ids)] = ids, segments
     length[i] = len(ids)
   if cut:
     log.warning('%s: %d of %d rows are longer than %d tokens and were cut', table.name, cut, rows, seq_len)
@@ -223,6 +228,25 @@ def tokenize_table(table: Table, tokenizer: Tokenizer, seq_len: int) -> RowSourc
     name=table.name,
     classes=table.classes,
   )
+
+
+def join_ids(texts: Sequence[Sequence[int]], tokenizer: Tokenizer, seq_len: int) -> tuple[list[int], list[int], bool]:
+  """One row of `tokenize_table`, not padded.
+
+  Args:
+    texts: token ids of one or two texts.
+    tokenizer: their tokenizer.
+    seq_len: most tokens of the row.
+
+  Returns:
+    (token ids, segment of each, whether a text was cut).
+  """
+  ids, segments = [tokenizer.cls_id], [0]
+  kept = _keep([len(t) for t in texts], seq_len - 1 - len(texts))
+  for segment, (text, keep) in enumerate(zip(texts, kept, strict=True)):
+    ids += [*text[:keep], tokenizer.sep_id]
+    segments += [segment] * (keep + 1)
+  return ids, segments, sum(kept) < sum(map(len, texts))
 
 
 def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
