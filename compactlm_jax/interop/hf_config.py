@@ -1,137 +1,307 @@
-"""Scores of classes and of numbers, by scikit-learn and SciPy.
-
-A prediction that is the same for every row has defined values without a warning: accuracy as counted, F1 of class 1 is
-0 where nothing is class 1 or nothing is found, Matthews, Pearson and Spearman are 0 (they are 0 / 0 there).
-"""
+"""Hugging Face `config.json` <-> EncoderConfig. What one side cannot express is refused with the reason."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
+from typing import Any
 
-import numpy as np
+from absl import logging
 
-from compactlm_jax.errors import ConfigError, DataError, NumericsError
+from compactlm_jax.config import EncoderConfig, from_config_dict, to_json
+from compactlm_jax.errors import ConfigError
+from compactlm_jax.interop import first_token
+from compactlm_jax.interop.names import reads_pooler
 
-CLASS_METRICS = ('accuracy', 'f1', 'macro_f1', 'matthews')
-SCORE_METRICS = ('pearson', 'spearman', 'mse')
+OUR_KEY = 'compactlm'
+"""Key of config.json for what transformers has no word for; transformers keeps and ignores it."""
+
+NATIVE = 'compactlm'
+"""model_type of a folder that only this library reads: its encoder stands whole under `OUR_KEY`."""
+
+_FIELDS = (
+  ('vocab_size', 'vocab_size'),
+  ('hidden_size', 'hidden_size'),
+  ('num_layers', 'num_hidden_layers'),
+  ('intermediate_size', 'intermediate_size'),
+  ('max_positions', 'max_position_embeddings'),
+  ('type_vocab_size', 'type_vocab_size'),
+  ('layer_norm_epsilon', 'layer_norm_eps'),
+  ('hidden_dropout', 'hidden_dropout_prob'),
+  ('attention_dropout', 'attention_probs_dropout_prob'),
+  ('initializer_range', 'initializer_range'),
+)
+"""(our field, transformers' key), in every architecture."""
+
+_COMMON: dict[str, int | float] = {
+  'vocab_size': 30522,
+  'hidden_size': 768,
+  'num_hidden_layers': 12,
+  'num_attention_heads': 12,
+  'intermediate_size': 3072,
+  'hidden_dropout_prob': 0.1,
+  'attention_probs_dropout_prob': 0.1,
+  'max_position_embeddings': 512,
+  'type_vocab_size': 2,
+  'initializer_range': 0.02,
+  'layer_norm_eps': 1e-12,
+  'pad_token_id': 0,
+}
+_CONVBERT = {'embedding_size': 768, 'head_ratio': 2, 'conv_kernel_size': 9, 'num_groups': 1, 'pad_token_id': 1}
+_ELECTRA = {'embedding_size': 128, 'hidden_size': 256, 'num_attention_heads': 4, 'intermediate_size': 1024}
+DEFAULTS: dict[str, dict[str, int | float]] = {
+  'bert': _COMMON,
+  'electra': {**_COMMON, **_ELECTRA},
+  'convbert': {**_COMMON, **_CONVBERT},
+}
+"""What transformers' configuration classes assume for a key that config.json lacks, by model type."""
+
+_LOCAL = ('conv_sees_padding', 'dtype', 'remat', 'scan_unroll')
+"""Our fields that live under `OUR_KEY`."""
+
+_REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+  ('position_embedding_type', ('absolute',), 'relative positions are not implemented'),
+  ('add_cross_attention', (False,), 'cross-attention is not implemented'),
+  ('pruned_heads', ({}, []), 'layers of unequal head counts cannot be stacked; export uniform widths instead'),
+  ('auto_map', (), 'it asks for code from outside, which is never run; save with the plain transformers classes'),
+  ('quantization_config', (), 'quantised weights are not read; save the model in float32'),
+)
+"""(key, values that are fine, reason)."""
 
 
-def metric_names(num_classes: int) -> tuple[str, ...]:
-  """What a user's own table is scored by: f1 (of class 1) for two classes, macro_f1 (mean over classes) for more.
+def from_hf(raw: Mapping[str, Any], *, pooler: bool = False) -> EncoderConfig:
+  """The EncoderConfig of a parsed config.json.
 
   Args:
-    num_classes: classes; 0 for scores.
+    raw: the JSON object; absent keys take the defaults of transformers' class.
+    pooler: whether the weights hold BERT's pooler (config.json does not say).
 
   Returns:
-    Names for `class_scores`, or for `score_scores` where there are no classes.
-  """
-  if num_classes == 0:
-    return SCORE_METRICS
-  return ('accuracy', 'f1' if num_classes == 2 else 'macro_f1')
-
-
-def class_scores(outputs_BC: np.ndarray, labels_B: np.ndarray, names: tuple[str, ...]) -> dict[str, float]:
-  """Scores of predicted classes; the prediction of a row is its (first) largest output.
-
-  Args:
-    outputs_BC: [B, C] logits or probabilities.
-    labels_B: [B] class indices.
-    names: some of 'accuracy', 'f1' (of class 1, two classes only), 'macro_f1', 'matthews'.
-
-  Returns:
-    Name -> value between 0 and 1, 'matthews' between -1 and 1.
+    A configuration in parity mode: an imported ConvBERT's convolution sees padding, as transformers' does.
 
   Raises:
-    ConfigError: an unknown name, or 'f1' of more than two classes.
-    DataError: no rows, shapes that do not fit, or a label outside the classes.
-    NumericsError: an output is not a number.
+    ConfigError: an unknown architecture, a wrong type, or something that our encoder cannot express.
   """
-  outputs_BC, labels_B = np.asarray(outputs_BC), np.asarray(labels_B)
-  if outputs_BC.ndim != 2 or labels_B.shape != outputs_BC.shape[:1] or not labels_B.size:
-    raise DataError(f'outputs {outputs_BC.shape} and labels {labels_B.shape} must be [rows, classes] and [rows]')
-  _finite(outputs_BC)
-  count = outputs_BC.shape[1]
-  if not np.issubdtype(labels_B.dtype, np.integer) or labels_B.min() < 0 or labels_B.max() >= count:
-    raise DataError(f'labels must be class indices from 0 to {count - 1}, found {np.unique(labels_B)[:8]}')
-  if 'f1' in names and count != 2:
-    raise ConfigError(f"'f1' is the score of class 1 of two; of {count} classes use 'macro_f1'")
-  return _scores(_class_functions(count), names, labels_B, outputs_BC.argmax(-1))
+  kind = raw.get('model_type')
+  if kind == NATIVE:
+    return from_config_dict(EncoderConfig, raw.get(OUR_KEY), f'json: {OUR_KEY}.')  # 'config.json: ...' in messages
+  if not isinstance(kind, str) or kind not in DEFAULTS:
+    raise ConfigError(
+      f'config.json: model_type {kind!r} is not supported; BERT, ELECTRA and ConvBERT are '
+      f'({", ".join(map(repr, DEFAULTS))})'
+    )
+  for key, fine, reason in _REFUSED:
+    if raw.get(key) is not None and raw[key] not in fine:
+      raise ConfigError(f'config.json: {key} {raw[key]!r}: {reason}')
+  causal = raw.get('is_decoder') or False
+  if causal not in (False, True) or (causal and kind == 'convbert'):
+    raise ConfigError(
+      f"config.json: is_decoder {causal!r}: transformers' ConvBERT masks attention only, its convolution reads later "
+      'positions; set is_decoder to false'
+    )
+  activation = raw.get('hidden_act', 'gelu')
+  if activation not in ('gelu', 'gelu_python'):
+    raise ConfigError(f"config.json: hidden_act {activation!r}; only the exact (erf) 'gelu' is implemented")
+
+  def number(key: str) -> Any:
+    value, default = raw.get(key, DEFAULTS[kind][key]), DEFAULTS[kind][key]
+    if key == 'pad_token_id' and value is None:
+      return 0
+    if isinstance(value, bool) or not isinstance(value, (int, float) if isinstance(default, float) else int):
+      raise ConfigError(f'config.json: {key} {value!r} must be of type {type(default).__name__}')
+    return type(default)(value)
+
+  fields: dict[str, Any] = {ours: number(theirs) for ours, theirs in _FIELDS}
+  for ours, theirs in _FIELDS:
+    if fields[ours] < 0 or (isinstance(fields[ours], int) and fields[ours] < 1):
+      raise ConfigError(f'config.json: {theirs} {fields[ours]} must be positive')
+  fields['pad_token_id'] = number('pad_token_id')
+  if not 0 <= fields['pad_token_id'] < fields['vocab_size']:
+    raise ConfigError(f'config.json: pad_token_id {fields["pad_token_id"]} is outside the vocabulary')
+  fields['causal'] = bool(causal)
+  fields['embedding_size'] = number('embedding_size') if kind != 'bert' else fields['hidden_size']
+  fields['num_heads'] = number('num_attention_heads')
+  if kind == 'convbert':
+    fields.update(_mixed_heads(fields['hidden_size'], fields['num_heads'], number('head_ratio')))
+    fields.update(conv_kernel_size=number('conv_kernel_size'), num_groups=number('num_groups'), conv_sees_padding=True)
+    if fields['conv_kernel_size'] < 1:
+      raise ConfigError(f'config.json: conv_kernel_size {fields["conv_kernel_size"]} must be positive and odd')
+  return EncoderConfig(architecture=kind, pooler=pooler, **{**fields, **_local_fields(raw)})
 
 
-def score_scores(outputs: np.ndarray, labels_B: np.ndarray, names: tuple[str, ...] = SCORE_METRICS) -> dict[str, float]:
-  """Scores of predicted numbers.
+def _mixed_heads(hidden: int, heads: int, ratio: int) -> dict[str, int]:
+  """Heads per branch and head size as ConvBertSelfAttention derives them; not the original's hidden / heads."""
+  if heads < 1 or ratio < 1:
+    raise ConfigError(f'config.json: num_attention_heads {heads} and head_ratio {ratio} must be positive')
+  branch = max(1, heads // ratio)
+  size = (hidden // branch) // 2
+  if 2 * branch * size != hidden:
+    raise ConfigError(
+      f'config.json: num_attention_heads {heads} with head_ratio {ratio} gives 2 x {branch} heads of {size}, '
+      f'which do not fill hidden_size {hidden}; transformers cannot run this model either'
+    )
+  return {'num_heads': branch, 'head_size': size}
 
-  Args:
-    outputs: [B] or [B, 1] predictions, in the unit of the labels.
-    labels_B: [B] numbers.
-    names: some of 'pearson', 'spearman' (ties have their mean rank), 'mse'.
 
-  Returns:
-    Name -> value; correlations between -1 and 1, the mean squared error in squared units.
+def _local_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
+  local = raw.get(OUR_KEY, {})
+  if not isinstance(local, dict) or not set(local) <= set(_LOCAL):
+    raise ConfigError(f'config.json: {OUR_KEY} {local!r} may only hold {", ".join(_LOCAL)}')
+  for name, value in local.items():
+    kind = type(getattr(EncoderConfig, name))
+    if type(value) is not kind:
+      raise ConfigError(f'config.json: {OUR_KEY}.{name} {value!r} must be of type {kind.__name__}')
+  return dict(local)
+
+
+def labels_of(raw: Mapping[str, Any]) -> tuple[str, ...]:
+  """The class names of a parsed config.json, in the order of their indices; () where they say no more than LABEL_i.
 
   Raises:
-    ConfigError: an unknown name.
-    DataError: no rows, or shapes that do not fit.
-    NumericsError: an output is not a number.
+    ConfigError: `id2label` is no mapping from 0, 1, ... to different names.
   """
-  outputs, labels_B = np.asarray(outputs, np.float64), np.asarray(labels_B, np.float64)
-  if outputs.shape not in (labels_B.shape, (*labels_B.shape, 1)) or labels_B.ndim != 1 or not labels_B.size:
-    raise DataError(f'outputs {outputs.shape} and labels {labels_B.shape} must be [rows] or [rows, 1], and [rows]')
-  _finite(outputs)
-  return _scores(_score_functions(), names, labels_B, outputs.reshape(-1))
+  named = raw.get('id2label')
+  if named is None:
+    return ()
+  problem = f'config.json: id2label {named!r} must map 0, 1, ... to different class names'
+  if not isinstance(named, dict) or set(named) != {str(i) for i in range(len(named))}:
+    raise ConfigError(problem)
+  labels = tuple(named[str(i)] for i in range(len(named)))
+  if not all(isinstance(label, str) for label in labels) or len(set(labels)) != len(labels):
+    raise ConfigError(problem)
+  return () if labels == default_labels(len(labels)) else labels
 
 
-_Metric = Callable[[np.ndarray, np.ndarray], float]
+def default_labels(num_classes: int) -> tuple[str, ...]:
+  """What transformers calls classes without names."""
+  return tuple(f'LABEL_{i}' for i in range(num_classes))
 
 
-def _class_functions(count: int) -> Mapping[str, _Metric]:
-  from sklearn import metrics
+def to_hf(
+  config: EncoderConfig, heads: Collection[str] = (), num_classes: int = 0, labels: tuple[str, ...] = ()
+) -> dict[str, Any]:
+  """A complete config.json that transformers loads.
 
-  return {
-    'accuracy': metrics.accuracy_score,
-    'f1': lambda true, found: metrics.f1_score(true, found, zero_division=0),
-    'macro_f1': lambda true, found: metrics.f1_score(
-      true, found, labels=range(count), average='macro', zero_division=0
-    ),
-    # One class on either side makes it 0 / 0; scikit-learn returns 0 too, with a warning where both sides agree.
-    'matthews': lambda true, found: 0.0 if _constant(true, found) else metrics.matthews_corrcoef(true, found),
+  Args:
+    config: the encoder.
+    heads: the heads in the exported tree, of `names.HEADS`.
+    num_classes: outputs of a classifier among them; 1 predicts a number.
+    labels: their names; () leaves LABEL_i.
+
+  Raises:
+    ConfigError: another number of labels than of outputs; or transformers has no model of this shape (the message
+      gives the reason).
+  """
+  require_expressible(config)
+  out: dict[str, Any] = {theirs: getattr(config, ours) for ours, theirs in _FIELDS}
+  out |= {
+    'model_type': config.architecture,
+    'architectures': [architecture(config, heads, num_classes)],
+    'num_attention_heads': config.num_heads,
+    'hidden_act': 'gelu',
+    'pad_token_id': config.pad_token_id,
+    'tie_word_embeddings': True,
+    'dtype': 'float32',
   }
+  if config.causal:
+    out['is_decoder'] = True
+  local = {name: getattr(config, name) for name in _LOCAL}
+  if config.architecture != 'bert':
+    out['embedding_size'] = config.embedding_size
+  if config.architecture == 'convbert':
+    out |= {'num_attention_heads': 2 * config.num_heads, 'head_ratio': 2}
+    out |= {'conv_kernel_size': config.conv_kernel_size, 'num_groups': config.num_groups}
+    out |= {'bos_token_id': None, 'eos_token_id': None}  # transformers would assume RoBERTa's 0 and 2
+    if not config.conv_sees_padding:
+      logging.warning(
+        'exporting a ConvBERT whose convolution ignores padding: transformers lets it read padded positions, so that '
+        'its outputs near padding differ from ours; rows without padding agree'
+      )
+  if 'classifier' in heads:
+    if len(labels) not in (0, num_classes):
+      raise ConfigError(f'labels: {len(labels)} names for the {num_classes} outputs of the classifier')
+    names = labels or default_labels(num_classes)
+    out['id2label'] = {str(i): name for i, name in enumerate(names)}
+    out['label2id'] = {name: i for i, name in enumerate(names)}
+    if num_classes == 1:
+      out['problem_type'] = 'regression'
+  expected = {name: getattr(EncoderConfig, name) for name in _LOCAL}
+  expected['conv_sees_padding'] = config.architecture == 'convbert'
+  changed = {name: value for name, value in local.items() if value != expected[name]}
+  return out | ({OUR_KEY: changed} if changed else {})
 
 
-def _score_functions() -> Mapping[str, _Metric]:
-  from scipy import stats
-  from sklearn import metrics
+def to_native(config: EncoderConfig) -> dict[str, Any]:
+  """A config.json for an encoder that transformers cannot express: it refuses the folder, `from_hf` reads it."""
+  return {'model_type': NATIVE, OUR_KEY: to_json(config)}
 
-  return {
-    'pearson': lambda true, found: _correlation(stats.pearsonr, true, found),
-    'spearman': lambda true, found: _correlation(stats.spearmanr, true, found),
-    'mse': metrics.mean_squared_error,
+
+def architecture(config: EncoderConfig, heads: Collection[str], num_classes: int = 0) -> str:
+  """The transformers class that reads the most of an exported tree; `num_classes` as in `to_hf`."""
+  kind = {'bert': 'Bert', 'electra': 'Electra', 'convbert': 'ConvBert'}[config.architecture]
+  if 'classifier' in heads and (reads_pooler(config) or first_token.fits(config, num_classes)):
+    return kind + 'ForSequenceClassification'
+  if 'span' in heads and 'classifier' not in heads:  # id2label would give its layer another size
+    return kind + 'ForQuestionAnswering'
+  if 'rtd_head' in heads and config.architecture == 'electra':
+    return kind + 'ForPreTraining'
+  if config.causal and 'mlm_head' in heads:
+    return 'BertLMHeadModel' if config.architecture == 'bert' else kind + 'ForCausalLM'
+  return kind + ('ForMaskedLM' if 'mlm_head' in heads else 'Model')
+
+
+def require_expressible(config: EncoderConfig) -> None:
+  """Checks that transformers has such a model.
+
+  Raises:
+    ConfigError: it has not; the message names the field and the reason.
+  """
+  kind, width = config.architecture, config.num_heads * config.head_size
+
+  def refuse(field: str, reason: str) -> None:
+    raise ConfigError(f'config.encoder.{field}: cannot be exported to transformers: {reason}')
+
+  if config.pooler and kind != 'bert':
+    refuse('pooler', f'its {kind} has no pooler; export without it (bundle.drop_pooler)')
+  if kind == 'convbert':
+    if config.causal:
+      refuse('causal', "its ConvBERT's convolution reads later positions; evaluate the run itself")
+    if config.conv_kind != 'span':
+      refuse('conv_kind', f'its ConvBERT makes kernels from spans, there is no {config.conv_kind!r} convolution')
+    if not config.self_attention:
+      refuse('self_attention', 'its ConvBERT always has self-attention beside the convolution')
+    if not config.conv_kernel_size:
+      refuse('conv_kernel_size', "a ConvBERT without convolution does not exist there; set architecture to 'electra'")
+    if 2 * width != config.hidden_size:
+      refuse(
+        'head_size',
+        f'its ConvBERT derives the head size so that both branches fill hidden_size {config.hidden_size}; here '
+        f'2 x {config.num_heads} heads of {config.head_size} give {2 * width} (a head ratio other than 2, or a '
+        'sub-network with fewer heads)',
+      )
+    return
+  if config.conv_kernel_size:
+    refuse('conv_kernel_size', f"its {kind} has no convolution; set architecture to 'convbert'")
+  if config.num_groups > 1:
+    refuse('num_groups', f"its {kind} has no grouped feed-forward; only 'convbert' has")
+  if width != config.hidden_size:
+    refuse(
+      'head_size',
+      f'its {kind} needs num_heads * head_size = hidden_size; here {config.num_heads} * {config.head_size} = {width}, '
+      f'hidden_size {config.hidden_size}',
+    )
+  if kind == 'bert' and config.embedding_size != config.hidden_size:
+    refuse('embedding_size', "its bert has no embedding projection; set architecture to 'electra' (without a pooler)")
+
+
+def unread_heads(config: EncoderConfig, heads: Collection[str], num_classes: int = 0) -> list[str]:
+  """The heads in an exported tree that the class named in config.json does not read."""
+  cls = architecture(config, heads, num_classes)
+  read = {
+    'ForQuestionAnswering': 'span',
+    'ForSequenceClassification': 'classifier',
+    'ForPreTraining': 'rtd_head',
+    'ForMaskedLM': 'mlm_head',
+    'ForCausalLM': 'mlm_head',
+    'LMHeadModel': 'mlm_head',
   }
-
-
-def _correlation(function: Callable[..., tuple[float, float]], true: np.ndarray, found: np.ndarray) -> float:
-  if _constant(true, found):
-    return 0.0
-  with warnings.catch_warnings():
-    warnings.simplefilter('ignore', RuntimeWarning)  # SciPy's about inputs that vary by rounding errors only
-    value = float(function(true, found)[0])
-  return value if np.isfinite(value) else 0.0
-
-
-def _constant(*arrays: np.ndarray) -> bool:
-  return any(bool((a == a[0]).all()) for a in arrays)
-
-
-def _scores(
-  functions: Mapping[str, _Metric], names: tuple[str, ...], true: np.ndarray, found: np.ndarray
-) -> dict[str, float]:
-  for name in names:
-    if name not in functions:
-      raise ConfigError(f'metric {name!r} is unknown here; use some of {", ".join(functions)}')
-  return {name: float(functions[name](true, found)) for name in names}
-
-
-def _finite(outputs: np.ndarray) -> None:
-  if bad := int((~np.isfinite(outputs)).reshape(len(outputs), -1).any(-1).sum()):
-    raise NumericsError(f'the outputs of {bad} of {len(outputs)} rows are not finite; the model has diverged')
+  return sorted(set(heads) - {head for suffix, head in read.items() if cls.endswith(suffix)})
