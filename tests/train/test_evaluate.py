@@ -77,3 +77,22 @@ def test_evaluation_is_compiled_once_for_all_calls():
 
 def test_no_batches_give_no_metrics():
   assert make_evaluate(task(), make_mesh(MeshConfig()))({}, None, Evaluation(lambda: [])) == {}
+
+
+@pytest.mark.parametrize(('batch_size', 'devices', 'hosts'), [(8, 1, 1), (8, 8, 1), (16, 2, 2), (24, 8, 4)])
+def test_rows_are_gathered_once_each_and_in_order(batch_size, devices, hosts):
+  """What hosts read, put together, is each row once. Mutation: keep the rows of weight 0."""
+  parts = [list(eval_batches(ROWS, batch_size, p, hosts)) for p in range(hosts)]
+  batches = [jax.tree.map(lambda *xs: np.concatenate(xs), *group) for group in zip(*parts, strict=True)]
+  rowwise = task(lambda params, frozen, batch: {'first': batch.input_ids[:, 1], 'ids': batch.input_ids})
+  seen = {}
+
+  def score(rows):
+    seen.update(rows)
+    return {'rows': len(rows['first'])}
+
+  mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
+  found = make_evaluate(rowwise, mesh)({}, None, Evaluation(lambda: batches, score, 'held_'))
+  assert found == {'held_rows': 21.0}
+  np.testing.assert_array_equal(seen['ids'], ROWS.fetch(np.arange(21))['input_ids'])
+  np.testing.assert_array_equal(seen['first'], seen['ids'][:, 1])

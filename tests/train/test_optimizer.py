@@ -177,3 +177,35 @@ def test_gradients_are_clipped_by_their_global_norm():
   (after,), _ = trajectory(config, zeros, [small])
   for name, leaf in named_leaves(after).items():
     np.testing.assert_allclose(leaf, -0.01 * named_leaves(small)[name] / 1e6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+  ('rule', 'wanted'),
+  [
+    # depth: embeddings 0, layer i (from 0) i + 1, head L + 2; L = 3 (electra:model/optimization.py).
+    ('published', {'embeddings': 0.5**5, 'layers': [0.5**4, 0.5**3, 0.5**2], 'classifier': 1.0, 'pooler': 1.0}),
+    ('corrected', {'embeddings': 0.5**4, 'layers': [0.5**3, 0.5**2, 0.5**1], 'classifier': 1.0, 'pooler': 1.0}),
+  ],
+)
+def test_learning_rates_fall_from_the_head_down(rule, wanted):
+  """Decay included. Mutation: apply the factors before the decay of weights, or count layers from 1."""
+  params = {
+    'encoder': {
+      'embeddings': {'word': {'embedding': np.ones((4, 2), np.float32)}},
+      'layers': {'ffn_in': {'kernel': np.ones((3, 2, 2), np.float32)}},
+      'pooler': {'kernel': np.ones((2, 2), np.float32)},
+    },
+    'classifier': {'kernel': np.ones((2, 2), np.float32)},
+  }
+  grads = jax.tree.map(np.ones_like, params)
+  fields = {**PLAIN, 'weight_decay': 0.1}
+  plain, _ = trajectory(OptimizerConfig(**fields), params, [grads])
+  scaled, _ = trajectory(OptimizerConfig(**fields, layer_decay=0.5, layer_decay_rule=rule), params, [grads])
+  ratios = {
+    name: (1 - np.asarray(leaf)) / (1 - np.asarray(named_leaves(plain[0])[name]))
+    for name, leaf in named_leaves(scaled[0]).items()
+  }
+  np.testing.assert_allclose(ratios['encoder/embeddings/word/embedding'], wanted['embeddings'], rtol=1e-4)
+  np.testing.assert_allclose(ratios['encoder/layers/ffn_in/kernel'][:, 0, 0], wanted['layers'], rtol=1e-4)
+  np.testing.assert_allclose(ratios['classifier/kernel'], wanted['classifier'], rtol=1e-4)
+  np.testing.assert_allclose(ratios['encoder/pooler/kernel'], wanted['pooler'], rtol=1e-4)
