@@ -138,7 +138,7 @@ def make_optimizer(config: OptimizerConfig, total_steps: int, trainable: Trainab
     optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
     scale_by_adam(config.beta1, config.beta2, config.epsilon, config.bias_correction),
     decay_weights(config, trainable) if config.weight_decay else optax.identity(),
-    scale_layers(config) if config.layer_decay < 1 else optax.identity(),
+    *([scale_layers(config)] if config.layer_decay < 1 else []),  # no place in the state of runs without it
     optax.scale_by_learning_rate(learning_rate_schedule(config, total_steps)),
   ]
   return optax.partition({'train': optax.chain(*parts), 'hold': optax.set_to_zero()}, labels)
