@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from compactlm_jax.cli.flags import Command, all_of, choice, number, switch, text
+from compactlm_jax.cli.flags import Command, all_of, choice, number, several, switch, text
 from compactlm_jax.errors import ConfigError
+
+if TYPE_CHECKING:
+  from compactlm_jax.config import RunConfig
 
 
 def _demo(values: flags.FlagValues) -> str:
@@ -56,8 +60,34 @@ def _train(values: flags.FlagValues) -> str:
   keep_memory()
   config = from_config_dict(RunConfig, values.config)
   allowed = tuple(name.strip() for name in values.allow_change.split(',') if name.strip())
-  results = run_train(config, values.workdir, allow_change=allowed, steal_lock=values.steal_lock)
+  options = {'allow_change': allowed, 'steal_lock': values.steal_lock}
+  if values.seeds is not None:
+    return _train_seeds(config, values, options)
+  if values.seed_shard:
+    raise ConfigError('--seed_shard: name the seeds of the whole series, --seeds=9')
+  results = run_train(config, values.workdir, **options)
   return f'{values.workdir}/results.json: {json.dumps(results["metrics"])}'
+
+
+def _train_seeds(config: RunConfig, values: flags.FlagValues, options: dict[str, Any]) -> str:
+  from compactlm_jax.jobs.seeds import parse_seeds, raise_first, run_seeds
+  from compactlm_jax.report import as_markdown
+
+  series = run_seeds(config, values.workdir, parse_seeds(values.seeds), values.seed_shard, **options)
+  table = as_markdown(series.report, runs=False) if series.report else ''
+  if series.failures:
+    print(table)
+    raise_first(series)
+  return f'{table}\n{values.workdir}: {len(series.results)} runs are done. More: compactlm report {values.workdir}'
+
+
+def _report(values: flags.FlagValues) -> str:
+  os.environ.setdefault('JAX_PLATFORMS', 'cpu')  # nothing is computed, and an accelerator may be in use
+  from compactlm_jax.jobs.report import run_report
+  from compactlm_jax.report import as_markdown
+
+  report, written = run_report(values.runs, values.output, values.curves)
+  return '\n'.join([as_markdown(report, runs=not written), *(f'written: {file}' for file in written)]).rstrip()
 
 
 def _export(values: flags.FlagValues) -> str:
@@ -144,6 +174,10 @@ COMMANDS = {
     all_of(
       text('workdir', None, 'Run directory: config.json, metrics.jsonl, checkpoints/, results.json.'),
       text('allow_change', '', 'Comma-separated fields that may differ from the run that is resumed.'),
+      text(
+        'seeds', None, 'How many seeds (9) or which (0,3,7): runs in WORKDIR/seed-0, ..., and their median and spread.'
+      ),
+      text('seed_shard', '', 'I/N runs every N-th of the seeds from the I-th on, I from 0 to N-1: one machine of N.'),
       switch('steal_lock', 'Take the directory over from a run on another host that is known to be dead.'),
     ),
     ('config', 'workdir'),
@@ -163,6 +197,18 @@ COMMANDS = {
     ('config', 'topology'),
     _plan,
     configured=True,
+  ),
+  'report': Command(
+    'Scores of finished runs over seeds: median, mean, spread, beside published ones.',
+    'compactlm report runs/sst2 runs/other --output=report',
+    all_of(
+      several('runs', 'Run directories, or parents that hold seed-*; runs that differ in the seed alone are grouped.'),
+      text('output', '', 'FILE.md, .csv, .json or .png to write; without an ending, all of them and learning curves.'),
+      switch('curves', 'FILE.png shows the training loss over steps instead of the scores.'),
+    ),
+    (),
+    _report,
+    arguments='runs',
   ),
   'export': Command(
     'Write a trained model as a Hugging Face folder.',

@@ -21,6 +21,7 @@ class Command:
     required: flags that must be given.
     run: does the work; returns what is printed at the end.
     configured: takes --config and --config.FIELD.
+    arguments: the flag of `several` values that arguments without a name fill; at least one must be given.
   """
 
   summary: str
@@ -29,6 +30,7 @@ class Command:
   required: tuple[str, ...]
   run: Callable[[flags.FlagValues], str]
   configured: bool = False
+  arguments: str = ''
 
   def flag_values(self, arguments: Sequence[str] = ()) -> flags.FlagValues:
     """Its flags, not parsed yet; `arguments` say which fields of the configuration become flags."""
@@ -43,12 +45,23 @@ class Command:
         sys_argv=['compactlm', *arguments],
       )
     self.define(values)
+    values.set_gnu_getopt(bool(self.arguments))  # flags may follow arguments
     return values
 
 
 def text(name: str, default: str | None, meaning: str) -> Callable[[flags.FlagValues], Any]:
   """A flag that takes text; None has no default."""
   return lambda values: flags.DEFINE_string(name, default, meaning, flag_values=values)
+
+
+def several(name: str, meaning: str) -> Callable[[flags.FlagValues], Any]:
+  """A flag that takes text and may be repeated."""
+
+  def define(values: flags.FlagValues) -> None:
+    flags.DEFINE_multi_string(name, [], meaning, flag_values=values)
+    values[name].help = meaning  # absl adds a sentence
+
+  return define
 
 
 def number(name: str, default: int | None, meaning: str) -> Callable[[flags.FlagValues], Any]:

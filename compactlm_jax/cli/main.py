@@ -38,7 +38,8 @@ def command_help(name: str) -> str:
   for flag in [values[key] for key in values]:
     note = 'required' if flag.name in command.required else f'default: {flag.default!r}' if flag.default else ''
     text = (flag.help or '') + (f' [{note}]' if note else '')
-    lines += [f'  --{flag.name}', *textwrap.wrap(text, 96, initial_indent='      ', subsequent_indent='      ')]
+    shown = f'{flag.name.upper()} ...' if flag.name == command.arguments else f'--{flag.name}'
+    lines += [f'  {shown}', *textwrap.wrap(text, 96, initial_indent='      ', subsequent_indent='      ')]
   if command.configured:
     lines += ['  --config.FIELD=VALUE', '      Overrides a field of the configuration, for example --config.steps=100.']
     lines += ['      Lists are comma-separated. The fields are documented in compactlm_jax/config/.']
@@ -57,7 +58,12 @@ def _parse(name: str, argv: Sequence[str]) -> flags.FlagValues:
   except Exception as e:  # the file is the user's code: whatever it raises is about the configuration
     problem = _parse_problem(e, argv, file).rstrip('.')
     raise ConfigError(f'{problem}{"" if problem.endswith("?") else "."} See: compactlm {name} --help') from e
-  if len(left) > 1:
+  if command.arguments:
+    given = values[command.arguments]
+    given.value = [*(given.value or ()), *left[1:]]
+    if not given.value:
+      raise ConfigError(f'{command.arguments} are missing. For example: {command.example}')
+  elif len(left) > 1:
     raise ConfigError(f'unexpected argument {left[1]!r}; flags are written --name=value. See: compactlm {name} --help')
   for flag in command.required:
     if flag == 'config' and file and values[flag].value is None:
