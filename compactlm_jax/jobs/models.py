@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,14 +64,25 @@ def load_towers(run: epath.PathLike) -> tuple[Bundle, Bundle | None]:
   params, model, folder = jax.tree.map(jnp.asarray, leaves), metadata['model'], epath.Path(run) / 'tokenizer'
   tokenizer = read_tokenizer(open_folder(folder)) if folder.exists() else None
   encoder = from_config_dict(EncoderConfig, model['encoder'], 'encoder.')
-  bundle = Bundle(encoder, {name: tree for name, tree in params.items() if name != GENERATOR}, tokenizer)
-  # In a bundle a classifier reads the pooler if there is one; this run's reads the first token itself.
-  if 'classifier' in params and encoder.pooler and not model['finetune']['pooled']:
+  trained = {name: tree for name, tree in params.items() if name != GENERATOR}
+  bundle = _in_units_of_labels(Bundle(encoder, trained, tokenizer, tuple(model.get('classes', ()))), model)
+  # In a bundle a classifier reads the pooler if there is one; this run's reads the first token itself, and answers
+  # are found in all tokens.
+  if encoder.pooler and ('span' in params or ('classifier' in params and not model['finetune']['pooled'])):
     bundle = drop_pooler(bundle)
   if GENERATOR not in params:
     return bundle, None
   config = from_config_dict(ElectraConfig, model['electra'], 'electra.')
   return bundle, Bundle(config.generator_encoder(encoder), generator_params(params, config), tokenizer)
+
+
+def _in_units_of_labels(bundle: Bundle, model: Mapping[str, Any]) -> Bundle:
+  """The bundle with `finetune.score_scale`, by which scores were divided for training, in its last layer."""
+  scale = model.get('finetune', {}).get('score_scale', 1.0)
+  if bundle.labels or 'classifier' not in bundle.params or scale == 1.0:
+    return bundle
+  head = jax.tree.map(lambda leaf: scale * leaf, bundle.params['classifier'])
+  return dataclasses.replace(bundle, params={**bundle.params, 'classifier': head})
 
 
 def is_run(path: epath.PathLike) -> bool:

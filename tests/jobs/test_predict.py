@@ -1,0 +1,171 @@
+"""Prediction: the same for a text alone, in any company, in any bucket; in the order of the input."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import compactlm_jax as clm
+from compactlm_jax.config import EncoderConfig
+from compactlm_jax.errors import ConfigError, DataError
+from compactlm_jax.interop.bundle import Bundle
+from compactlm_jax.interop.tokenizer_files import TokenizerFiles
+from compactlm_jax.jobs import predict as module
+from compactlm_jax.nn.encoder import encode, encoder_shapes
+
+SIZES = dict(vocab_size=40, hidden_size=16, num_layers=1, intermediate_size=24, max_positions=24, scan_unroll=1)
+CONFIG = EncoderConfig(num_heads=2, **SIZES)
+CONVBERT = EncoderConfig('convbert', num_heads=2, head_size=4, conv_kernel_size=3, conv_sees_padding=True, **SIZES)
+PAD, UNK, CLS, SEP, MASK = range(5)
+WORDS = tuple(f'w{i}' for i in range(35))
+VOCAB = '\n'.join(['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', *WORDS]) + '\n'
+TOKENIZER = TokenizerFiles(
+  {'vocab.txt': VOCAB.encode(), 'tokenizer_config.json': json.dumps({'tokenizer_class': 'BertTokenizer'}).encode()}
+)
+LABELS = ('no', 'yes', 'maybe')
+_ENCODE = jax.jit(encode, static_argnums=1)
+
+
+def make_bundle(classes=3, labels=LABELS, config=CONFIG, head='classifier'):
+  rng = np.random.default_rng(1)
+  params = jax.tree.map(lambda s: (rng.standard_normal(s.shape) / 2).astype(s.dtype), encoder_shapes(config))
+  kernel = rng.standard_normal((config.hidden_size, classes)).astype(np.float32)
+  params[head] = {'kernel': kernel, 'bias': rng.standard_normal(classes).astype(np.float32)}
+  return Bundle(config, params, TOKENIZER, labels)
+
+
+def make_texts(count=13, seed=0, longest=20):
+  rng = np.random.default_rng(seed)
+  return [' '.join(rng.choice(WORDS, rng.integers(1, longest))) for _ in range(count)]
+
+
+def alone(bundle, text, pair=None):
+  """Logits of one row without padding, by NumPy on the hidden states."""
+  index = {word: i for i, word in enumerate(VOCAB.split('\n'))}
+  ids = [CLS, *(index[w] for w in text.split()), SEP]
+  types = [0] * len(ids)
+  if pair is not None:
+    second = [*(index[w] for w in pair.split()), SEP]
+    ids, types = ids + second, types + [1] * len(second)
+  mask = np.zeros((1, 24), np.int32)
+  mask[0, : len(ids)] = 1
+  full = np.zeros((2, 1, 24), np.int32)
+  full[0, 0, : len(ids)], full[1, 0, : len(ids)] = ids, types
+  out = _ENCODE(bundle.params, bundle.config, full[0], mask, full[1])
+  x_D = np.asarray(out.pooled_BD if bundle.config.pooler else out.last_BTD[:, 0])[0]
+  return x_D @ bundle.params['classifier']['kernel'] + bundle.params['classifier']['bias']
+
+
+@pytest.mark.parametrize('pooler', [False, True])
+def test_each_text_is_predicted_as_alone(pooler):
+  """Mutation: return the rows from short to long."""
+  bundle, texts = make_bundle(config=dataclasses.replace(CONFIG, pooler=pooler)), make_texts()
+  found = clm.predict(bundle, texts, batch_size=8, buckets=(4, 8))
+  expected = np.stack([alone(bundle, text) for text in texts])
+  np.testing.assert_allclose(found.outputs, expected, rtol=0, atol=1e-5)
+  assert found.labels == tuple(LABELS[i] for i in expected.argmax(1)) and found.outputs.dtype == np.float32
+  shares = np.exp(expected) / np.exp(expected).sum(1, keepdims=True)
+  np.testing.assert_allclose(found.probabilities, shares, rtol=0, atol=1e-5)
+  assert found.truncated == 0 and found.usage.rows == 13
+  assert found.usage.tokens == sum(len(text.split()) + 2 for text in texts)
+
+
+def test_pairs_are_read_in_two_segments():
+  """Mutation: give all tokens segment 0."""
+  bundle, first, second = make_bundle(), make_texts(5, 1, 9), make_texts(5, 2, 9)
+  found = clm.predict(bundle, first, pairs=second)
+  expected = np.stack([alone(bundle, a, b) for a, b in zip(first, second, strict=True)])
+  np.testing.assert_allclose(found.outputs, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize('buckets', [(), (8,), (5, 11, 23), (512,)])
+@pytest.mark.parametrize('batch_size', [8, 16])
+def test_buckets_and_batches_do_not_change_predictions(buckets, batch_size):
+  """Mutation: pad to the bucket of the first row of a batch: the longest row loses its end."""
+  bundle, texts = make_bundle(), make_texts(21)
+  expected = clm.predict(bundle, texts, buckets=(), batch_size=32)
+  found = clm.predict(bundle, texts, buckets=buckets, batch_size=batch_size)
+  np.testing.assert_allclose(found.outputs, expected.outputs, rtol=0, atol=1e-5)
+  assert found.usage.tokens == expected.usage.tokens
+
+
+def test_short_texts_are_padded_to_short_lengths():
+  """Two batches of eight rows: lengths 8 and 24. Mutation: do not sort."""
+  texts = ['w1 w2', ' '.join(WORDS[:20])] * 8
+  usage = clm.predict(make_bundle(), texts, batch_size=8, buckets=(8,)).usage
+  assert usage.computed == 8 * 8 + 8 * 24 and usage.padding == pytest.approx(1 - (8 * 4 + 8 * 22) / 256)
+
+
+def test_compiled_programs_are_used_again():
+  """Mutation: make the jitted function anew in each call."""
+  bundle, texts = make_bundle(), make_texts(17)
+  clm.predict(bundle, texts, batch_size=8)
+  before = module._classify._cache_size()
+  clm.predict(bundle, texts[::-1], batch_size=8)
+  clm.predict(make_bundle(labels=()), texts[:9], batch_size=8)
+  assert module._classify._cache_size() == before
+
+
+def test_a_convbert_that_reads_padding_is_padded_to_the_end(caplog):
+  """Mutation: let it use buckets: outputs near the end of a row change with its company."""
+  bundle, texts = make_bundle(config=CONVBERT), make_texts()
+  found = clm.predict(bundle, texts, seq_len=24, buckets=(8, 16))
+  expected = np.stack([alone(bundle, text) for text in texts])  # padded to 24
+  np.testing.assert_allclose(found.outputs, expected, rtol=0, atol=1e-5)
+  assert 'convolution reads padding: rows are padded to 24' in caplog.text
+  clean = dataclasses.replace(bundle, config=dataclasses.replace(CONVBERT, conv_sees_padding=False))
+  caplog.clear()
+  short, full = (clm.predict(clean, texts, buckets=buckets).outputs for buckets in ((8, 16), ()))
+  np.testing.assert_allclose(short, full, rtol=0, atol=1e-5)
+  assert not caplog.text
+
+
+def test_long_texts_are_cut_counted_and_logged(caplog):
+  """Mutation: count texts that fit exactly."""
+  texts = [' '.join(WORDS[:n]) for n in (6, 7, 30)]
+  found = clm.predict(make_bundle(), texts, seq_len=8)
+  assert found.truncated == 2 and '2 of 3 texts are longer than 8 tokens' in caplog.text
+  expected = clm.predict(make_bundle(), [' '.join(WORDS[:6])] * 3, seq_len=8)
+  np.testing.assert_allclose(found.outputs, expected.outputs, rtol=0, atol=1e-5)
+
+
+def test_scores_names_and_empty_input():
+  bundle = make_bundle(1, ())
+  found = clm.predict(bundle, ['w1', '', 'w2 w3'])
+  assert found.classes == () and found.labels == () and found.scores.shape == (3,)
+  np.testing.assert_allclose(found.scores[1], alone(bundle, '')[0], rtol=0, atol=1e-5)
+  nothing = clm.predict(make_bundle(), [])
+  assert nothing.outputs.shape == (0, 3) and nothing.labels == () and nothing.usage.padding == 0
+  assert clm.predict(make_bundle(2, ()), ['w1']).labels[0] in ('LABEL_0', 'LABEL_1')
+
+
+def test_chunks_are_joined_in_order(monkeypatch):
+  """Mutation: sort over the chunk and forget its offset."""
+  bundle, texts = make_bundle(), make_texts(29)
+  expected = clm.predict(bundle, texts)
+  monkeypatch.setattr(module, 'CHUNK', 8)
+  found = clm.predict(bundle, texts)
+  np.testing.assert_allclose(found.outputs, expected.outputs, rtol=0, atol=1e-5)
+  assert found.usage.rows == 29
+
+
+@pytest.mark.parametrize(
+  ('change', 'arguments', 'error', 'message'),
+  [
+    ({'params': {'encoder': {}, 'mlm_head': {}}}, {}, ConfigError, r'never trained \(heads: mlm_head\); fine-tune it'),
+    ({'params': {'encoder': {}, 'span': {}}}, {}, ConfigError, 'a question and a context column'),
+    ({'tokenizer': None}, {}, ConfigError, 'has no tokenizer'),
+    ({}, {'texts': 'one text'}, ConfigError, 'not one text'),
+    ({}, {'texts': ['w1', 3]}, DataError, r'number 1 \(from 0\) is 3 instead of text'),
+    ({}, {'texts': ['w1'], 'pairs': []}, ConfigError, '0 second texts for 1 first'),
+    ({}, {'seq_len': 25}, ConfigError, 'seq_len: 25 must be between 4 and the 24 positions'),
+    ({}, {'batch_size': 0}, ConfigError, 'must be positive'),
+    ({}, {'buckets': (0, 8)}, ConfigError, 'must be positive'),
+  ],
+)
+def test_what_cannot_be_predicted_is_refused(change, arguments, error, message):
+  bundle = dataclasses.replace(make_bundle(), **change)
+  with pytest.raises(error, match=message):
+    clm.predict(bundle, **{'texts': ['w1'], **arguments})
