@@ -33,7 +33,7 @@ SIZES = {'hidden_size': 128, 'num_layers': 3, 'embedding_size': 128, 'max_positi
 STILL = {'hidden_dropout': 0.0, 'attention_dropout': 0.0}
 COLORS = {'ELECTRA': '#1f6feb', 'ConvBERT': '#d1571b'}
 PANELS = (
-  ('rtd_loss', 'RTD loss (nats per token; dotted: guessing by the share of replaced tokens)'),
+  ('rtd_loss', 'RTD loss (nats per token)'),
   ('mlm_loss', 'MLM loss (nats per masked token)'),
   ('mlm_accuracy', 'MLM accuracy'),
   ('recall_replaced', '"replaced": recall (solid), precision (dashed)'),
@@ -112,7 +112,9 @@ def draw(models: dict[str, list[dict[str, Any]]], titles: dict[str, str], path: 
       axis.set_ylim(low - 0.1 * (high - low), high + 0.2 * (high - low))
     if name == 'rtd_loss':
       axis.legend()
-  figure.suptitle('Replaced-token detection on WikiText-2, held-out rows (training: pale)')
+  figure.suptitle(
+    'Replaced-token detection on WikiText-2, held-out rows (pale: training; dotted: guessing by the share of replaced tokens)'
+  )
   figure.savefig(path, dpi=110)
   plt.close(figure)
 
