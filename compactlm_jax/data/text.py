@@ -193,20 +193,29 @@ def _require_key(keys: Sequence[str], text_key: str, name: str) -> None:
     raise ConfigError(f'{name} has no field {text_key!r}; set text_key to one of {", ".join(sorted(keys))}')
 
 
-def _open_tfds(name: str, split: str, text_key: str) -> TextSource:
+def tfds_records(name: str, split: str) -> tuple[Any, Any]:
+  """(builder, records) of one split of a TFDS dataset: its name, or its version directory. Needs no TensorFlow.
+
+  Raises:
+    ConfigError: it cannot be opened.
+  """
   import tensorflow_datasets as tfds
 
   try:
     builder = (
       tfds.builder_from_directory(name) if _is_tfds_dir(name) else tfds.builder(name, file_format='array_record')
     )
-    data = builder.as_data_source(split)
+    return builder, builder.as_data_source(split)
   except Exception as e:  # TFDS raises many kinds, among them bare AssertionError.
     reason = (str(e).strip() or type(e).__name__).splitlines()[0]
     raise ConfigError(
       f'input tfds:{name}, split {split!r}: cannot be opened ({reason}); '
       "build it first with file_format='array_record', or give its version directory"
     ) from e
+
+
+def _open_tfds(name: str, split: str, text_key: str) -> TextSource:
+  builder, data = tfds_records(name, split)
   _require_key(list(builder.info.features), text_key, f'tfds:{name}')
   files = [epath.Path(f) for f in sorted({str(i.filename) for i in builder.info.splits[split].file_instructions})]
   digest = hashlib.sha256(''.join(file_sha256(f) for f in files).encode()).hexdigest()
@@ -219,7 +228,12 @@ def _open_tfds(name: str, split: str, text_key: str) -> TextSource:
   )
 
 
-def _open_hf(name: str, split: str, text_key: str) -> TextSource:
+def hf_records(name: str, split: str) -> Any:
+  """One split of a Hugging Face dataset, NAME or NAME:CONFIG.
+
+  Raises:
+    ConfigError: it cannot be loaded, or the package `datasets` is missing.
+  """
   try:
     import datasets
   except ImportError as e:
@@ -227,9 +241,13 @@ def _open_hf(name: str, split: str, text_key: str) -> TextSource:
 
   path, _, config = name.partition(':')
   try:
-    data = datasets.load_dataset(path, config or None, split=split)
+    return datasets.load_dataset(path, config or None, split=split)
   except Exception as e:  # network, names and formats fail in many ways there
     raise ConfigError(f'input hf:{name}, split {split!r}: cannot be loaded ({e})') from e
+
+
+def _open_hf(name: str, split: str, text_key: str) -> TextSource:
+  data = hf_records(name, split)
   _require_key(list(data.column_names), text_key, f'hf:{name}')
   digest, size = hashlib.sha256(), 0
   for row in data:
