@@ -39,7 +39,14 @@ LABELS = {
   'qnli': (['entailment', 'not_entailment', 'entailment'], [0, 1, 0]),
   'rte': (['entailment', 'not_entailment', 'entailment'], [0, 1, 0]),
 }
-FILES = {split: file for task in TASKS for split, file in ((s.name, s.file) for s in task.splits)}
+LABEL_COLUMNS = {'mrpc': 'Quality', 'stsb': 'score', 'qqp': 'is_duplicate', 'mnli': 'gold_label'}
+TEXT_COLUMNS = {
+  'cola': ('sentence',),
+  'sst2': ('sentence',),
+  'mrpc': ('#1 String', '#2 String'),
+  'qqp': ('question1', 'question2'),
+  'qnli': ('question', 'sentence'),
+}
 
 
 def write(folder, name, text):
@@ -50,11 +57,13 @@ def write(folder, name, text):
 
 def lines(name, labelled):
   """Three lines in the official layout: texts 'a "0', 'b 0', ..."""
-  task = glue_task(name)
   columns = (HEADERS[name][not labelled] or 'source\tlabel\tmark\tsentence').split('\t')
   for i, label in enumerate(LABELS.get(name, (['1', '0', '1'],))[0]):
-    cells = {**dict.fromkeys(columns, '7'), task.label: label}
-    cells |= {text: f'{letter} "{i}' for letter, text in zip('ab', task.texts, strict=False)}
+    cells = {**dict.fromkeys(columns, '7'), LABEL_COLUMNS.get(name, 'label'): label}
+    cells |= {
+      text: f'{letter} "{i}'
+      for letter, text in zip('ab', TEXT_COLUMNS.get(name, ('sentence1', 'sentence2')), strict=False)
+    }
     yield '\t'.join(cells[c] for c in columns)
 
 
@@ -288,6 +297,8 @@ def test_hugging_face(root, loaded, monkeypatch):
   for row in rows:
     row['label'] = -1
   assert read_glue('mnli', root, 'test').labels is None
+  with pytest.raises(DataError, match='row 0: has no label; 3 of 3 rows have none'):
+    read_glue('mnli', root, 'dev')
   rows[1]['label'] = 3
   with pytest.raises(DataError, match='row 1: label 3 is not one of entailment, neutral, contradiction'):
     read_glue('mnli', root, 'dev')
