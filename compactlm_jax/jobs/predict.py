@@ -110,9 +110,9 @@ def predict(
   """Classes or scores of texts, by the classifier of a fine-tuned model.
 
   Texts of similar length share batches, which are padded to the next of `buckets` only; what is predicted for a text
-  does not depend on the others. A ConvBERT whose convolution reads padding (`conv_sees_padding`, every import from
-  transformers) is the exception that needs care: its rows are all padded to `seq_len`, as in its fine-tuning, and this
-  is logged; give the length that it was fine-tuned with. An empty text is read as [CLS] [SEP].
+  depends neither on the others nor on the buckets. A ConvBERT whose convolution reads padding (`conv_sees_padding`,
+  every import from transformers) gets so much more padding that its predictions are those of rows padded to `seq_len`:
+  give the length that it was fine-tuned with. An empty text is read as [CLS] [SEP].
 
   Args:
     bundle: with a 'classifier' and a tokenizer.
@@ -200,6 +200,12 @@ class Reader:
   batch_size: int
   mesh: Mesh
 
+  @property
+  def margin(self) -> int:
+    """Padded tokens that can reach the last real one: of a ConvBERT that reads padding, half a kernel per layer."""
+    config = self.bundle.config
+    return config.num_layers * (config.conv_kernel_size // 2) if config.conv_sees_padding else 0
+
   @classmethod
   def of(
     cls,
@@ -218,13 +224,6 @@ class Reader:
     if batch_size < 1 or min(buckets, default=1) < 1:
       raise ConfigError(f'batch_size, buckets: {batch_size} and {tuple(buckets)} must be positive')
     lengths = tuple(sorted({length for length in buckets if length < limit} | {limit}))
-    if config.conv_sees_padding and config.conv_kernel_size:
-      lengths = (limit,)
-      log.warning(
-        "this ConvBERT's convolution reads padding: rows are padded to %d tokens, whatever their length; set seq_len "
-        'to the length that it was fine-tuned with',
-        limit,
-      )
     mesh = Mesh(np.asarray(jax.local_devices()), ('data',))
     params = {name: bundle.params[name] for name in ('encoder', *heads)}
     if mesh.size > 1:
@@ -255,7 +254,7 @@ class Reader:
     """These rows and copies of the last one, up to a power of two: few shapes to compile, little to waste."""
     assert source.lengths is not None
     longest = int(source.lengths[indices].max())
-    length = next(n for n in self.lengths if n >= longest)
+    length = next(n for n in self.lengths if n >= min(longest + self.margin, self.seq_len))
     size = min(self.batch_size, max(self.mesh.size, 1 << (len(indices) - 1).bit_length()))
     size = -(-size // self.mesh.size) * self.mesh.size
     rows = source.fetch(np.pad(indices, (0, size - len(indices)), mode='edge'))
