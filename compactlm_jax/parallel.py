@@ -34,6 +34,8 @@ PARAM_RULES: tuple[tuple[str, P], ...] = (
   (r'.*layers/attention/conv/taps/kernel', P(None, 'fsdp', None)),
   (r'.*(pooler|(mlm|rtd)_head/dense)/kernel', P('fsdp', 'model')),
   (r'(.*/)?(classifier|rtd_head/output)/kernel', P('fsdp', None)),
+  (r'(.*/)?span/(end|answerable)_hidden/kernel', P('fsdp', 'model')),
+  (r'(.*/)?span/((start|(end|answerable)_output)/)?kernel', P('fsdp', None)),
   (r'.*/(bias|scale|output_bias)', P()),
 )
 """(regex over parameter names, placement). A name that matches no row, or two, is an error."""
