@@ -1,0 +1,207 @@
+"""The span task: what both heads learn and give out, whatever the padding; and what a teacher adds."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny import STILL
+
+from compactlm_jax.config import EncoderConfig, FinetuneConfig, SpanConfig, from_config_dict
+from compactlm_jax.errors import ConfigError
+from compactlm_jax.tasks.span import best_places, context_mask, make_span_task, span_logits
+from compactlm_jax.types import Batch
+
+MODEL = dataclasses.replace(STILL, num_layers=1, initializer_range=0.3)
+# [CLS] 2 question tokens [SEP] context [SEP]
+LENGTHS, LABELS = (12, 9, 11), np.array([[5, 6, 0], [0, 0, 1], [9, 9, 0]], np.int32)
+
+
+def batch(seq_len=14, weights=(1, 1, 1)):
+  rng, ids = np.random.default_rng(0), np.zeros((3, seq_len), np.int32)
+  types, mask = np.zeros_like(ids), np.zeros_like(ids)
+  for row, length in enumerate(LENGTHS):
+    ids[row, :length], mask[row, :length], types[row, 4:length] = rng.integers(4, 64, length), 1, 1
+  return Batch(*map(jnp.asarray, (ids, mask, types, LABELS, np.asarray(weights, np.float32))))
+
+
+def task(head='independent', version=2, teacher=None, config=None, **span):
+  fields = {'head': head, 'n_best': 3, 'beam': 3, **span}
+  return make_span_task(MODEL, SpanConfig(**fields), config or FinetuneConfig(), version=version, teacher=teacher)
+
+
+def loss_of(made, params, rows, frozen=None):
+  return jax.jit(lambda p, f, r: made.loss(p, f, r, jax.random.key(0), 0))(params, frozen, rows)[0]
+
+
+BOTH = pytest.mark.parametrize('head, version', [('independent', 1), ('joint', 2)])
+ALL = pytest.mark.parametrize('head, version', [('independent', 1), ('independent', 2), ('joint', 1), ('joint', 2)])
+
+
+@BOTH
+def test_padding_changes_nothing(head, version):
+  """Loss, gradients and outputs, for rows of 12 and 16. Mutation: let padding compete for start and end."""
+  made = task(head, version)
+  params = made.init(jax.random.key(0))
+
+  @jax.jit
+  def run(rows):
+    loss, grads = jax.value_and_grad(lambda p: made.loss(p, None, rows, jax.random.key(1), 0)[0])(params)
+    return loss, grads, made.evaluate(params, None, rows)
+
+  first, second = run(batch(12)), run(batch(16))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), first, second)
+
+
+@ALL
+def test_outputs_have_one_shape_and_lie_in_the_context(head, version):
+  """Nine asked for, of contexts of 4 to 7 tokens in rows of 14 and 12.
+
+  Mutation: count the last [SEP] as context; return what top_k gives.
+  """
+  made = task(head, version, n_best=9, beam=9)
+  params, lists = made.init(jax.random.key(0)), 9 if head == 'joint' else 1
+  for seq_len in (14, 12) if version == 2 else (12,):
+    found = jax.jit(made.evaluate)(params, None, batch(seq_len))
+    arrays = {name: value.shape for name, value in found.items() if not isinstance(value, tuple)}
+    wanted = {'starts': (3, 9), 'start_logits': (3, 9), 'ends': (3, lists, 9), 'end_logits': (3, lists, 9)}
+    if head == 'independent':
+      wanted['null'] = (3, 2)
+    elif version == 2:
+      wanted['impossible'] = (3,)
+    assert arrays == wanted
+    for row, length in enumerate(LENGTHS):
+      context = set(range(4, length - 1))
+      assert set(found['starts'][row].tolist()) == context | {0}
+      assert all(set(ends) == context | {0} for ends in found['ends'][row].tolist())
+      assert np.all(np.diff(found['start_logits'][row]) <= 0)
+      assert ((found['starts'][row] == 0) == (found['start_logits'][row] == -1e9)).all()
+
+
+def test_the_independent_head_gives_its_logits():
+  made = task(n_best=2)
+  params, rows = made.init(jax.random.key(0)), batch()
+  start, end = span_logits(params, MODEL, rows)
+  found = jax.jit(made.evaluate)(params, None, rows)
+  np.testing.assert_allclose(found['null'], np.stack([start[:, 0], end[:, 0]], -1), rtol=1e-6)
+  np.testing.assert_allclose(found['start_logits'], np.take_along_axis(start, found['starts'], 1), rtol=1e-6)
+  np.testing.assert_allclose(found['end_logits'][:, 0], np.take_along_axis(end, found['ends'][:, 0], 1), rtol=1e-6)
+  inside = np.where(context_mask(rows), start, -np.inf)
+  np.testing.assert_array_equal(found['starts'][:, 0], inside.argmax(-1))
+
+
+def test_joint_scores_are_log_probabilities_of_pairs():
+  """Mutation: condition every end on the best start."""
+  made = task('joint', 1)
+  params, rows = made.init(jax.random.key(0)), batch()
+  found = jax.jit(made.evaluate)(params, None, rows)
+  total = np.exp(np.asarray(found['start_logits'])).sum(-1)
+  assert (total <= 1 + 1e-5).all()
+  # The loss of a label that is in the beam is made of the same numbers.
+  place = int(found['starts'][0, 1])
+  first, second = (int(x) for x in found['ends'][0, 1, :2])
+  for k, end in enumerate((first, second)):
+    labels = np.array(LABELS)
+    labels[0] = place, end, 0
+    one = dataclasses.replace(rows, labels=jnp.asarray(labels), weights=jnp.array([1.0, 0, 0]))
+    loss = loss_of(made, params, one)
+    np.testing.assert_allclose(-2 * loss, found['start_logits'][0, 1] + found['end_logits'][0, 1, k], rtol=1e-5)
+
+
+def test_answerability_is_weighed():
+  """Mutation: weigh the span instead."""
+  values = {}
+  for weight in (0.0, 0.5):
+    made = task('joint', 2, answerable_weight=weight)
+    params = made.init(jax.random.key(0))
+    values[weight], metrics = made.loss(params, None, batch(), jax.random.key(0), 0)
+  np.testing.assert_allclose(values[0.5] - values[0.0], 0.5 * metrics['answerable_loss'], rtol=1e-5)
+  np.testing.assert_allclose(values[0.0], metrics['span_loss'], rtol=1e-6)
+
+
+@BOTH
+def test_rows_of_weight_0_do_not_count(head, version):
+  """Mutation: take the mean over all rows."""
+  made = task(head, version)
+  params, rows = made.init(jax.random.key(0)), batch(weights=(1, 0, 1))
+  other = dataclasses.replace(rows, labels=rows.labels.at[1].set(jnp.array([4, 7, 0])))
+  run = jax.jit(made.evaluate)
+  one, two = run(params, None, rows), run(params, None, other)
+  for name in (name for name, pair in one.items() if isinstance(pair, tuple)):
+    assert float(one[name][1]) == 2
+    np.testing.assert_allclose(one[name][0], two[name][0], rtol=1e-6)
+  first, second = (loss_of(made, params, r) for r in (rows, other))
+  np.testing.assert_allclose(first, second, rtol=1e-6)
+
+
+@BOTH
+def test_both_heads_learn(head, version):
+  """Three rows by heart: best span right, and what has no answer known. Mutation: train on swapped labels."""
+  made = task(head, version)
+  params, rows = made.init(jax.random.key(0)), batch()
+  tx = optax.adam(1e-2)
+  state = tx.init(params)
+
+  @jax.jit
+  def step(params, state):
+    value, grads = jax.value_and_grad(lambda p: made.loss(p, None, rows, jax.random.key(0), 0)[0])(params)
+    updates, state = tx.update(grads, state)
+    return optax.apply_updates(params, updates), state, value
+
+  for _ in range(40):
+    params, state, value = step(params, state)
+  assert value < 0.1
+  found = jax.jit(made.evaluate)(params, None, rows)
+  assert found['starts'][0, 0] == 5 and found['starts'][2, 0] == 9
+  assert found['ends'][0, 0, 0] == 6 and found['ends'][2, 0, 0] == 9
+  if head == 'independent':
+    assert (found['null'].sum(-1) > found['start_logits'][:, 0] + found['end_logits'][:, 0, 0]).tolist() == [0, 1, 0]
+  elif version == 2:
+    assert (found['impossible'] > 0).tolist() == [False, True, False]
+
+
+def test_a_teacher_adds_its_part():
+  """ce_weight and distil_weight; a teacher that is the student adds nothing. Mutation: forget a weight."""
+  alone = task()
+  params = alone.init(jax.random.key(0))
+  other = alone.init(jax.random.key(1))
+  config = FinetuneConfig(ce_weight=0.25, distil_weight=0.5)
+  taught = task(teacher=(other, MODEL), config=config)
+  assert set(taught.frozen) == {'encoder', 'span'}
+  run = jax.jit(lambda p, f, r: taught.loss(p, f, r, jax.random.key(0), 0))
+  plain = loss_of(alone, params, batch())
+  value, metrics = run(params, other, batch())
+  assert metrics['distil_loss'] > 0.01
+  np.testing.assert_allclose(metrics['task_loss'], plain, rtol=1e-6)
+  np.testing.assert_allclose(value, 0.25 * plain + 0.5 * metrics['distil_loss'], rtol=1e-6)
+  same = run(params, params, batch())[1]
+  np.testing.assert_allclose(same['distil_loss'], 0, atol=1e-5)
+  longer = run(params, other, batch(16))[0]
+  np.testing.assert_allclose(longer, value, rtol=1e-5)
+
+
+def test_teachers_that_do_not_fit():
+  joint = task('joint')
+  params = joint.init(jax.random.key(0))
+  with pytest.raises(ConfigError, match="config.teacher: distillation compares start and end.*'independent'"):
+    task('joint', teacher=(task().init(jax.random.key(0)), MODEL))
+  for wrong in (params, {'encoder': params['encoder']}):
+    with pytest.raises(ConfigError, match='config.teacher: this model has no trained span head'):
+      task(teacher=(wrong, MODEL))
+
+
+def test_the_description_rebuilds_the_task():
+  made = task('joint')
+  span = from_config_dict(SpanConfig, made.model['span'])
+  assert span.head == 'joint' and span.beam == 3 and made.model['version'] == 2
+  assert from_config_dict(EncoderConfig, made.model['encoder']) == MODEL
+
+
+def test_best_places():
+  scores, allowed = jnp.array([[3.0, 1.0, 2.0, 9.0]]), jnp.array([[True, True, True, False]])
+  best, places = best_places(scores, allowed, 2)
+  assert best.tolist() == [[3.0, 2.0]] and places.tolist() == [[0, 2]]
+  best, places = best_places(scores, allowed, 6)
+  assert places.tolist() == [[0, 2, 1, 0, 0, 0]] and (best[0, 3:] == -1e9).all()
