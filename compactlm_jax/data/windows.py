@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -119,50 +118,69 @@ def make_windows(
   Raises:
     ConfigError: rows too short to hold a question and one token of context; no question is left.
   """
+  _check_room(seq_len, max_query_length)
+  contexts, context = _distinct([q.context for q in questions.items])
+  asked, query = _distinct([q.question for q in questions.items])
+  ids, offsets = _encode(tokenizer, contexts)
+  spans = np.asarray([_align(q, offsets[c]) for q, c in zip(questions.items, context, strict=True)], np.int32)
+  answered = np.asarray([bool(q.answers) for q in questions.items])
+  unaligned = answered & (spans[:, 0] < 0)
+  keep = np.flatnonzero(~unaligned if train else np.ones_like(unaligned))
+  if not len(keep):
+    raise ConfigError(f'{questions.name}: no answer could be aligned with tokens; is this the right tokenizer?')
+  context, query = context[keep], query[keep]
+  tokens, queries = _Flat.of(ids), _Flat.of(tokenizer.encode(asked))
+  size = np.minimum(queries.count[query], max_query_length)
+  question, first, count = _slide(tokens.count[context], seq_len - 3 - size, doc_stride)
+  prefix = (size[question] + 2).astype(np.int32)
+  labels = _labels(np.column_stack([spans[keep, :2], ~answered[keep]])[question], first, count, prefix)
+  token_start, query_start = tokens.start[context[question]] + first, queries.start[query[question]]
+  rows = RowSource(
+    _Gather(tokenizer, seq_len, tokens.values, token_start, count, queries.values, query_start, prefix, labels),
+    size=len(question),
+    vocab_size=tokenizer.vocab_size,
+    seq_len=seq_len,
+    fingerprint=tokenizer.fingerprint(),
+    name=questions.name,
+    lengths=prefix + count + 1,
+  )
+  too_long = int((queries.count[query] > max_query_length).sum())
+  report = _report(len(keep), len(question), too_long, int(unaligned.sum()), int(spans[:, 2].sum()))
+  log.info('%s: %s', questions.name, report)
+  items = tuple(questions.items[i] for i in keep)
+  return Windows(items, rows, question, first, count, prefix, tuple(offsets[c] for c in context), report)
+
+
+def _check_room(seq_len: int, max_query_length: int) -> None:
   if seq_len < max_query_length + 4:
     raise ConfigError(
       f'config.data.seq_len: {seq_len} tokens do not hold a question of config.span.max_query_length='
       f'{max_query_length}, 3 special tokens and a window; raise it or lower max_query_length'
     )
-  contexts, context_of = _distinct([q.context for q in questions.items])
-  ids, offsets = _encode(tokenizer, contexts)
-  asked, asked_of = _distinct([q.question for q in questions.items])
-  queries = tokenizer.encode(asked)
-  spans = [_align(q, offsets[c]) for q, c in zip(questions.items, context_of, strict=True)]
-  unaligned = [bool(q.answers) and s[0] < 0 for q, s in zip(questions.items, spans, strict=True)]
-  keep = [i for i in range(len(questions)) if not (train and unaligned[i])]
-  if not keep:
-    raise ConfigError(f'{questions.name}: no answer could be aligned with tokens; is this the right tokenizer?')
-  items = tuple(questions.items[i] for i in keep)
-  context, query = np.asarray(context_of)[keep], np.asarray(asked_of)[keep]
-  flat_ids, id_start, id_count = _flat(ids)
-  flat_query, query_start, query_count = _flat(queries)
-  size, length = np.minimum(query_count[query], max_query_length), id_count[context]
-  question, first, count = _slide(length, seq_len - 3 - size, doc_stride)
-  spans_Q3 = np.asarray([(*spans[i][:2], not questions.items[i].answers) for i in keep], np.int32)
-  prefix = (size[question] + 2).astype(np.int32)
-  gather = _Gather(
-    tokenizer, seq_len, flat_ids, id_start[context[question]] + first, count, flat_query,
-    query_start[query[question]], prefix, _labels(spans_Q3[question], first, count, prefix),
-  )  # fmt: skip
-  rows = RowSource(
-    gather,
-    len(question),
-    tokenizer.vocab_size,
-    seq_len,
-    tokenizer.fingerprint(),
-    name=questions.name,
-    lengths=prefix + count + 1,
-  )
-  report = {
-    'questions': len(items),
-    'windows': len(question),
-    'truncated_questions': int((query_count[query] > max_query_length).sum()),
-    'unaligned_answers': sum(unaligned),
-    'widened_answers': sum(s[2] for s in spans),
+
+
+def _report(questions: int, windows: int, truncated: int, unaligned: int, widened: int) -> dict[str, int]:
+  return {
+    'questions': questions,
+    'windows': windows,
+    'truncated_questions': truncated,
+    'unaligned_answers': unaligned,
+    'widened_answers': widened,
   }
-  log.info('%s: %s', questions.name, ', '.join(f'{n} {k.replace("_", " ")}' for k, n in report.items()))
-  return Windows(items, rows, question, first, count, prefix, tuple(offsets[c] for c in context), report)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Flat:
+  """Lists of ids end to end: list i is values[start[i] : start[i] + count[i]]."""
+
+  values: np.ndarray
+  start: np.ndarray
+  count: np.ndarray
+
+  @classmethod
+  def of(cls, lists: Sequence[Sequence[int]]) -> _Flat:
+    count = np.asarray([len(v) for v in lists], np.int64)
+    return cls(np.concatenate([np.asarray(v, np.int32) for v in lists]), np.cumsum(count) - count, count)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,10 +218,10 @@ def _take(values: np.ndarray, index: np.ndarray) -> np.ndarray:
   return values.take(index, mode='clip') if len(values) else np.zeros(index.shape, np.int32)
 
 
-def _distinct(texts: Sequence[str]) -> tuple[list[str], list[int]]:
+def _distinct(texts: Sequence[str]) -> tuple[list[str], np.ndarray]:
   """(texts without repetition, index of each text among them); many questions share a context."""
   index: dict[str, int] = {}
-  places = [index.setdefault(text, len(index)) for text in texts]
+  places = np.asarray([index.setdefault(text, len(index)) for text in texts])
   return list(index), places
 
 
@@ -214,13 +232,6 @@ def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[list[list[int]]
       ids.append(found.ids)
       offsets.append(np.asarray(found.offsets, np.int32).reshape(-1, 2))
   return ids, offsets
-
-
-def _flat(lists: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """(all values, start of each list, its length)."""
-  counts = np.asarray([len(v) for v in lists], np.int64)
-  values: Any = [np.asarray(v, np.int32) for v in lists]
-  return np.concatenate(values), np.cumsum(counts) - counts, counts
 
 
 def _align(question: Question, offsets: np.ndarray) -> tuple[int, int, bool]:

@@ -143,7 +143,7 @@ def test_what_does_not_fit_is_counted(vocabulary, caplog):
   assert windows.report == {
     'questions': 1, 'windows': 1, 'truncated_questions': 1, 'unaligned_answers': 0, 'widened_answers': 0,
   }  # fmt: skip
-  assert '1 truncated questions' in caplog.text and windows.prefix.tolist() == [6]
+  assert "'truncated_questions': 1" in caplog.text and windows.prefix.tolist() == [6]
   wide = make_windows(one('x', 'the river', ('ive', 5)), tokenizer, 24, max_query_length=4)
   assert wide.report['widened_answers'] == 1 and wide.text(0, *wide.rows[0]['label'][:2]) in ('river', 'ive', 'rive')
   lost = one('x', 'river \u200d house', ('\u200d', 6))  # a character that the tokenizer drops
