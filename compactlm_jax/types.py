@@ -137,6 +137,9 @@ Pairs are added up over batches and become means. Rows are gathered, without tho
 Score = Callable[[Mapping[str, np.ndarray]], Mapping[str, float]]
 """What `evaluate` gathered, in the order of the rows -> metrics that are no sums (F1, correlations, exact match)."""
 
+Files = Callable[[Mapping[str, np.ndarray]], Mapping[str, str]]
+"""What `evaluate` gathered, in the order of the rows -> files of predictions: name -> text."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:

@@ -70,13 +70,13 @@ def build_job(config: RunConfig) -> Job:
   grouped = steps if config.data.group_by_length else 0
   hosts, buckets = (jax.process_index(), jax.process_count()), config.data.buckets
   batches = Batches(data.train, config.batch_size, config.seed, *hosts, buckets, grouped)
-  evals = tuple(_evaluation(held, config) for held in data.evals)
+  evals = tuple(evaluation(held, config) for held in data.evals)
   return Job(task, config, steps, batches, evals, identity, files)
 
 
-def _evaluation(held: EvalSet, config: RunConfig) -> Evaluation:
-  """A pass over held-out rows; with buckets from short to long, which a score does not get to see."""
-  source, score, buckets = held.rows, held.score, config.data.buckets
+def evaluation(held: EvalSet, config: RunConfig) -> Evaluation:
+  """A pass over held-out rows; with buckets from short to long, which scores and files do not get to see."""
+  source, score, files, buckets = held.rows, held.score, held.files, config.data.buckets
   if buckets:
     source, order = by_length(held.rows)
     inverse = np.argsort(order)
@@ -84,5 +84,8 @@ def _evaluation(held: EvalSet, config: RunConfig) -> Evaluation:
     def score(rows: Mapping[str, np.ndarray]) -> Mapping[str, float]:
       return held.score({name: values[inverse] for name, values in rows.items()})
 
+    def files(rows: Mapping[str, np.ndarray]) -> Mapping[str, str]:
+      return held.files({name: values[inverse] for name, values in rows.items()})
+
   hosts = (jax.process_index(), jax.process_count())
-  return Evaluation(lambda: eval_batches(source, config.batch_size, *hosts, buckets), score, held.prefix)
+  return Evaluation(lambda: eval_batches(source, config.batch_size, *hosts, buckets), score, held.prefix, files)

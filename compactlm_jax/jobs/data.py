@@ -16,7 +16,7 @@ from compactlm_jax.data.synthetic import synthetic_rows
 from compactlm_jax.errors import ConfigError
 from compactlm_jax.interop.tokenizer_files import TokenizerFiles
 from compactlm_jax.jobs.models import tokenizer_of
-from compactlm_jax.types import Score
+from compactlm_jax.types import Files, Score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +27,13 @@ class EvalSet:
     rows: what is evaluated.
     score: metrics of the gathered outputs, which come in the order of `rows`.
     prefix: of the names of all its metrics.
+    files: predictions that `compactlm evaluate` writes.
   """
 
   rows: RowSource
   score: Score = lambda rows: {}
   prefix: str = ''
+  files: Files = lambda rows: {}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from compactlm_jax.parallel import batch_sharding, replicated, to_global
-from compactlm_jax.types import Batch, Params, Score, Task
+from compactlm_jax.types import Batch, Files, Params, Score, Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,11 +22,13 @@ class Evaluation:
     batches: starts a pass over this host's rows; with weights.
     score: see `types.Score`.
     prefix: of the names of its metrics, where a run has several evaluations.
+    files: see `types.Files`.
   """
 
   batches: Callable[[], Iterable[Batch]]
   score: Score = lambda rows: {}
   prefix: str = ''
+  files: Files = lambda rows: {}
 
 
 def make_evaluate(task: Task, mesh: Mesh) -> Any:
@@ -35,10 +37,17 @@ def make_evaluate(task: Task, mesh: Mesh) -> Any:
 
   def evaluate(params: Params, frozen: Any, evaluation: Evaluation) -> dict[str, float]:
     means, rows = gather(params, frozen, evaluation.batches())
-    found = {**means, **evaluation.score(rows), **task.summarize(means)}
-    return {evaluation.prefix + name: float(value) for name, value in found.items()}
+    return metrics_of(task, evaluation, means, rows)
 
   return evaluate
+
+
+def metrics_of(
+  task: Task, evaluation: Evaluation, means: Mapping[str, float], rows: Mapping[str, np.ndarray]
+) -> dict[str, float]:
+  """All metrics of what was gathered, by their names in metrics.jsonl and results.json."""
+  found = {**means, **evaluation.score(rows), **task.summarize(means)}
+  return {evaluation.prefix + name: float(value) for name, value in found.items()}
 
 
 def make_gather(task: Task, mesh: Mesh) -> Any:
