@@ -63,23 +63,31 @@ def attention_mass(
   Raises:
     ConfigError: the encoder has no self-attention, or a negative radius.
   """
-  if not config.self_attention:
-    raise ConfigError('config.encoder.self_attention: without self-attention there is no concentration to measure')
+  require_attention(config)
   if radius < 0:
     raise ConfigError(f'radius: {radius} must not be negative')
   mask_BT = jnp.ones_like(input_ids) if attention_mask is None else attention_mask
   layers = tuple(range(1, config.num_layers + 1))
   out = encode(params, config, input_ids, mask_BT, token_type_ids, qkv_layers=layers, skip_above=True)
-  position_T = jnp.arange(input_ids.shape[1])
-  near_TS = jnp.abs(position_T[:, None] - position_T[None]) <= radius
-
-  def sums(qkv: QKV) -> tuple[Array, Array]:
-    probs_BHTS = attention_probabilities(qkv, mask_BT, causal=config.causal) * mask_BT[:, None, :, None]
-    near_BH = jnp.where(near_TS[None, None], probs_BHTS, 0.0).sum((2, 3))
-    return near_BH, jnp.where(near_TS[None, None], 0.0, probs_BHTS).sum((2, 3))
-
-  near, far = zip(*(sums(qkv) for qkv in out.qkv))
+  probs = (attention_probabilities(qkv, mask_BT, causal=config.causal) for qkv in out.qkv)
+  near, far = zip(*(near_and_far(probs_BHTS, mask_BT, radius) for probs_BHTS in probs))
   return AttentionMass(jnp.stack(near), jnp.stack(far))
+
+
+def near_and_far(
+  probs_BHTS: Float[Array, 'B H T S'], mask_BT: Int[Array, 'B T'], radius: int
+) -> tuple[Float[Array, 'B H'], Float[Array, 'B H']]:
+  """Sums of one layer's attention over real queries: (over keys within the radius, over the keys beyond it)."""
+  real_BHTS = probs_BHTS * mask_BT[:, None, :, None]
+  position_T = jnp.arange(mask_BT.shape[1])
+  near_TS = (jnp.abs(position_T[:, None] - position_T[None]) <= radius)[None, None]
+  return jnp.where(near_TS, real_BHTS, 0.0).sum((2, 3)), jnp.where(near_TS, 0.0, real_BHTS).sum((2, 3))
+
+
+def require_attention(config: EncoderConfig) -> None:
+  """Raises ConfigError if the encoder has no self-attention."""
+  if not config.self_attention:
+    raise ConfigError('config.encoder.self_attention: a model without self-attention has no attention to analyse')
 
 
 def concentration(mass: AttentionMass) -> Float[Array, '']:

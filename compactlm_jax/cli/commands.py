@@ -118,6 +118,25 @@ def _plan(values: flags.FlagValues) -> str:
   return as_table(report)
 
 
+def _analyze(values: flags.FlagValues) -> str:
+  from compactlm_jax.cpu import keep_memory
+  from compactlm_jax.jobs.analyze import run_analyze
+
+  keep_memory()
+  found = run_analyze(
+    values.model,
+    values.text,
+    values.output,
+    compare=values.compare,
+    rows=values.rows,
+    seq_len=values.seq_len,
+    sentence=values.sentence,
+  )
+  text = found['text']
+  counts = f'{text["rows"]:,} rows, {text["tokens"]:,} tokens, {text["cut_rows"]:,} rows cut'
+  return f'{values.output}/report.md: {counts}, {len(found["pictures"])} pictures'
+
+
 def _write(path: str, text: str) -> None:
   if path and text:
     pathlib.Path(path).write_text(text, encoding='utf-8')
@@ -220,5 +239,20 @@ COMMANDS = {
     ),
     ('checkpoint', 'output'),
     _export,
+  ),
+  'analyze': Command(
+    'Look inside one or two models: attention, similarity of layers, cost of the parts.',
+    'compactlm analyze --model=student --compare=teacher --text=sentences.txt --output=analysis',
+    all_of(
+      text('model', None, 'Model folder or run directory.'),
+      text('compare', '', 'Second model with the same tokenizer, for example the teacher.'),
+      text('text', None, 'File with one sentence per line (.gz is read).'),
+      text('output', None, 'Folder to write: report.md, analysis.json and pictures. An earlier analysis is replaced.'),
+      number('rows', 1000, 'Lines to read; 0 reads all.'),
+      number('seq_len', 0, 'Longest row in tokens; longer lines are cut and counted. 0 is 128, or what the model has.'),
+      number('sentence', 0, 'Number of the line that is drawn; 0 takes the first one of 8 to 24 tokens.'),
+    ),
+    ('model', 'text', 'output'),
+    _analyze,
   ),
 }

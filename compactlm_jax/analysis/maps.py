@@ -1,0 +1,71 @@
+"""What a model does with one sentence: attention, value relations and convolution kernels, token by token."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from compactlm_jax.analysis.concentration import attention_probabilities
+from compactlm_jax.analysis.statistics import Model, value_relation
+from compactlm_jax.config import EncoderConfig
+from compactlm_jax.nn.attention import SpanDynamicConv
+from compactlm_jax.nn.encoder import encode
+from compactlm_jax.ops.dynamic_conv import tap_reads
+from compactlm_jax.types import Params, struct
+
+
+@struct
+class Maps:
+  """One sentence of T tokens seen by a model of N layers.
+
+  Attributes:
+    attention_NHTT: attention probabilities, query by key.
+    values_NTT: value relations, heads averaged.
+    taps_NHTW: kernel of the dynamic convolution at each position; NaN where a tap reads beyond the sentence. None for
+      models without a convolution.
+  """
+
+  attention_NHTT: Float[Array, 'N H T T']
+  values_NTT: Float[Array, 'N T T']
+  taps_NHTW: Float[Array, 'N H T W'] | None = None
+
+
+def sentence_maps(model: Model, ids: list[int]) -> Maps:
+  """The maps of one sentence, as NumPy arrays.
+
+  Args:
+    model: from `statistics.analysed`.
+    ids: its token ids, special tokens included.
+  """
+  return jax.tree.map(np.asarray, _maps(model.config, model.params, jnp.asarray(ids, jnp.int32)[None]))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _maps(config: EncoderConfig, params: Params, ids_1T: Array) -> Maps:
+  mask_1T, everything = jnp.ones_like(ids_1T), tuple(range(1, config.num_layers + 1))
+  out = encode(params, config, ids_1T, mask_1T, all_hidden=True, qkv_layers=everything)
+  attention = [attention_probabilities(qkv, mask_1T, causal=config.causal)[0] for qkv in out.qkv]
+  values = [value_relation(qkv, mask_1T, causal=config.causal)[0].mean(0) for qkv in out.qkv]
+  if not config.conv_kernel_size:
+    return Maps(jnp.stack(attention), jnp.stack(values))
+  assert out.hidden_NBTD is not None
+  kernels = params['encoder']['layers']['attention']['conv']
+  taps = [_taps(config, _at(kernels, i), out.hidden_NBTD[i], qkv.q_BTHK) for i, qkv in enumerate(out.qkv)]
+  return Maps(jnp.stack(attention), jnp.stack(values), jnp.stack(taps))
+
+
+def _at(params: Params, layer: int) -> Params:
+  return jax.tree.map(lambda leaf: leaf[layer], params)
+
+
+def _taps(config: EncoderConfig, params: Params, x_1TD: Array, q_1THK: Array) -> Float[Array, 'H T W']:
+  """Kernels of one layer, NaN where they read beyond the row."""
+  mask_1T = jnp.ones(x_1TD.shape[:2], jnp.float32)
+  taps_W1TH = SpanDynamicConv(config).apply({'params': params}, x_1TD, q_1THK, mask_1T, only_taps=True)
+  assert isinstance(taps_W1TH, jax.Array)
+  reads_WT = tap_reads(mask_1T, config.conv_kernel_size, causal=config.causal)[:, 0]
+  return jnp.where(reads_WT[..., None] > 0, taps_W1TH[:, 0].astype(jnp.float32), jnp.nan).transpose(2, 1, 0)
