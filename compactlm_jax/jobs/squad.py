@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import logging
@@ -23,7 +24,7 @@ from compactlm_jax.losses.span import span_cross_entropy
 from compactlm_jax.scoring.nbest import Answers, answer_questions
 from compactlm_jax.scoring.squad import score_v1, score_v2
 from compactlm_jax.tasks.span import make_span_task, span_logits
-from compactlm_jax.types import Params, Score, Task
+from compactlm_jax.types import Files, Params, Score, Task
 
 _PROBE_ROWS = 64
 
@@ -58,7 +59,7 @@ def squad_job(config: RunConfig) -> tuple[Task, JobData]:
   if dev is not None:
     held = cut(dev)
     _warn(held)
-    evals.append(EvalSet(held.rows, span_score(held, span, version)))
+    evals.append(EvalSet(held.rows, span_score(held, span, version), files=span_files(held, span, version)))
   encoder = bundle.config.with_run_options(config.encoder)
   teacher = _teacher(config, windows.rows) if config.teacher else None
   task = make_span_task(encoder, span, config.finetune, version=version, start=bundle.params, teacher=teacher)
@@ -87,14 +88,6 @@ def span_answers(windows: Windows, outputs: Mapping[str, np.ndarray], span: Span
   )
 
 
-def prediction_files(answers: Answers, null_threshold: float) -> dict[str, str]:
-  """SQuAD's files, name -> content: predictions.json, nbest_predictions.json and, for v2.0, null_odds.json."""
-  files = {'predictions.json': answers.predictions(null_threshold), 'nbest_predictions.json': answers.nbest}
-  if answers.null_odds:
-    files['null_odds.json'] = answers.null_odds
-  return {name: json.dumps(content, indent=2, ensure_ascii=False) + '\n' for name, content in files.items()}
-
-
 def span_score(windows: Windows, span: SpanConfig, version: int) -> Score:
   """Official metrics of the outputs of all windows, and the counts of `Windows.report`."""
   golds = {q.id: [text for text, _ in q.answers] for q in windows.questions}
@@ -107,6 +100,25 @@ def span_score(windows: Windows, span: SpanConfig, version: int) -> Score:
     return {**score_v2(golds, answers.best(), answers.null_odds, span.null_threshold), **counts}
 
   return score
+
+
+def span_files(windows: Windows, span: SpanConfig, version: int) -> Files:
+  """SQuAD's files of the outputs of all windows: predictions.json, nbest_predictions.json, for v2.0 null_odds.json."""
+
+  def files(outputs: Mapping[str, np.ndarray]) -> dict[str, str]:
+    answers = span_answers(windows, outputs, span, version)
+    contents = {
+      'predictions.json': answers.predictions(span.null_threshold),
+      'nbest_predictions.json': answers.nbest,
+      'null_odds.json': answers.null_odds,
+    }
+    return {
+      name: json.dumps(content, indent=2, ensure_ascii=False) + '\n'
+      for name, content in contents.items()
+      if version == 2 or name != 'null_odds.json'
+    }
+
+  return files
 
 
 def _version(config: RunConfig) -> int:
@@ -130,10 +142,20 @@ def _questions(config: RunConfig, version: int) -> tuple[Questions, Questions | 
   else:
     dev = None
   if version == 1:
-    return _answerable(train), None if dev is None else _answerable(dev)
+    return _subset(_answerable(train), data.train_rows), None if dev is None else _answerable(dev)
   if len(train.answerable()) == len(train):
     log.warning('%s: every question has an answer; a model trained on it cannot learn to give none', train.name)
-  return train, dev
+  return _subset(train, data.train_rows), dev
+
+
+def _subset(questions: Questions, rows: int) -> Questions:
+  """`rows` questions drawn without replacement, always the same ones; all for 0."""
+  if not rows:
+    return questions
+  if rows > len(questions):
+    raise ConfigError(f'config.data.train_rows: {rows}, but {questions.name} has {len(questions)} questions')
+  kept = np.sort(np.random.default_rng(0).permutation(len(questions))[:rows])
+  return dataclasses.replace(questions, items=tuple(questions.items[i] for i in kept))
 
 
 def _answerable(questions: Questions) -> Questions:
