@@ -50,7 +50,7 @@ def read_glue(task: str, root: Any, split: str) -> Table:
     name = f'{name or "glue"}/{row.name}' if name in ('', 'glue') else name
     builder, records = tfds_records(name, part.dataset)
     ordered: Iterable[Any] = (records[i] for i in range(len(records)))
-    rows = _dataset_rows(row, ordered, builder.info.features, f'tfds:{name} ({part.dataset})')
+    rows: Iterable[_Row] = _dataset_rows(row, ordered, builder.info.features, f'tfds:{name} ({part.dataset})')
   elif kind == 'hf':
     name = f'{name}:{row.name}' if name.endswith('glue') else name
     data = hf_records(name, part.dataset)
@@ -180,7 +180,8 @@ def _label_reader(task: GlueTask, names: Sequence[str]) -> Callable[[Any, str], 
   return class_index if task.classes else score
 
 
-def _dataset_rows(task: GlueTask, records: Iterable[Any], features: Any, name: str) -> Iterator[_Row]:
+def _dataset_rows(task: GlueTask, records: Iterable[Any], features: Any, name: str) -> list[_Row]:
+  """The rows in the order of the official file: TFDS stores them shuffled, and submissions number them."""
   fields = task.fields or task.texts
   for field in (*fields, 'label'):
     if field not in features:
@@ -189,11 +190,13 @@ def _dataset_rows(task: GlueTask, records: Iterable[Any], features: Any, name: s
   names = getattr(features['label'], 'names', None) or task.classes
   if task.classes and not set(names) <= {*task.classes, *task.written}:
     raise ConfigError(f'{name}: its classes are {", ".join(names)}, those of {task.name} are {", ".join(task.classes)}')
-  read = _label_reader(task, names)
+  read, rows = _label_reader(task, names), []
   for number, record in enumerate(records):
     where, label = f'{name}, row {number}', record['label']
     texts = tuple(_text(record[field], field, where) for field in fields)
-    yield where, texts, None if label is None or label == -1 else read(label, where)
+    row: _Row = (where, texts, None if label is None or label == -1 else read(label, where))
+    rows.append((int(record['idx']) if 'idx' in features else number, row))
+  return [row for _, row in sorted(rows, key=lambda numbered: numbered[0])]
 
 
 def _text(value: Any, field: str, where: str) -> str:

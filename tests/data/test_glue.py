@@ -229,7 +229,7 @@ class Entailment(tfds.core.GeneratorBasedBuilder):
 
   def _generate_examples(self, labels):
     for i, label in enumerate(labels):
-      yield i, {'sentence1': f'café {i}', 'sentence2': 'b', 'label': label, 'idx': i}
+      yield i, {'sentence1': f'café {i}', 'sentence2': 'b', 'label': label, 'idx': 9 - i}
 
 
 @pytest.fixture(scope='module')
@@ -240,10 +240,13 @@ def entailment(tmp_path_factory):
 
 
 def test_tfds(entailment):
-  """Without TensorFlow. Class 0 of the dataset is our class 1. Mutation: take the dataset's numbers as they are."""
+  """Without TensorFlow. Class 0 of the dataset is our class 1, and the last row has the smallest number.
+
+  Mutation: take the dataset's numbers as they are. Mutation: keep the order of the dataset.
+  """
   table = read_glue('rte', f'tfds:{entailment.data_dir}', 'dev')
-  assert table.texts == (('café 0', 'café 1', 'café 2'), ('b', 'b', 'b'))
-  assert table.labels.tolist() == [1, 0, 0] and table.classes == ('entailment', 'not_entailment')
+  assert table.texts == (('café 2', 'café 1', 'café 0'), ('b', 'b', 'b'))
+  assert table.labels.tolist() == [0, 0, 1] and table.classes == ('entailment', 'not_entailment')
   assert read_glue('rte', f'tfds:{entailment.data_dir}', 'test').labels is None
   with pytest.raises(DataError, match='row 1: has no label; 1 of 2 rows have none'):
     read_glue('rte', f'tfds:{entailment.data_dir}', 'train')
