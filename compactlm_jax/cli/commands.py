@@ -118,6 +118,35 @@ def _plan(values: flags.FlagValues) -> str:
   return as_table(report)
 
 
+def _evaluate(values: flags.FlagValues) -> str:
+  from compactlm_jax.config import RunConfig, from_config_dict
+  from compactlm_jax.cpu import keep_memory
+  from compactlm_jax.jobs.evaluate import run_evaluate
+
+  keep_memory()
+  config = from_config_dict(RunConfig, values.config)
+  results = run_evaluate(config, values.checkpoint, values.split, values.output)
+  return f'{values.output or values.checkpoint}: {json.dumps(results["metrics"])}'
+
+
+def _predict(values: flags.FlagValues) -> str:
+  from compactlm_jax.cpu import keep_memory
+  from compactlm_jax.jobs.predict_files import predict_file
+
+  keep_memory()
+  return predict_file(
+    values.model,
+    values.input,
+    values.output,
+    text_columns=tuple(name.strip() for name in values.text_columns.split(',')),
+    question=values.question,
+    context=values.context,
+    batch_size=values.batch_size,
+    seq_len=values.seq_len,
+    null_threshold=values.null_threshold,
+  )
+
+
 def _analyze(values: flags.FlagValues) -> str:
   from compactlm_jax.cpu import keep_memory
   from compactlm_jax.jobs.analyze import run_analyze
@@ -202,6 +231,40 @@ COMMANDS = {
     ('config', 'workdir'),
     _train,
     configured=True,
+  ),
+  'evaluate': Command(
+    'Evaluate a run or a model folder; write prediction files and GLUE submissions.',
+    'compactlm evaluate --checkpoint=runs/rte --config=configs/glue.py:electra-small-rte --output=rte_dev',
+    all_of(
+      text('checkpoint', None, 'Run directory or model folder.'),
+      choice('split', ['dev', 'test'], "'dev': the held-out rows of --config; 'test': GLUE's test sets, to submit."),
+      text('output', '', 'Folder for results.json, files to submit, and the answers of SQuAD.'),
+    ),
+    ('config', 'checkpoint'),
+    _evaluate,
+    configured=True,
+  ),
+  'predict': Command(
+    'Predict classes, scores or answers for the rows of a file, with a fine-tuned model.',
+    'compactlm predict --model=runs/sst2 --input=reviews.txt.gz --output=predictions.tsv',
+    all_of(
+      text('model', None, 'Run directory or model folder.'),
+      text('input', None, 'File: .tsv with a header, .jsonl, or .txt with one text per line; each perhaps with .gz.'),
+      text('output', None, 'File to write, .tsv or .jsonl: one row for each row of the input, in its order.'),
+      text('text_columns', 'text', 'Column of the texts, or two for pairs: a,b.'),
+      text('question', '', 'Column of the questions, for a model that finds answers.'),
+      text('context', '', 'Column of the texts that hold the answers.'),
+      lambda values: flags.DEFINE_float(
+        'null_threshold',
+        None,
+        'No answer where the null odds exceed this; always answers if absent.',
+        flag_values=values,
+      ),
+      number('batch_size', 32, 'Rows that are computed together.'),
+      number('seq_len', 0, 'Longest text in tokens; longer ones are cut and counted. 0 is what the model has.'),
+    ),
+    ('model', 'input', 'output'),
+    _predict,
   ),
   'plan': Command(
     'Compile the training step for a TPU that is not here: memory, step time, hours.',
