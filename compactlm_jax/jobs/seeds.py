@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import json
 import logging
 from collections.abc import Sequence
@@ -78,9 +77,6 @@ def run_seeds(config: RunConfig, workdir: str, seeds: Sequence[int], shard: str 
           raise
         failures[seed] = e
         log.error('seed %d failed: %s', seed, e, exc_info=None if isinstance(e, CompactLMError) else e)
-      # The programs of a run are of no use to the next, whose seed is compiled in.
-      jax.clear_caches()
-      gc.collect()
   return Series(results, failures, _report(workdir, seeds))
 
 

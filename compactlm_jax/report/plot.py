@@ -41,7 +41,9 @@ def draw_scores(report: Report) -> Any:
     names = dict.fromkeys(metric for group in groups for metric in group.metrics)
     drawn = [name for name in names if not name.endswith(('total', 'thresh'))]
     drawn.sort(key=lambda name: (not any(row.metric == name for row in rows), lower_is_better(name)))
-    panels += [(subject, groups, name, [r for r in rows if r.metric == name]) for name in drawn[:MAX_PANELS]]
+    for name in drawn[:MAX_PANELS]:
+      having = [group for group in groups if group.values(name)]
+      panels.append((subject, having, name, [row for row in rows if row.metric == name]))
   heights = [0.9 + 0.3 * (len(groups) + len(quoted)) for _, groups, _, quoted in panels]
   figure = _figure((8.5, sum(heights) + 0.7))
   axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
@@ -105,8 +107,6 @@ def _score_panel(ax: Any, groups: Sequence[Group], metric: str, rows: Sequence[P
   for y, group in enumerate(groups):
     values, colour = np.array(group.values(metric)), _COLOURS[y % len(_COLOURS)]
     labels.append(f'{group.name} (n={values.size})')
-    if not values.size:
-      continue
     s = summarize(values.tolist(), metric)
     apart = y + 0.16 + np.linspace(-0.07, 0.07, values.size)  # equal scores do not hide each other
     ax.plot(values, apart, 'o', color=colour, alpha=0.55, markersize=5, markeredgewidth=0)
