@@ -113,7 +113,7 @@ def draw(models: dict[str, list[dict[str, Any]]], titles: dict[str, str], path: 
     if name == 'rtd_loss':
       axis.legend()
   figure.suptitle(
-    'Replaced-token detection on WikiText-2, held-out rows (pale: training; dotted: guessing by the share of replaced tokens)'
+    'Replaced-token detection on WikiText-2, held-out rows (pale: training; dotted: guessing by the replaced share)'
   )
   figure.savefig(path, dpi=110)
   plt.close(figure)

@@ -25,6 +25,7 @@ class DataConfig:
     seq_len: row length (tokens) of generated corpora and tables; prepared data brings its own.
     train: labelled table (.tsv, .jsonl, optionally .gz) for fine-tuning.
     dev: labelled table for evaluation.
+    train_rows: train on so many rows of a table or benchmark, the same ones for every seed; 0 takes all.
     text_columns: one column, or two for pairs.
     label_column: column of class names or integers.
     score_column: column of numbers to predict instead of classes.
@@ -42,6 +43,7 @@ class DataConfig:
   seq_len: int = 128
   train: str = ''
   dev: str = ''
+  train_rows: int = 0
   text_columns: tuple[str, ...] = ('text',)
   label_column: str = 'label'
   score_column: str = ''
@@ -52,6 +54,7 @@ class DataConfig:
 
   def __post_init__(self) -> None:
     require(self.seq_len >= 4, 'data.seq_len', f'{self.seq_len} must be at least 4')
+    require(self.train_rows >= 0, 'data.train_rows', f'{self.train_rows} must not be negative; 0 takes all')
     require(self.eval_rows >= 0, 'data.eval_rows', f'{self.eval_rows} must not be negative')
     require(len(self.text_columns) in (1, 2), 'data.text_columns', f'{self.text_columns} must name one or two columns')
     sizes = self.buckets

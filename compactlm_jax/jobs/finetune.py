@@ -1,21 +1,25 @@
-"""Jobs that fine-tune on labelled tables."""
+"""Jobs that fine-tune on labelled tables and on GLUE."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from typing import Any
 
 import jax
 import numpy as np
 
-from compactlm_jax.config import EncoderConfig, FinetuneConfig, RunConfig
+from compactlm_jax.config import SQUAD, EncoderConfig, FinetuneConfig, RunConfig
 from compactlm_jax.data.batches import eval_batches
+from compactlm_jax.data.glue import read_glue
+from compactlm_jax.data.glue_tasks import glue_task
 from compactlm_jax.data.source import RowSource
 from compactlm_jax.data.synthetic import synthetic_table
 from compactlm_jax.data.table import Table, read_table, tokenize_table
 from compactlm_jax.errors import ConfigError
-from compactlm_jax.jobs.data import EvalSet, JobData, check_tokenizer
-from compactlm_jax.jobs.models import load_model, tokenizer_of
+from compactlm_jax.jobs.data import EvalSet, JobData
+from compactlm_jax.jobs.squad import squad_job
+from compactlm_jax.jobs.start import kept_rows, probe_rows, starting_model, teacher_model
 from compactlm_jax.scoring.classification import class_scores, metric_names, score_scores
 from compactlm_jax.tasks.finetune import classify, make_finetune_task
 from compactlm_jax.types import Params, Score, Task
@@ -24,24 +28,18 @@ _PROBE_ROWS = 512
 
 
 def finetune_job(config: RunConfig) -> tuple[Task, JobData]:
-  """A model and labelled tables; without tables, generated ones.
+  """A model and labelled tables, of the user or of a benchmark; without tables, generated ones.
 
   Raises:
     ConfigError, DataError: fields or files that do not fit.
   """
-  if not config.data.train:
+  if config.finetune.benchmark in SQUAD:
+    return squad_job(config)
+  if not config.data.train and not config.finetune.benchmark:
     return _generated(config)
-  if not config.model:
-    raise ConfigError('config.model: name the model folder or run to fine-tune')
-  bundle, tokenizer = load_model(config.model), tokenizer_of(config.model)
-  check_tokenizer(config, tokenizer.fingerprint())
-  if config.data.seq_len > bundle.config.max_positions:
-    raise ConfigError(
-      f'config.data.seq_len: {config.data.seq_len} is more than the {bundle.config.max_positions} positions of '
-      'the model'
-    )
+  bundle, tokenizer = starting_model(config)
   train, held, metrics = _tables(config)
-  classes = train.classes
+  train, classes = _subset(train, config), train.classes
   if config.finetune.swap_pairs:
     train = _with_swapped(train)
   rows = tokenize_table(train, tokenizer, config.data.seq_len)
@@ -65,6 +63,8 @@ def _generated(config: RunConfig) -> tuple[Task, JobData]:
 
 def _tables(config: RunConfig) -> tuple[Table, list[tuple[str, Table]], tuple[str, ...]]:
   """(training table, [(prefix of metrics, held-out table)], names of metrics; () for the usual ones)."""
+  if config.finetune.benchmark:
+    return _glue_tables(config)
   scores = bool(config.data.score_column)
   columns = (config.data.text_columns, config.data.score_column or config.data.label_column)
   train = read_table(config.data.train, *columns, scores=scores)
@@ -79,10 +79,30 @@ def _tables(config: RunConfig) -> tuple[Table, list[tuple[str, Table]], tuple[st
   return train, held, ()
 
 
+def _glue_tables(config: RunConfig) -> tuple[Table, list[tuple[str, Table]], tuple[str, ...]]:
+  """As `_tables`, of a GLUE task."""
+  if config.data.train or config.data.dev:
+    raise ConfigError(
+      f'config.data.train: {config.finetune.benchmark} is read from config.data.path; leave train and dev out, or set '
+      "config.finetune.benchmark to '' for tables of your own"
+    )
+  task, root = glue_task(config.finetune.benchmark), config.data.path
+  held = [(split.prefix, read_glue(task.name, root, split.name)) for split in task.dev_splits]
+  return read_glue(task.name, root, 'train'), held, task.metrics
+
+
 def _score(classes: tuple[str, ...], names: tuple[str, ...] = ()) -> Score:
   names = names or metric_names(len(classes))
   function = class_scores if classes else score_scores
   return lambda rows: function(rows['outputs'], rows['labels'], names)
+
+
+def _subset(table: Table, config: RunConfig) -> Table:
+  kept = kept_rows(config, len(table), table.name)
+  if kept is None:
+    return table
+  texts = tuple(tuple(column[i] for i in kept) for column in table.texts)
+  return dataclasses.replace(table, texts=texts, labels=None if table.labels is None else table.labels[kept])
 
 
 def _with_swapped(table: Table) -> Table:
@@ -107,20 +127,16 @@ def _teacher(config: RunConfig, classes: tuple[str, ...], rows: RowSource) -> tu
   Raises:
     ConfigError: another tokenizer, another label set, or a head that predicts no better than a constant.
   """
-  bundle, tokenizer = load_model(config.teacher), tokenizer_of(config.teacher)
-  if tokenizer.fingerprint() != rows.fingerprint:
-    raise ConfigError(f'config.teacher: {config.teacher} has another tokenizer than {config.model}')
-  if config.data.seq_len > bundle.config.max_positions:
+  bundle = teacher_model(config, rows)
+  if bundle.labels and classes and bundle.labels != classes:
     raise ConfigError(
-      f'config.data.seq_len: {config.data.seq_len} is more than the {bundle.config.max_positions} positions of the '
-      'teacher'
+      f'config.teacher: {config.teacher} knows the classes {", ".join(bundle.labels)}, the task has '
+      f'{", ".join(classes)}'
     )
   task = make_finetune_task(bundle.config, classes, FinetuneConfig(), teacher=(bundle.params, bundle.config))
-  places = np.linspace(0, len(rows) - 1, min(_PROBE_ROWS, len(rows))).astype(np.int64)
-  probe = RowSource(lambda indices: rows.fetch(places[indices]), len(places), rows.vocab_size, rows.seq_len, '')
   run = jax.jit(lambda params, batch: classify(params, bundle.config, batch))
   outputs, labels, kept = [], [], []
-  for batch in eval_batches(probe, 32):
+  for batch in eval_batches(probe_rows(rows, _PROBE_ROWS), 32):
     outputs.append(np.asarray(run(task.frozen, batch)))
     labels.append(np.asarray(batch.labels))
     kept.append(np.asarray(batch.weights) > 0)
