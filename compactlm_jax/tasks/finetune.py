@@ -44,65 +44,90 @@ def make_finetune_task(
     raise ConfigError(f'config.data.label_column: found 1 class {classes}; at least two are needed')
   if config.pooled and not encoder.pooler:
     raise ConfigError('config.finetune.pooled: this encoder has no pooler; set it to False')
-  width, scale = max(1, len(classes)), 1.0 if classes else config.score_scale
-  head = Classifier(width, encoder, config.dropout)
+  model = _Model(encoder, classes, config)
   if teacher is not None:
-    _check_teacher(teacher[0], width)
-
-  def init(key: jax.Array) -> Params:
-    encoder_key, head_key = jax.random.split(key)
-    base = start['encoder'] if start else init_encoder(encoder, encoder_key)['encoder']
-    fresh = head.init(head_key, jnp.zeros((1, encoder.hidden_size)))['params']
-    return {'encoder': jax.tree.map(jnp.asarray, base), 'classifier': fresh}
-
-  def outputs(params: Params, batch: Batch, key: jax.Array | None) -> jax.Array:
-    encoder_key, head_key = (None, None) if key is None else jax.random.split(key)
-    out = encode(params, encoder, batch.input_ids, batch.attention_mask, batch.token_type_ids, dropout_key=encoder_key)
-    vector_BD = out.pooled_BD if config.pooled else out.last_BTD[:, 0]
-    return jnp.asarray(head.apply({'params': params['classifier']}, vector_BD, head_key))
-
-  def task_losses(outputs_BC: jax.Array, batch: Batch) -> jax.Array:
-    labels_B = jnp.asarray(batch.labels)
-    return cross_entropy(outputs_BC, labels_B) if classes else squared_error(outputs_BC[:, 0], labels_B / scale)
-
-  def distillation(outputs_BC: jax.Array, frozen: Any, batch: Batch) -> jax.Array:
-    assert teacher is not None
-    target_BC = jax.lax.stop_gradient(classify(frozen, teacher[1], batch))
-    if classes:
-      return soft_kl(target_BC, outputs_BC, config.temperature)
-    return squared_error(outputs_BC[:, 0], target_BC[:, 0] / scale)  # a loaded teacher speaks in units of the labels
+    _check_teacher(teacher[0], model.width)
 
   def loss(params: Params, frozen: Any, batch: Batch, key: jax.Array, step: jax.Array) -> tuple[jax.Array, Metrics]:
-    outputs_BC = outputs(params, batch, key)
-    losses_B = task_losses(outputs_BC, batch)
+    outputs_BC = model.outputs(params, batch, key)
+    losses_B = model.losses(outputs_BC, batch)
     weights_B = jnp.ones_like(losses_B) if batch.weights is None else batch.weights
     metrics = {'weight': weights_B.sum()}
     if classes:
       hits_B = jnp.equal(outputs_BC.argmax(-1), jnp.asarray(batch.labels)).astype(jnp.float32)
       metrics['accuracy'] = masked_mean(hits_B, weights_B)
     if teacher is not None:
-      soft_B = distillation(outputs_BC, frozen, batch)
+      soft_B = model.distillation(outputs_BC, classify(frozen, teacher[1], batch))
       metrics |= {'task_loss': masked_mean(losses_B, weights_B), 'distil_loss': masked_mean(soft_B, weights_B)}
       losses_B = config.ce_weight * losses_B + config.distil_weight * soft_B
     return masked_mean(losses_B, weights_B), metrics
 
   def evaluate(params: Params, frozen: Any, batch: Batch) -> dict[str, Any]:
-    outputs_BC = outputs(params, batch, None)
+    outputs_BC = model.outputs(params, batch, None)
     if batch.labels is None:
-      return {'outputs': scale * outputs_BC}
-    loss = masked_sum(task_losses(outputs_BC, batch), batch.weights)
-    return {'loss': loss, 'outputs': scale * outputs_BC, 'labels': batch.labels}
+      return {'outputs': model.scale * outputs_BC}
+    loss = masked_sum(model.losses(outputs_BC, batch), batch.weights)
+    return {'loss': loss, 'outputs': model.scale * outputs_BC, 'labels': batch.labels}
 
   unused = r'encoder/pooler/.*' if encoder.pooler and not config.pooled else r'(?!)'
   return Task(
     name='finetune',
-    init=init,
+    init=lambda key: model.init(key, start),
     loss=loss,
     evaluate=evaluate,
     frozen=None if teacher is None else {name: teacher[0][name] for name in ('encoder', 'classifier')},
     trainable=((unused, False), (rf'(?!{unused}).*', True)),
     model={'encoder': to_json(encoder), 'classes': list(classes), 'finetune': dataclasses.asdict(config)},
   )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Model:
+  """The encoder with its head, and the losses of its outputs."""
+
+  encoder: EncoderConfig
+  classes: tuple[str, ...]
+  config: FinetuneConfig
+
+  @property
+  def width(self) -> int:
+    return max(1, len(self.classes))
+
+  @property
+  def scale(self) -> float:
+    """Outputs times this are in the units of the labels."""
+    return 1.0 if self.classes else self.config.score_scale
+
+  @property
+  def head(self) -> Classifier:
+    return Classifier(self.width, self.encoder, self.config.dropout)
+
+  def init(self, key: jax.Array, start: Params | None) -> Params:
+    encoder_key, head_key = jax.random.split(key)
+    base = start['encoder'] if start else init_encoder(self.encoder, encoder_key)['encoder']
+    fresh = self.head.init(head_key, jnp.zeros((1, self.encoder.hidden_size)))['params']
+    return {'encoder': jax.tree.map(jnp.asarray, base), 'classifier': fresh}
+
+  def outputs(self, params: Params, batch: Batch, key: jax.Array | None) -> jax.Array:
+    """[B, C]; with dropout if there is a key."""
+    keys = (None, None) if key is None else jax.random.split(key)
+    rows = (batch.input_ids, batch.attention_mask, batch.token_type_ids)
+    out = encode(params, self.encoder, *rows, dropout_key=keys[0])
+    vector_BD = out.pooled_BD if self.config.pooled else out.last_BTD[:, 0]
+    return jnp.asarray(self.head.apply({'params': params['classifier']}, vector_BD, keys[1]))
+
+  def losses(self, outputs_BC: jax.Array, batch: Batch) -> jax.Array:
+    labels_B = jnp.asarray(batch.labels)
+    if self.classes:
+      return cross_entropy(outputs_BC, labels_B)
+    return squared_error(outputs_BC[:, 0], labels_B / self.scale)
+
+  def distillation(self, outputs_BC: jax.Array, teacher_BC: jax.Array) -> jax.Array:
+    """Towards a teacher's outputs, which are in the units of the labels."""
+    teacher_BC = jax.lax.stop_gradient(teacher_BC)
+    if self.classes:
+      return soft_kl(teacher_BC, outputs_BC, self.config.temperature)
+    return squared_error(outputs_BC[:, 0], teacher_BC[:, 0] / self.scale)
 
 
 def classify(params: Params, encoder: EncoderConfig, batch: Batch) -> jax.Array:
