@@ -72,7 +72,7 @@ def components(model: Model, rows: int, seq_len: int, *, repeats: int = 10) -> l
     repeats: timed runs of each part after two to warm up; the parts take turns, so that a slow moment hits all.
   """
   counted, sizes = _counted(model, rows, seq_len), _parameters(model)
-  programs = {name: _compile(*call) for name, call in _calls(model, rows, seq_len).items()}
+  programs = {name: _compile(*call) for name, call in part_calls(model, rows, seq_len).items()}
   seconds: dict[str, list[float]] = {name: [] for name in programs}
   for i in range(repeats + 2):
     for name, (run, _) in programs.items():
@@ -138,8 +138,11 @@ def _compile(fn: Callable[..., Any], *args: Any) -> tuple[Callable[[], Any], flo
   return lambda: jax.block_until_ready(compiled(*args)), None if found is None or found < 0 else float(found)
 
 
-def _calls(model: Model, rows: int, seq_len: int) -> dict[str, tuple[Any, ...]]:
-  """Name -> (function, arguments) of each part: one layer, or the whole for embeddings, heads and encoder."""
+def part_calls(model: Model, rows: int, seq_len: int) -> dict[str, tuple[Any, ...]]:
+  """Name -> (function, arguments) of each part: of the first layer, or the whole for embeddings, heads and encoder.
+
+  Attention and convolution branch together make the layer's mixed attention, but each adds the output's bias.
+  """
   config, encoder = model.config, model.params['encoder']
   inner, dtype = config.num_heads * config.head_size, jnp.dtype(config.dtype)
   ids_BT = jnp.ones((rows, seq_len), jnp.int32)
