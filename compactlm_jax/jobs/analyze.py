@@ -139,10 +139,11 @@ class _Reading:
       self.rows += 1
       if not tokens:
         continue  # control characters only
-      self.cut += len(tokens) > self.length - 2
       ids = [self.tokenizer.cls_id, *tokens[: self.length - 2], self.tokenizer.sep_id]
       self.first = self.first or (self.rows, ids)
-      if self.found is None and (self.rows == self.wanted if self.wanted else len(ids) in _READABLE):
+      whole = len(ids) == len(tokens) + 2
+      self.cut += not whole
+      if self.found is None and (self.rows == self.wanted if self.wanted else whole and len(ids) in _READABLE):
         self.found = (self.rows, ids)
       out.append(ids)
     return out
