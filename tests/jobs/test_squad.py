@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tiny import STILL, tiny_config
 
-from compactlm_jax.config import DataConfig, FinetuneConfig, SpanConfig
+from compactlm_jax.config import DataConfig, FinetuneConfig, OptimizerConfig, SpanConfig
 from compactlm_jax.data.squad import read_squad
 from compactlm_jax.data.tokenizer import train_wordpiece
 from compactlm_jax.data.windows import make_windows
@@ -119,26 +119,46 @@ def build_tokenizer(questions, files):
   return train_wordpiece(str(text), 6000, files / 'real')
 
 
-def test_both_versions_train_and_are_loaded_again(files, tmp_path, caplog):
-  """v2.0 with the joint head and buckets, v1.1 with the independent one, and that as a teacher.
-
-  Mutation: leave 'span' out of the parameters; score windows in the order of evaluation.
-  """
+def test_runs_train_and_are_loaded_again(files, tmp_path):
+  """The joint head with buckets and few questions. Mutation: leave 'span' out of the parameters."""
   joint = dataclasses.replace(SPAN, head='joint')
-  buckets = {'buckets': (16, 24, 32), 'train_rows': 30}
-  results = run_train(config(files, span=joint, data=buckets), str(tmp_path / 'joint'))
+  data = {'buckets': (24, 32), 'train_rows': 30}
+  results = run_train(config(files, span=joint, data=data, steps=2), str(tmp_path / 'joint'))
   assert results['task'] == 'finetune' and results['metrics']['total'] == 15
   for name in ('exact', 'f1', 'HasAns_f1', 'NoAns_f1', 'best_f1', 'loss', 'answerable_loss', 'windows'):
     assert np.isfinite(results['metrics'][name])
-  assert 'start' in load_model(tmp_path / 'joint').params['span']
-  with caplog.at_level(logging.WARNING):
-    results = run_train(config(files, 'squad1'), str(tmp_path / 'first'))
-  assert '12 of 36 questions have no answer; squad1 leaves them out' in caplog.text
-  assert results['metrics']['total'] == 10 and 'NoAns_f1' not in results['metrics']
-  bundle = load_model(tmp_path / 'first')
+  assert set(load_model(tmp_path / 'joint').params['span']) == {
+    'start', 'end_hidden', 'end_output', 'answerable_hidden', 'answerable_output',
+  }  # fmt: skip
+
+
+def test_a_teacher_must_have_learnt(files, tmp_path):
+  """A fresh head is refused, as a run's and as a folder's; one that knows what has no answer is taken.
+
+  Mutation: leave the look at the training rows out.
+  """
+  learnt = OptimizerConfig(learning_rate=1e-2, decay='constant')
+  run_train(config(files, steps=60, log_every=60, optimizer=learnt), str(tmp_path / 'run'))
+  bundle = load_model(tmp_path / 'run')
   assert set(bundle.params) == {'encoder', 'span'} and bundle.params['span']['kernel'].shape == (16, 2)
+  job = build_job(config(files, teacher=str(tmp_path / 'run')))
+  assert 'teacher' in job.identity and set(job.task.frozen) == {'encoder', 'span'}
+  fresh = job.task.init(jax.random.key(5))
+  save_pretrained(dataclasses.replace(bundle, params={**bundle.params, 'span': fresh['span']}), tmp_path / 'fresh')
   with pytest.raises(ConfigError, match='config.teacher: the span head of .* does no better .* than guessing'):
-    build_job(config(files, 'squad1', teacher=str(tmp_path / 'first')))
+    build_job(config(files, teacher=str(tmp_path / 'fresh')))
+
+
+def test_v1_leaves_out_what_has_no_answer(files, caplog):
+  """Counted, never silent. Mutation: score them as v2.0 does."""
+  with caplog.at_level(logging.WARNING):
+    job = build_job(config(files, 'squad1'))
+  assert '12 of 36 questions have no answer; squad1 leaves them out' in caplog.text
+  questions = read_squad(files / 'dev-v1.1.json', 'dev').answerable()
+  windows = make_windows(questions, load_tokenizer_of(files), 32, doc_stride=10, max_query_length=6)
+  found = job.evals[0].score(gold_outputs(windows))
+  assert (found['exact'], found['f1'], found['total']) == (100.0, 100.0, 10.0) and 'NoAns_f1' not in found
+  assert set(job.evals[0].files(gold_outputs(windows))) == {'predictions.json', 'nbest_predictions.json'}
 
 
 def test_evaluation_does_not_depend_on_buckets(files):
