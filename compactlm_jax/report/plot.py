@@ -17,7 +17,7 @@ from compactlm_jax.report.published import Published, published
 from compactlm_jax.report.runs import Group, Report
 from compactlm_jax.report.summary import lower_is_better, summarize
 
-MAX_PANELS = 8
+MAX_PANELS = 6
 MAX_POINTS = 100
 _COLOURS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9', '#000000')
 _GREY = '#707070'
@@ -151,17 +151,18 @@ def _points(lines: Sequence[dict[str, Any]], name: str) -> np.ndarray:
 
 
 def _on_one_grid(curves: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-  """(steps [P], values [runs, P]): means over equal stretches of steps; NaN where a run has none."""
+  """(steps [P], values [runs, P]): means of both over equal stretches of steps; NaN where a run has none."""
   first, last = min(c[:, 0].min() for c in curves), max(c[:, 0].max() for c in curves)
   count = min(MAX_POINTS, max(len(c) for c in curves))
   edges = np.linspace(first, last + 1, count + 1)
-  values = np.full((len(curves), count), np.nan)
+  values, total, seen = np.full((len(curves), count), np.nan), np.zeros(count), np.zeros(count)
   for row, curve in zip(values, curves):
     slot = np.clip(np.searchsorted(edges, curve[:, 0], side='right') - 1, 0, count - 1)
-    sums, counts = np.bincount(slot, curve[:, 1], count), np.bincount(slot, minlength=count)
-    row[counts > 0] = sums[counts > 0] / counts[counts > 0]
-  used = np.isfinite(values).any(0)
-  return ((edges[:-1] + edges[1:] - 1) / 2)[used], values[:, used]
+    counts = np.bincount(slot, minlength=count)
+    row[counts > 0] = np.bincount(slot, curve[:, 1], count)[counts > 0] / counts[counts > 0]
+    total, seen = total + np.bincount(slot, curve[:, 0], count), seen + counts
+  used = seen > 0
+  return total[used] / seen[used], values[:, used]
 
 
 def _curve_panel(ax: Any, curves: Sequence[tuple[Group, np.ndarray, np.ndarray]]) -> None:

@@ -149,7 +149,7 @@ def _run_folders(folders: Sequence[str]) -> list[tuple[epath.Path, str]]:
     seeds = [p for p in path.iterdir() if re.fullmatch(r'seed-\d+', p.name) and p.is_dir()]
     if not seeds:
       raise ConfigError(f'{name} holds neither config.json nor seed-*: it is no directory of `compactlm train`')
-    for folder in sorted(seeds, key=lambda p: int(p.name[5:])):
+    for folder in sorted(seeds):
       found.setdefault(folder.resolve(), (folder, name))
   return list(found.values())
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-_LOWER = ('loss', 'perplexity', 'relation', 'error', 'kl')
+_LOWER = ('loss', 'perplexity', 'relation', 'error', 'kl', 'mse')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Summary:
 
 
 def lower_is_better(metric: str) -> bool:
-  """Whether a metric falls as a model improves: losses, perplexities, divergences of relations."""
+  """Whether a metric falls as a model improves: losses, errors, perplexities, divergences."""
   return any(part.startswith(_LOWER) for part in metric.split('_'))
 
 

@@ -214,6 +214,7 @@ def test_seeds_are_a_count_or_a_list():
 def test_reports_of_the_command_line_name_what_is_wrong(series, tmp_path, capsys):
   """Mutation: let an edited configuration through, or an argument before the flags swallow them."""
   assert cli.main(['report']) == 78 and 'runs are missing. For example: compactlm report' in capsys.readouterr().err
+  assert cli.main(['report', '--help']) == 0 and '\n  RUNS ...\n      Run directories' in capsys.readouterr().out
   assert cli.main(['report', str(series), '--output', f'{tmp_path}/a.csv', '--curve']) == 78
   assert "Unknown command line flag 'curve'. Did you mean: curves?" in capsys.readouterr().err
   assert cli.main(['report', str(series / 'seed-0'), '--output', f'{tmp_path}/a.csv', str(series / 'seed-2')]) == 0

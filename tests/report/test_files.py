@@ -104,8 +104,11 @@ def test_curves_show_median_and_band(tmp_path, report):
 def test_long_curves_are_averaged_over_stretches():
   """1,000 steps, 10 to a stretch, losses equal to their step: the mean is the middle. Mutation: take every tenth."""
   steps = np.arange(1.0, 1001)
-  middles, values = _on_one_grid([np.stack([steps, steps], 1), np.stack([steps[::10], steps[::10]], 1)])
+  curve = np.stack([steps, steps], 1)
+  middles, values = _on_one_grid([curve, curve])
   assert values.shape == (2, 100)
   np.testing.assert_allclose(middles, np.arange(100) * 10 + 5.5)
-  np.testing.assert_allclose(values[0], middles)
-  np.testing.assert_allclose(values[1], middles - 4.5)
+  np.testing.assert_allclose(values, [middles, middles])
+  few = np.array([[50.0, 3], [100, 2], [150, 1]])  # points stay where they are
+  np.testing.assert_array_equal(_on_one_grid([few, few[1:]])[0], few[:, 0])
+  np.testing.assert_array_equal(_on_one_grid([few, few[1:]])[1], [[3, 2, 1], [np.nan, 2, 1]])

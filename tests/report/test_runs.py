@@ -19,7 +19,10 @@ def gather(*folders):
 
 
 def test_seeds_of_a_parent_form_a_group_by_seed(tmp_path):
-  """Ten seeds, so that seed-10 follows seed-9. Mutation: sort names as text, or group by the whole configuration."""
+  """Eleven, so that seed-10 follows seed-9.
+
+  Mutations: leave runs in the order of their names, or group by the whole configuration.
+  """
   parent = series(tmp_path / 'sst2', [0.1 * i for i in range(11)])
   (parent / 'seed-old').mkdir()
   report = gather(parent)
@@ -40,7 +43,7 @@ def test_runs_named_one_by_one_and_twice(tmp_path):
   other = tmp_path / 'other'
   other.mkdir()
   finished(other, {'accuracy': 0.9}, optimizer=OptimizerConfig(learning_rate=1e-5))
-  report = gather(a, b, a / 'seed-0', str(a) + '/', other)
+  report = gather(a, b, a / 'seed-0', b / '..' / 'a' / 'seed-2', b / '..' / 'a', other)
   assert [(g.name, [r.config.seed for r in g.runs]) for g in report.groups] == [('a', [0, 1, 2]), ('other', [0])]
 
 

@@ -26,7 +26,9 @@ def test_low_losses_are_the_best():
   """Mutation: take the highest always."""
   found = summarize([3, 1, 2], 'eval_loss')
   assert (found.best, found.worst) == (1, 3)
-  assert all(map(lower_is_better, ('loss', 'generator_loss', 'word_perplexity', 'relation_qk', 'mismatched_loss')))
+  assert all(
+    map(lower_is_better, ('loss', 'generator_loss', 'word_perplexity', 'relation_qk', 'mismatched_loss', 'mse'))
+  )
   assert not any(map(lower_is_better, ('accuracy', 'f1', 'mismatched_accuracy', 'exact', 'spearman', 'matthews')))
 
 
