@@ -14,7 +14,6 @@ def model_card(
 ) -> str:
   """What the folder holds and how to load it. A function of its arguments alone: no dates, no paths."""
   cls = described['architectures'][0] if 'architectures' in described else None
-  unread = unread_heads(config, heads, len(described.get('id2label', ())))
   no_pooler = ', add_pooling_layer=False' if cls == 'BertModel' and not config.pooler else ''
   lines = [
     '---',
@@ -48,6 +47,13 @@ def model_card(
   ]
   if not cls:
     return '\n'.join([*lines, 'transformers has no model of this shape; only compactlm-jax reads this folder.', ''])
+  return '\n'.join([*lines, *_notes(config, heads, described, generator)])
+
+
+def _notes(config: EncoderConfig, heads: Collection[str], described: Mapping[str, Any], generator: str) -> list[str]:
+  """What whoever loads the folder with transformers should know."""
+  cls, unread = described['architectures'][0], unread_heads(config, heads, len(described.get('id2label', ())))
+  lines = []
   if config.architecture == 'convbert' and not config.conv_sees_padding:
     lines += [
       'This model was trained with a convolution that ignores padding. transformers lets it read padded positions, so',
@@ -70,4 +76,4 @@ def model_card(
     ]
   if described.get('problem_type') == 'regression':
     lines += ['The classifier has one output: a number in the unit of the labels.', '']
-  return '\n'.join(lines)
+  return lines

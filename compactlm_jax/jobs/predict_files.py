@@ -94,11 +94,7 @@ def predict_file(
     DataError: damaged files.
     StorageError: the output cannot be written.
   """
-  target = pathlib.Path(output)
-  if target.suffix not in ('.tsv', '.jsonl'):
-    raise ConfigError(f'--output: {output} must end in .tsv or .jsonl')
-  if not target.absolute().parent.is_dir():
-    raise ConfigError(f'--output: the folder of {output} is not there')
+  target = _target(output)
   if bool(question) != bool(context):
     raise ConfigError('--question, --context: name both columns')
   columns = (question, context) if question else tuple(text_columns)
@@ -118,6 +114,15 @@ def predict_file(
     reader = Reader.of(bundle, ('classifier',), batch_size, seq_len=seq_len or None)
     answer = _class_answerer(reader, target.suffix == '.jsonl')
   return _write(target, itertools.chain([first], rows), answer)
+
+
+def _target(output: str) -> pathlib.Path:
+  target = pathlib.Path(output)
+  if target.suffix not in ('.tsv', '.jsonl'):
+    raise ConfigError(f'--output: {output} must end in .tsv or .jsonl')
+  if not target.absolute().parent.is_dir():
+    raise ConfigError(f'--output: the folder of {output} is not there')
+  return target
 
 
 def _write(target: pathlib.Path, rows: Iterator[Row], answerer: Answerer) -> str:
