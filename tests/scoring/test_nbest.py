@@ -11,7 +11,7 @@ WORDS = 'zero one two three four five six seven'.split()
 
 
 def text(window, start, end):
-  return ' '.join(WORDS[start : end + 1])
+  return ' '.join(WORDS[start : end + 1]) or 'backwards'
 
 
 def everywhere(places):

@@ -39,7 +39,8 @@ def test_normalize(text, normal):
 def test_f1_by_hand():
   """Mutation: count words as sets; take the mean over gold answers."""
   assert token_f1('the big red house', 'red house', 1) == pytest.approx(2 * 1 * (2 / 3) / (1 + 2 / 3))
-  assert token_f1('no no yes', 'no yes yes', 1) == pytest.approx(2 / 3)  # one 'no' and one 'yes' are common
+  assert token_f1('no no yes', 'no no', 1) == pytest.approx(0.8)  # both 'no' are common
+  assert token_f1('no no yes', 'no yes yes', 1) == pytest.approx(2 / 3)  # one 'no' and one 'yes' are
   assert token_f1('red', 'blue', 2) == 0
   assert answer_scores(['in 1066', '1066', 'October 1066'], '1066', 1) == (1.0, 1.0)
   assert answer_scores(['in 1066'], '1066', 2) == (0.0, pytest.approx(2 / 3))
