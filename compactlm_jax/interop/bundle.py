@@ -18,6 +18,7 @@ from compactlm_jax.interop.folder import WEIGHTS, open_folder, read_tensors
 from compactlm_jax.interop.hub import local_folder
 from compactlm_jax.interop.tokenizer_files import TokenizerFiles, matched, read_tokenizer
 from compactlm_jax.interop.writing import json_bytes, write_export
+from compactlm_jax.tree import named_leaves
 from compactlm_jax.types import Params
 
 
@@ -105,6 +106,8 @@ def export_files(
     ConfigError, NumericsError: see `save_pretrained`.
   """
   config, heads = bundle.config, sorted(set(bundle.params) & set(names.HEADS))
+  if names.is_joint(named_leaves(bundle.params)):
+    heads[heads.index('span')] = 'joint span'  # no class of transformers reads it
   if bundle.tokenizer is None:
     logging.warning('%s: exported without a tokenizer; whoever loads it must bring the right one', folder)
   config = matched(config, bundle.tokenizer)

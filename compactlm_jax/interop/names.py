@@ -4,7 +4,8 @@ Documented additions of ours, which transformers ignores on load:
   `discriminator_predictions.*` (ELECTRA's own names) holds the replaced-token head of every architecture;
   `compactlm_classifier.*` holds a classifier that reads BERT's first token itself. BERT with a pooler has the same
   classifier in transformers (`classifier.*` of BertForSequenceClassification, on the pooled vector); for ELECTRA and
-  ConvBERT it is rewritten as the head that transformers has there (`first_token`).
+  ConvBERT it is rewritten as the head that transformers has there (`first_token`);
+  `compactlm_span.*` holds ELECTRA's joint head for answers, for which transformers has no class.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ from absl import logging
 from compactlm_jax.config import EncoderConfig
 from compactlm_jax.errors import ConfigError, DataError, NumericsError
 from compactlm_jax.interop import first_token
+from compactlm_jax.nn.span import HIDDEN
 from compactlm_jax.tree import named_leaves, nested
 from compactlm_jax.types import Params
 
+_SPAN = 'compactlm_span'
 HEADS = ('mlm_head', 'rtd_head', 'classifier', 'span')
 """Optional parts of a tree beside 'encoder'."""
 
@@ -146,8 +149,31 @@ def _head_rows(config: EncoderConfig) -> list[Row]:
     *_dense('rtd_head/dense', 'discriminator_predictions.dense', 'D', 'D'),
     *_dense('rtd_head/output', 'discriminator_predictions.dense_prediction', 'D', '1'),
     *_dense('classifier', 'classifier' if reads_pooler(config) else first_token.OURS, 'D', 'C'),
-    *_dense('span', 'qa_outputs', 'D', '2'),
   ]
+
+
+_SPAN_LAYERS = {
+  'start': ('D', '1'),
+  'end_hidden': ('2D', 'J'),
+  'end_output': ('J', '1'),
+  'answerable_hidden': ('2D', 'J'),
+  'answerable_output': ('J', '1'),
+}
+"""Layers of `nn.span.JointSpanHead` and their sizes; the last two are there if it decides about answers (v2.0)."""
+
+
+def is_joint(names: Collection[str]) -> bool:
+  """Whether leaves or tensors of these names hold ELECTRA's joint span head, not the independent one."""
+  return any(name.startswith(('span/start/', f'{_SPAN}.')) for name in names)
+
+
+def _span_rows(names: Collection[str]) -> list[Row]:
+  """Rows of the span head that is among the leaves or tensors; of the independent one if there is none."""
+  if not is_joint(names):
+    return _dense('span', 'qa_outputs', 'D', '2')
+  found = {name.replace('.', '/').split('/')[1] for name in names if name.startswith(('span/', f'{_SPAN}.'))}
+  layers = [name for name in _SPAN_LAYERS if not name.startswith('answerable') or name in found]
+  return [row for name in layers for row in _dense(f'span/{name}', f'{_SPAN}.{name}', *_SPAN_LAYERS[name])]
 
 
 def reads_pooler(config: EncoderConfig) -> bool:
@@ -155,10 +181,10 @@ def reads_pooler(config: EncoderConfig) -> bool:
   return config.pooler
 
 
-def table(config: EncoderConfig) -> list[Row]:
-  """Every row of an encoder and of the heads that may stand beside it."""
+def table(config: EncoderConfig, names: Collection[str] = ()) -> list[Row]:
+  """Every row of an encoder and of the heads that may stand beside it; `names` say which span head."""
   pooler = _dense('encoder/pooler', 'pooler.dense', 'D', 'D') if config.pooler else []
-  return _embedding_rows(config) + _layer_rows(config) + pooler + _head_rows(config)
+  return _embedding_rows(config) + _layer_rows(config) + pooler + _head_rows(config) + _span_rows(names)
 
 
 def _sizes(config: EncoderConfig, num_classes: int) -> dict[str, int]:
@@ -181,6 +207,8 @@ def _sizes(config: EncoderConfig, num_classes: int) -> dict[str, int]:
     'C': num_classes,
     '1': 1,
     '2': 2,
+    '2D': 2 * config.hidden_size,
+    'J': HIDDEN,
   }
 
 
@@ -188,10 +216,12 @@ def _shape(row: Row, sizes: Mapping[str, int]) -> tuple[int, ...]:
   return tuple(sizes[symbol] for symbol in row.shape.split())
 
 
-def leaf_shapes(config: EncoderConfig, parts: Collection[str], num_classes: int = 0) -> dict[str, tuple[int, ...]]:
-  """Name -> shape of every leaf of a tree with these parts ('encoder' and any of `HEADS`)."""
+def leaf_shapes(
+  config: EncoderConfig, parts: Collection[str], num_classes: int = 0, names: Collection[str] = ()
+) -> dict[str, tuple[int, ...]]:
+  """Name -> shape of every leaf of a tree with these parts ('encoder' and any of `HEADS`); `names` as in `table`."""
   sizes = _sizes(config, num_classes)
-  rows = [row for row in table(config) if row.part in parts]
+  rows = [row for row in table(config, names) if row.part in parts]
   return {row.path: ((config.num_layers,) if row.stacked else ()) + _shape(row, sizes) for row in rows}
 
 
@@ -234,14 +264,14 @@ def export_tensors(params: Params, config: EncoderConfig) -> dict[str, np.ndarra
   leaves = named_leaves(params)
   classes = leaves['classifier/bias'].shape[-1] if 'classifier/bias' in leaves else 0
   parts, out = {'encoder', *params}, {}
-  shapes = leaf_shapes(config, parts, classes)
+  shapes = leaf_shapes(config, parts, classes, leaves)
   unknown = sorted(set(leaves) - set(shapes))
   if unknown:
     raise ConfigError(
       f'parameter {unknown[0]}: transformers has no tensor for it in this configuration; '
       'export a tree of encoder and heads only (scores of pruning are baked into the weights first)'
     )
-  for row in (row for row in table(config) if row.part in parts):
+  for row in (row for row in table(config, leaves) if row.part in parts):
     if row.path not in leaves:
       raise ConfigError(f'parameter {row.path}: missing from the tree; the configuration asks for it')
     array = np.asarray(leaves[row.path])
@@ -272,7 +302,7 @@ def import_tensors(tensors: Mapping[str, np.ndarray], config: EncoderConfig) -> 
       that differ.
     ConfigError: a shape that does not agree with the configuration.
   """
-  rows, tensors = table(config), first_token.narrowed(tensors, config)
+  rows, tensors = table(config, tensors), first_token.narrowed(tensors, config)
   classes = next((t.shape[0] for n, t in tensors.items() if n.endswith('classifier.weight') and t.ndim == 2), 0)
   sizes, accepted = _sizes(config, classes), _accepted(rows, config)
   found: dict[tuple[str, int | None], tuple[str, np.ndarray]] = {}

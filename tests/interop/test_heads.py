@@ -14,6 +14,7 @@ from compactlm_jax.interop import first_token
 from compactlm_jax.interop.bundle import Bundle, from_pretrained, save_pretrained
 from compactlm_jax.interop.hf_config import labels_of
 from compactlm_jax.nn.encoder import encode, encoder_shapes
+from compactlm_jax.nn.span import JointSpanHead
 
 SMALL = dict(vocab_size=37, hidden_size=16, num_layers=1, num_heads=4, max_positions=32)
 KINDS = {
@@ -121,6 +122,21 @@ def test_a_first_token_classifier_of_bert_stays_beside_the_encoder(tmp_path, cap
     assert back.labels == bundle.labels and np.array_equal(back.params['classifier']['kernel'],
                                                            bundle.params['classifier']['kernel'])  # fmt: skip
     caplog.clear()
+
+
+@pytest.mark.parametrize('answerable', [False, True])
+def test_the_joint_span_head_stays_beside_the_encoder(answerable, tmp_path, caplog):
+  """Mutation: leave out the layers of answerability."""
+  bundle = _bundle('electra', embedding_size=8)
+  head = JointSpanHead(bundle.config, answerable=answerable)
+  fresh = head.init(jax.random.key(0), np.zeros((1, 2, 16), np.float32), np.ones((1, 2), bool))['params']
+  full = dataclasses.replace(bundle, params={**bundle.params, 'span': dict(fresh)})
+  save_pretrained(full, tmp_path / 'm')
+  assert 'transformers will ignore joint span' in caplog.text
+  assert _written(tmp_path / 'm')['architectures'] == ['ElectraModel']
+  back = from_pretrained(tmp_path / 'm')
+  assert jax.tree.structure(back.params) == jax.tree.structure(jax.tree.map(np.asarray, full.params))
+  assert jax.tree.all(jax.tree.map(np.array_equal, back.params, full.params))
 
 
 def test_a_trained_two_layer_head_is_refused(tmp_path):
