@@ -16,8 +16,8 @@ from compactlm_jax.data.windows import make_windows
 from compactlm_jax.errors import ConfigError
 
 DATA = Path(__file__).parents[2] / '../shared/data/squad'
-WORDS = 'the a small river tree runs Café déjà under warm x9'.split()
-texts = st.lists(st.sampled_from(WORDS), min_size=1, max_size=30).map(' '.join)
+WORDS = 'the a small river trees runs Café déjà undertow warm x9'.split()
+texts = st.lists(st.sampled_from(WORDS), min_size=1, max_size=40).map(' '.join)
 
 
 @st.composite
@@ -31,7 +31,7 @@ def questions(draw):
       last = draw(st.integers(first, min(first + 4, len(words) - 1)))
       start = len(' '.join(words[:first])) + (first > 0)
       answers = ((' '.join(words[first : last + 1]), start),)
-    asked = ' '.join(draw(st.lists(st.sampled_from(['the', 'a', 'runs', 'x9']), max_size=5)))
+    asked = ' '.join(draw(st.lists(st.sampled_from(['the', 'a', 'runs', 'warm']), max_size=6)))
     items.append(Question(str(number), asked, context, answers))
   return Questions(tuple(items), 'drawn', '')
 
@@ -59,7 +59,7 @@ def label(theirs, row, answers, start_of_context):
 
 
 @settings(deadline=None, max_examples=60)
-@given(data=questions(), seq_len=st.integers(14, 40), stride=st.integers(1, 30))
+@given(data=questions(), seq_len=st.integers(12, 40), stride=st.integers(1, 20))
 def test_windows_and_labels_equal_transformers(vocabulary, reference, data, seq_len, stride):
   """transformers counts the tokens that windows share, BERT and we those between their starts.
 
@@ -71,8 +71,6 @@ def test_windows_and_labels_equal_transformers(vocabulary, reference, data, seq_
   row = 0
   for number, question in enumerate(data.items):
     query = reference.decode(tokenizer.encode([question.question])[0][:longest])
-    if tokenizer.encode([query])[0] != tokenizer.encode([question.question])[0][:longest]:
-      return  # the tokens kept of a question cut within a word cannot be written as text
     room = seq_len - 3 - len(tokenizer.encode([query])[0])
     theirs = reference(
       query,
