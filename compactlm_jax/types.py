@@ -43,7 +43,7 @@ class Batch:
     input_ids: token ids, 0 <= id < V.
     attention_mask: 1 for real tokens, 0 for padding.
     token_type_ids: segment of each token.
-    labels: class index or score per row, or (start, end) of a span.
+    labels: class index or score per row, or (start, end, 1 if there is no answer) of a span.
     weights: 1 for real rows, 0 for the rows that fill up a last batch.
   """
 
