@@ -12,6 +12,7 @@ from tiny import STILL
 
 from compactlm_jax.config import EncoderConfig, FinetuneConfig, SpanConfig, from_config_dict
 from compactlm_jax.errors import ConfigError
+from compactlm_jax.interop.bundle import Bundle, save_pretrained
 from compactlm_jax.tasks.span import best_places, context_mask, make_span_task, span_logits
 from compactlm_jax.types import Batch
 
@@ -186,3 +187,20 @@ def test_best_places():
   assert best.tolist() == [[3.0, 2.0]] and places.tolist() == [[0, 2]]
   best, places = best_places(scores, allowed, 6)
   assert places.tolist() == [[0, 2, 1, 0, 0, 0]] and (best[0, 3:] == -1e9).all()
+
+
+@pytest.mark.torch
+def test_independent_head_and_loss_are_those_of_transformers(tmp_path):
+  """BertForQuestionAnswering on rows without padding. Mutation: swap start and end."""
+  torch, transformers = pytest.importorskip('torch'), pytest.importorskip('transformers')
+  (params, run), rows = built(), batch()
+  rows = dataclasses.replace(rows, attention_mask=jnp.ones_like(rows.attention_mask))
+  save_pretrained(Bundle(MODEL, params), tmp_path / 'model')
+  theirs = transformers.AutoModelForQuestionAnswering.from_pretrained(tmp_path / 'model', attn_implementation='eager')
+  ids, types, labels = (torch.tensor(np.asarray(x)).long() for x in (rows.input_ids, rows.token_type_ids, LABELS))
+  with torch.no_grad():
+    wanted = theirs(ids, token_type_ids=types, start_positions=labels[:, 0], end_positions=labels[:, 1])
+  start, end = jax.jit(lambda p: span_logits(p, MODEL, rows))(params)
+  np.testing.assert_allclose(start, wanted.start_logits, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(end, wanted.end_logits, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(run(params, rows)[0], wanted.loss, rtol=1e-5)
