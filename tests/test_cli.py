@@ -58,7 +58,7 @@ def test_help_of_each_command_tells_its_flags(name, capsys):
   said, command = capsys.readouterr().out, cli.COMMANDS[name]
   assert said.startswith(f'compactlm {name}: {command.summary}') and command.example in said
   assert all(f'  --{flag}\n' in said for flag in command.required) and said.count('[required]') == len(command.required)
-  assert ('--config.FIELD=VALUE' in said) == (name in ('train', 'plan'))
+  assert ('--config.FIELD=VALUE' in said) == (name in ('train', 'evaluate', 'plan'))
   assert max(map(len, said.splitlines())) <= 102
   example = command.example.split()[2:]
   assert {flag.split('=')[0] for flag in example} >= {f'--{flag}' for flag in command.required}
