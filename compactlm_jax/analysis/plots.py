@@ -98,7 +98,7 @@ def concentration_picture(near_NH: np.ndarray, far_NH: np.ndarray, radius: int, 
   """
   with np.errstate(divide='ignore'):
     ratio_NH = near_NH / far_NH
-  bar = f'share of attention within {radius} positions, C / (1 + C)'
+  bar = f'share within {radius} positions, C / (1 + C)'
   layers, heads = ([str(i + 1) for i in range(n)] for n in near_NH.shape)
   return _cells(near_NH / (near_NH + far_NH), ratio_NH, layers, heads, ('layer', 'head'), title, bar, (0.0, 1.0))
 
@@ -164,7 +164,7 @@ def _token_maps(
   panels: Sequence[tuple[str, np.ndarray]], tokens: Sequence[str], title: str, bar: str, vmax: float
 ) -> bytes:
   shown = min(len(tokens), MAX_TOKENS)
-  side = max(1.8, 0.125 * shown)
+  side = max(2.0, 0.3 + 0.125 * shown)
   with _figure(len(panels), (side + 0.2, side + 0.4), _with_count(title, tokens)) as (figure, axes, done):
     for axis, (name, map_TT) in zip(axes, panels):
       image = axis.imshow(map_TT[:shown, :shown], cmap='Blues', vmin=0, vmax=vmax)
