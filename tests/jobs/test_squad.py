@@ -120,10 +120,9 @@ def build_tokenizer(questions, files):
 
 
 def test_runs_train_and_are_loaded_again(files, tmp_path):
-  """The joint head with buckets and few questions. Mutation: leave 'span' out of the parameters."""
+  """The joint head on few questions. Mutation: leave 'span' out of the parameters."""
   joint = dataclasses.replace(SPAN, head='joint')
-  data = {'buckets': (24, 32), 'train_rows': 30}
-  results = run_train(config(files, span=joint, data=data, steps=2), str(tmp_path / 'joint'))
+  results = run_train(config(files, span=joint, data={'train_rows': 30}, steps=2), str(tmp_path / 'joint'))
   assert results['task'] == 'finetune' and results['metrics']['total'] == 15
   for name in ('exact', 'f1', 'HasAns_f1', 'NoAns_f1', 'best_f1', 'loss', 'answerable_loss', 'windows'):
     assert np.isfinite(results['metrics'][name])
@@ -138,7 +137,8 @@ def test_a_teacher_must_have_learnt(files, tmp_path):
   Mutation: leave the look at the training rows out.
   """
   learnt = OptimizerConfig(learning_rate=1e-2, decay='constant')
-  run_train(config(files, steps=60, log_every=60, optimizer=learnt), str(tmp_path / 'run'))
+  data = {'path': '', 'train': str(files / 'train-v2.0.json')}
+  run_train(config(files, data=data, steps=60, log_every=60, optimizer=learnt), str(tmp_path / 'run'))
   bundle = load_model(tmp_path / 'run')
   assert set(bundle.params) == {'encoder', 'span'} and bundle.params['span']['kernel'].shape == (16, 2)
   job = build_job(config(files, teacher=str(tmp_path / 'run')))

@@ -53,9 +53,12 @@ def test_limits():
 
 
 def test_a_text_counts_once():
-  twice = {name: [rows[0], rows[0]] for name, rows in TWO.items()}
-  found = answer(twice, [0, 0]).nbest['q0']
-  assert len({e['text'] for e in found}) == len(found) == 3
+  """With its best score, whichever window has it. Mutation: keep the last."""
+  alone = [(e['text'], e['start_logit']) for e in answer({n: rows[:1] for n, rows in TWO.items()}, [0]).nbest['q0']]
+  for shift in (0.0, -0.5, 0.5):
+    logits = np.array([TWO['start_logits'][0]] * 2) + [[0.0], [shift]]
+    found = answer({**{n: [rows[0]] * 2 for n, rows in TWO.items()}, 'start_logits': logits}, [0, 0]).nbest['q0']
+    assert [(e['text'], e['start_logit']) for e in found] == [(t, x + max(shift, 0)) for t, x in alone]
 
 
 def test_null_odds_of_the_independent_head():
