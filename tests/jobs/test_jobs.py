@@ -169,7 +169,7 @@ def test_chain_of_runs_from_teacher_to_classifier(files, tmp_path):
   taught = named_leaves(job.task.frozen)['encoder/layers/attention/query/kernel']
   np.testing.assert_array_equal(taught, assistant.params['encoder']['layers']['attention']['query']['kernel'])
   results = run_train(finetune(files, model=str(tmp_path / 'assistant'), steps=1), str(tmp_path / 'tuned'))
-  assert set(results['metrics']) == {'loss', 'accuracy'} and 0 <= results['metrics']['accuracy'] <= 1
+  assert set(results['metrics']) == {'loss', 'accuracy', 'f1'} and 0 <= results['metrics']['accuracy'] <= 1
   tuned = load_model(tmp_path / 'tuned')
   assert not tuned.config.pooler and 'pooler' not in tuned.params['encoder'] and 'classifier' in tuned.params
   assert tuned.tokenizer.files == assistant.tokenizer.files == load_model(files / 'model').tokenizer.files
