@@ -83,7 +83,7 @@ def main() -> None:
   parser.add_argument('--model', default='demo_run/models/teacher')
   parser.add_argument('--texts', default='', help='.tsv or .jsonl, perhaps .gz')
   parser.add_argument('--column', default='sentence')
-  parser.add_argument('--rows', type=int, default=128)
+  parser.add_argument('--rows', type=int, default=96)
   parser.add_argument('--batch', type=int, default=32)
   parser.add_argument('--rounds', type=int, default=2)
   parser.add_argument('--json', default='')
