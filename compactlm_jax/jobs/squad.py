@@ -18,8 +18,8 @@ from compactlm_jax.data.source import RowSource
 from compactlm_jax.data.squad import Questions, find_squad, read_squad
 from compactlm_jax.data.windows import Windows, make_windows
 from compactlm_jax.errors import ConfigError, DataError
-from compactlm_jax.jobs.data import EvalSet, JobData, check_tokenizer
-from compactlm_jax.jobs.models import load_model, tokenizer_of
+from compactlm_jax.jobs.data import EvalSet, JobData
+from compactlm_jax.jobs.start import kept_rows, probe_rows, starting_model, teacher_model
 from compactlm_jax.losses.span import span_cross_entropy
 from compactlm_jax.scoring.nbest import Answers, answer_questions
 from compactlm_jax.scoring.squad import score_v1, score_v2
@@ -40,11 +40,7 @@ def squad_job(config: RunConfig) -> tuple[Task, JobData]:
     ConfigError, DataError: fields or files that do not fit.
   """
   version, span = _version(config), config.span
-  if not config.model:
-    raise ConfigError('config.model: name the model folder or run to fine-tune')
-  bundle, tokenizer = load_model(config.model), tokenizer_of(config.model)
-  check_tokenizer(config, tokenizer.fingerprint())
-  _check_length(config, bundle.config, 'model')
+  bundle, tokenizer = starting_model(config)
   cut = functools.partial(
     make_windows,
     tokenizer=tokenizer,
@@ -142,20 +138,15 @@ def _questions(config: RunConfig, version: int) -> tuple[Questions, Questions | 
   else:
     dev = None
   if version == 1:
-    return _subset(_answerable(train), data.train_rows), None if dev is None else _answerable(dev)
+    return _subset(_answerable(train), config), None if dev is None else _answerable(dev)
   if len(train.answerable()) == len(train):
     log.warning('%s: every question has an answer; a model trained on it cannot learn to give none', train.name)
-  return _subset(train, data.train_rows), dev
+  return _subset(train, config), dev
 
 
-def _subset(questions: Questions, rows: int) -> Questions:
-  """`rows` questions drawn without replacement, always the same ones; all for 0."""
-  if not rows:
-    return questions
-  if rows > len(questions):
-    raise ConfigError(f'config.data.train_rows: {rows}, but {questions.name} has {len(questions)} questions')
-  kept = np.sort(np.random.default_rng(0).permutation(len(questions))[:rows])
-  return dataclasses.replace(questions, items=tuple(questions.items[i] for i in kept))
+def _subset(questions: Questions, config: RunConfig) -> Questions:
+  kept = kept_rows(config, len(questions), questions.name)
+  return questions if kept is None else dataclasses.replace(questions, items=tuple(questions.items[i] for i in kept))
 
 
 def _answerable(questions: Questions) -> Questions:
@@ -176,30 +167,19 @@ def _warn(windows: Windows) -> None:
     log.warning('%s: %d answers have no token; training leaves them out', name, report['unaligned_answers'])
 
 
-def _check_length(config: RunConfig, encoder: EncoderConfig, owner: str) -> None:
-  if config.data.seq_len > encoder.max_positions:
-    raise ConfigError(
-      f'config.data.seq_len: {config.data.seq_len} is more than the {encoder.max_positions} positions of the {owner}'
-    )
-
-
 def _teacher(config: RunConfig, rows: RowSource) -> tuple[Params, EncoderConfig]:
   """The fine-tuned teacher, after a look at what it knows of the training rows.
 
   Raises:
     ConfigError: another tokenizer, no independent span head, or one that was never trained.
   """
-  bundle, tokenizer = load_model(config.teacher), tokenizer_of(config.teacher)
-  if tokenizer.fingerprint() != rows.fingerprint:
-    raise ConfigError(f'config.teacher: {config.teacher} has another tokenizer than {config.model}')
-  _check_length(config, bundle.config, 'teacher')
+  bundle = teacher_model(config, rows)
   teacher = (bundle.params, bundle.config)
   make_span_task(bundle.config, config.span, config.finetune, teacher=teacher)  # checks the head
-  places = np.linspace(0, len(rows) - 1, min(_PROBE_ROWS, len(rows))).astype(np.int64)
-  probe = RowSource(lambda indices: rows.fetch(places[indices]), len(places), rows.vocab_size, rows.seq_len, '')
+  probe = probe_rows(rows, _PROBE_ROWS)
   run = jax.jit(lambda params, batch: span_logits(params, bundle.config, batch))
   losses, uniform = [], []
-  for batch in eval_batches(probe, min(16, len(places))):
+  for batch in eval_batches(probe, min(16, len(probe))):
     real = np.asarray(batch.attention_mask) > 0
     start, end = (jnp.where(real, x, -1e9) for x in run(bundle.params, batch))
     kept = np.asarray(batch.weights) > 0
