@@ -40,10 +40,6 @@ def make_finetune_task(
   Raises:
     ConfigError: one class, `pooled` without a pooler, or a teacher without a head or with another number of outputs.
   """
-  if len(classes) == 1:
-    raise ConfigError(f'config.data.label_column: found 1 class {classes}; at least two are needed')
-  if config.pooled and not encoder.pooler:
-    raise ConfigError('config.finetune.pooled: this encoder has no pooler; set it to False')
   model = _Model(encoder, classes, config)
   if teacher is not None:
     _check_teacher(teacher[0], model.width)
@@ -88,6 +84,12 @@ class _Model:
   encoder: EncoderConfig
   classes: tuple[str, ...]
   config: FinetuneConfig
+
+  def __post_init__(self) -> None:
+    if len(self.classes) == 1:
+      raise ConfigError(f'config.data.label_column: found 1 class {self.classes}; at least two are needed')
+    if self.config.pooled and not self.encoder.pooler:
+      raise ConfigError('config.finetune.pooled: this encoder has no pooler; set it to False')
 
   @property
   def width(self) -> int:

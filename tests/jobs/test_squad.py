@@ -186,7 +186,7 @@ def test_fields_and_files_that_do_not_fit(files, tmp_path):
     (ConfigError, 'config.model: name the model', {'model': ''}),
     (ConfigError, 'config.data.seq_len: 41 is more than the 40 positions', {'data': {'seq_len': 41}}),
     (ConfigError, 'config.data.seq_len: 9 tokens do not hold', {'data': {'seq_len': 9}}),
-    (ConfigError, 'config.data.train_rows: 99, but .* has 36 questions', {'data': {'train_rows': 99}}),
+    (ConfigError, 'config.data.train_rows: 99, but .* has 36 rows', {'data': {'train_rows': 99}}),
     (ConfigError, 'config.teacher: this model has no trained span head', {'teacher': str(files / 'model')}),
   ):
     with pytest.raises(error, match=message):
