@@ -2,8 +2,8 @@
 
 Usage: python benchmarks/finetune_torch.py --model=FOLDER --data=GLUE --workdir=RUNS [--task=sst2] [--seeds=3]
 Trains with the configuration of benchmarks/glue.py, 3 epochs of a fixed part of the rows (--rows=4000), and in PyTorch
-with the same rows, tokenizer, encoder, head on the first token, dropout, AdamW (fused), clipping, schedule and number of
-steps; batches are shuffled and padded to their longest row, as transformers does. Seconds are those of a whole run with
+with the same rows, tokenizer, encoder, head on the first token, dropout, AdamW (fused), clipping, schedule and steps;
+batches are shuffled and padded to their longest row, as transformers does. Seconds are those of a whole run with
 its final evaluation, compilation included, one after the other on an idle machine.
 Needs PyTorch: pip install torch==2.13.0
 """
