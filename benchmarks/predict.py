@@ -4,7 +4,7 @@ All read the same texts in one process, tokenisation included; compilation is no
 each batch to its longest text, in the order of the file and sorted by length. Weights of the head are random unless
 the model has one: times do not depend on them, and the logits of all ways are compared.
 
-Command: python benchmarks/predict.py --model=demo_run/models/teacher --texts=FILE.txt
+Command: python benchmarks/predict.py --model=FOLDER --texts=FILE.tsv --column=sentence [--rows=96 --rounds=2]
 """
 
 from __future__ import annotations
