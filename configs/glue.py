@@ -118,9 +118,9 @@ def get_config(variant: str = 'electra-small-cola'):
   recipe, _, task = variant.rpartition('-')
   if recipe not in RECIPES or task not in TASKS:
     close = difflib.get_close_matches(variant, [f'{r}-{t}' for r in RECIPES for t in TASKS], 1)
-    hint = f'; did you mean {close[0]}?' if close else '.'
+    hint = f'; did you mean {close[0]}? Use' if close else '; use'
     raise ConfigError(
-      f'configs/glue.py has no variant {variant!r}{hint} Use RECIPE-TASK with a recipe of {", ".join(RECIPES)} and a '
+      f'configs/glue.py has no variant {variant!r}{hint} RECIPE-TASK with a recipe of {", ".join(RECIPES)} and a '
       f'task of {", ".join(TASKS)}'
     )
   return to_config_dict(RECIPES[recipe](task))

@@ -12,6 +12,8 @@ from typing import Any
 
 from etils import epath
 
+from compactlm_jax.data.table import numbered_lines
+from compactlm_jax.data.text import hf_records, tfds_records
 from compactlm_jax.errors import ConfigError, DataError
 
 
@@ -100,10 +102,12 @@ def read_squad(path: Any, split: str = 'train') -> Questions:
   """
   spec = str(path)
   part = 'validation' if split == 'dev' else split
-  if spec.startswith('tfds:'):
-    records: Iterable[tuple[str, Any]] = _tfds(spec, part)
-  elif spec.startswith('hf:'):
-    records = _hf(spec, part)
+  kind, _, name = spec.partition(':')
+  if kind == 'tfds':
+    data = tfds_records(name, part)[1]
+    records: Iterable[tuple[str, Any]] = _numbered(f'{spec} ({part})', (data[i] for i in range(len(data))))
+  elif kind == 'hf':
+    records = _numbered(f'{spec} ({part})', hf_records(name, part))
   elif '.jsonl' in epath.Path(path).suffixes[-2:]:
     records = _json_lines(epath.Path(path))
   elif '.json' in epath.Path(path).suffixes[-2:]:
@@ -184,7 +188,7 @@ def _read(file: epath.Path) -> str:
 
 
 def _json_lines(file: epath.Path) -> Iterator[tuple[str, Any]]:
-  for number, line in enumerate(_read(file).split('\n'), 1):
+  for number, line in numbered_lines(file):
     if line.strip():
       try:
         yield f'{file}:{number}', json.loads(line)
@@ -207,33 +211,5 @@ def _official(file: epath.Path) -> Iterator[tuple[str, Any]]:
     raise DataError(f'{file}: not in the form data / paragraphs / qas of SQuAD ({e!r}); fetch it again') from e
 
 
-def _tfds(spec: str, split: str) -> Iterator[tuple[str, Any]]:
-  import tensorflow_datasets as tfds
-
-  name = spec.removeprefix('tfds:')
-  try:
-    folder = (epath.Path(name) / 'dataset_info.json').exists()
-    builder = tfds.builder_from_directory(name) if folder else tfds.builder(name, file_format='array_record')
-    data = builder.as_data_source(split)
-  except Exception as e:  # TFDS raises many kinds, among them bare AssertionError.
-    raise ConfigError(
-      f'config.data.path: {spec}, split {split!r}, cannot be opened ({(str(e) or type(e).__name__).splitlines()[0]}); '
-      "build it first with file_format='array_record', or give its version directory"
-    ) from e
-  for index in range(len(data)):
-    yield f'{spec} ({split}), record {index}', data[index]
-
-
-def _hf(spec: str, split: str) -> Iterator[tuple[str, Any]]:
-  try:
-    import datasets
-  except ImportError as e:
-    raise ConfigError(f"{spec} needs the package 'datasets'; install it with: pip install datasets") from e
-
-  path, _, config = spec.removeprefix('hf:').partition(':')
-  try:
-    data = datasets.load_dataset(path, config or None, split=split)
-  except Exception as e:  # network, names and formats fail in many ways there
-    raise ConfigError(f'config.data.path: {spec}, split {split!r}, cannot be loaded ({e})') from e
-  for index, record in enumerate(data):
-    yield f'{spec} ({split}), record {index}', record
+def _numbered(name: str, records: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+  return ((f'{name}, record {index}', record) for index, record in enumerate(records))

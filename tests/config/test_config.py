@@ -78,7 +78,7 @@ def test_every_field_is_documented():
 
 @pytest.mark.parametrize('file', FILES, ids=lambda p: p.stem)
 def test_unknown_variants_are_refused_with_the_known_ones(file):
-  with pytest.raises(ConfigError, match=f'configs/{file.stem}.py has no variant .nothing.[.;] [uU]se'):
+  with pytest.raises(ConfigError, match=f'configs/{file.stem}.py has no variant .nothing.; use'):
     load(file).get_config('nothing')
 
 

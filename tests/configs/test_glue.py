@@ -82,7 +82,7 @@ def test_the_variant_for_cpus_differs_in_its_batches_only():
   [
     ('electra-small-sst', "no variant 'electra-small-sst'; did you mean electra-small-sst2"),
     ('minlm-rte', 'did you mean minilm-rte'),
-    ('sick', "no variant 'sick'. Use RECIPE-TASK with a recipe of electra-small, .* and a task of cola, sst2, "),
+    ('sick', "no variant 'sick'; use RECIPE-TASK with a recipe of electra-small, .* and a task of cola, sst2, "),
   ],
 )
 def test_an_unknown_variant_is_suggested(variant, message):

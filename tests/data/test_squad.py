@@ -133,7 +133,7 @@ def test_other_bad_input(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, 'datasets', None)
   with pytest.raises(ConfigError, match='pip install datasets'):
     read_squad('hf:squad')
-  with pytest.raises(ConfigError, match="tfds:no_such_squad, split 'validation', cannot be opened"):
+  with pytest.raises(ConfigError, match="tfds:no_such_squad, split 'validation': cannot be opened"):
     read_squad('tfds:no_such_squad', 'dev')
 
 
