@@ -7,6 +7,7 @@ one-hot tricks do not count. Table look-ups, LayerNorms and softmax count nothin
 from __future__ import annotations
 
 from compactlm_jax.config import EncoderConfig
+from compactlm_jax.nn.span import HIDDEN as SPAN_HIDDEN
 
 
 def layer_flops(config: EncoderConfig, seq_len: int) -> float:
@@ -68,3 +69,20 @@ def embedding_flops(config: EncoderConfig) -> float:
 def mlm_head_flops(config: EncoderConfig) -> float:
   """Forward FLOPs of the masked-language-model head for one position: Dense, then the word table."""
   return 2.0 * config.embedding_size * (config.hidden_size + config.vocab_size)
+
+
+def span_head_flops(width: int, seq_len: int, *, joint: bool = False, answerable: bool = False) -> float:
+  """Forward FLOPs of a span head for one row in training, where the joint head is given the one right start.
+
+  Args:
+    width: hidden size.
+    seq_len: length of the row.
+    joint: ends depend on the start (two Dense layers, the first in two halves); else two independent logits.
+    answerable: the joint head also says whether there is an answer, from the first and the mean token.
+  """
+  if not joint:
+    return 2.0 * seq_len * width * 2
+  starts = 2.0 * seq_len * width
+  ends = 2.0 * (seq_len + 1) * width * SPAN_HIDDEN + 2.0 * seq_len * SPAN_HIDDEN
+  impossible = 2.0 * seq_len * width + 2.0 * (2 * width * SPAN_HIDDEN + SPAN_HIDDEN) if answerable else 0.0
+  return starts + ends + impossible

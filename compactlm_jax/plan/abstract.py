@@ -12,19 +12,23 @@ from etils import epath
 from jax.sharding import Mesh
 
 from compactlm_jax.checkpoint import load_params
-from compactlm_jax.config import EncoderConfig, RunConfig, from_config_dict
+from compactlm_jax.config import SQUAD, EncoderConfig, RunConfig, from_config_dict
+from compactlm_jax.data.glue_tasks import glue_task
 from compactlm_jax.data.manifest import read_manifest
 from compactlm_jax.errors import ConfigError
 from compactlm_jax.interop.folder import open_folder
 from compactlm_jax.interop.hf_config import from_hf
 from compactlm_jax.interop.hub import local_folder
 from compactlm_jax.nn.encoder import encoder_shapes
+from compactlm_jax.nn.heads import Classifier
+from compactlm_jax.nn.span import SpanHead
 from compactlm_jax.parallel import batch_sharding, check_batch_size, param_shardings, state_shardings
 from compactlm_jax.tasks.distill import check_distill, make_distill_task
 from compactlm_jax.tasks.electra import make_electra_task
 from compactlm_jax.tasks.finetune import make_finetune_task
 from compactlm_jax.tasks.lm import make_lm_task
 from compactlm_jax.tasks.mlm import make_mlm_task
+from compactlm_jax.tasks.span import make_span_task
 from compactlm_jax.train.optimizer import make_optimizer
 from compactlm_jax.train.step import compile_step, make_train_step
 from compactlm_jax.types import Batch, Params, SpecialTokens, Task, TrainState
@@ -37,8 +41,9 @@ class Plan:
   """A configuration with everything resolved that decides the program.
 
   Attributes:
-    config: its `encoder` is that of the trained model, all layers unrolled: costs of a loop count its body once.
-    teacher: of distillation.
+    config: its `encoder` is that of the trained model, all layers unrolled: costs of a loop count its body once. Its
+      `finetune.num_classes` is the head's, 0 for scores.
+    teacher: of distillation, or of fine-tuning.
     notes: what was assumed because nothing names it.
   """
 
@@ -64,7 +69,11 @@ def resolve(config: RunConfig) -> Plan:
     causal = encoder.causal if config.task == 'lm' else found.causal
     encoder = dataclasses.replace(found.with_run_options(encoder), causal=causal)
   encoder = dataclasses.replace(encoder, scan_unroll=0)
-  if config.data.path:
+  if config.task == 'finetune':
+    # Rows of tables and benchmarks are padded to `data.seq_len`; only prepared data brings a length of its own.
+    config, encoder, assumed = _labelled(config, encoder)
+    notes += assumed
+  elif config.data.path:
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=_row_length(config)))
   if config.data.seq_len > encoder.max_positions:
     raise ConfigError(
@@ -75,12 +84,30 @@ def resolve(config: RunConfig) -> Plan:
   if config.task == 'distill':
     teacher, assumed = _teacher(config)
     notes += assumed
-  if config.task == 'finetune' and not config.finetune.num_classes:
-    config = dataclasses.replace(config, finetune=dataclasses.replace(config.finetune, num_classes=2))
-    notes.append('two classes (config.finetune.num_classes is 0)')
+  if config.task == 'finetune' and config.teacher:
+    teacher = dataclasses.replace(encoder_of(config.teacher), scan_unroll=0)
   if not config.steps:
     notes.append('no hours: set --config.steps, epochs of data that is not read have no length')
   return Plan(config, teacher, tuple(notes))
+
+
+def _labelled(config: RunConfig, encoder: EncoderConfig) -> tuple[RunConfig, EncoderConfig, list[str]]:
+  """The run with its number of classes, its encoder with the pooler that the head reads, and what was assumed."""
+  notes, finetune = [], config.finetune
+  if finetune.pooled and not config.model:
+    encoder = dataclasses.replace(encoder, pooler=True)
+  if config.data.buckets:
+    notes.append(f'every batch is {config.data.seq_len} tokens long (config.data.buckets makes many of them shorter)')
+  if finetune.benchmark in SQUAD or config.data.score_column:
+    classes = 0
+  elif finetune.benchmark:
+    classes = len(glue_task(finetune.benchmark).classes)
+  else:
+    classes = finetune.num_classes or 2
+    if not finetune.num_classes:
+      notes.append('two classes (config.finetune.num_classes is 0)')
+  config = dataclasses.replace(config, finetune=dataclasses.replace(finetune, num_classes=classes))
+  return config, encoder, notes
 
 
 def encoder_of(path: str) -> EncoderConfig:
@@ -130,7 +157,12 @@ def make_task(plan: Plan, teacher_params: Params | None) -> Task:
     assert plan.teacher is not None and teacher_params is not None
     return make_distill_task(config.encoder, plan.teacher, teacher_params, config.distill)
   if config.task == 'finetune':
-    return make_finetune_task(config.encoder, tuple(map(str, range(config.finetune.num_classes))), config.finetune)
+    teacher = None if plan.teacher is None or teacher_params is None else (teacher_params, plan.teacher)
+    if config.finetune.benchmark in SQUAD:
+      version = int(config.finetune.benchmark[-1])
+      return make_span_task(config.encoder, config.span, config.finetune, version=version, teacher=teacher)
+    classes = tuple(map(str, range(config.finetune.num_classes)))
+    return make_finetune_task(config.encoder, classes, config.finetune, teacher=teacher)
   if config.task == 'electra':
     return make_electra_task(config.encoder, config.electra, config.mask, _SPECIAL)
   if config.task == 'mlm':
@@ -163,7 +195,7 @@ def abstract_step(plan: Plan, mesh: Mesh) -> tuple[Callable[..., Any], tuple[Any
     params = task.init(key)
     return TrainState(jnp.zeros([], jnp.int32), params, tx.init(params)), task.frozen
 
-  teacher = None if plan.teacher is None else encoder_shapes(plan.teacher)
+  teacher = None if plan.teacher is None else _teacher_shapes(plan.teacher, config)
   state, frozen = jax.eval_shape(start, teacher, jax.random.key(config.seed))
   state = _placed(state, state_shardings(mesh, state))
   frozen = None if frozen is None else _placed(frozen, param_shardings(mesh, frozen))
@@ -172,13 +204,32 @@ def abstract_step(plan: Plan, mesh: Mesh) -> tuple[Callable[..., Any], tuple[Any
   return compile_step(step, mesh, state, frozen), (state, frozen, _batch(config, mesh))
 
 
+def _teacher_shapes(teacher: EncoderConfig, config: RunConfig) -> Params:
+  """Parameters of a teacher as shapes, with the head of the same task where it has to know the task."""
+  shapes = encoder_shapes(teacher)
+  if config.task != 'finetune':
+    return shapes
+  if config.finetune.benchmark in SQUAD:
+    name, head, rows = 'span', SpanHead(teacher), (1, 1, teacher.hidden_size)
+  else:
+    name, head, rows = 'classifier', Classifier(max(1, config.finetune.num_classes), teacher), (1, teacher.hidden_size)
+  fresh = jax.eval_shape(lambda: head.init(jax.random.key(0), jnp.zeros(rows))['params'])
+  return {**shapes, name: dict(fresh)}
+
+
 def _placed(shapes: Any, shardings: Any) -> Any:
   return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
 def _batch(config: RunConfig, mesh: Mesh) -> Batch:
-  def array(*shape: int) -> Any:
-    return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))
+  def array(*shape: int, dtype: Any = jnp.int32) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
 
-  rows = array(config.batch_size, config.data.seq_len)
-  return Batch(rows, rows, rows, labels=array(config.batch_size) if config.task == 'finetune' else None)
+  size, finetune = config.batch_size, config.finetune
+  rows = array(size, config.data.seq_len)
+  if config.task != 'finetune':
+    return Batch(rows, rows, rows)
+  if finetune.benchmark in SQUAD:
+    return Batch(rows, rows, rows, labels=array(size, 3))
+  labels = array(size) if finetune.num_classes else array(size, dtype=jnp.float32)
+  return Batch(rows, rows, rows, labels=labels)

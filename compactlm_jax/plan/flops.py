@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from compactlm_jax.config import EncoderConfig, RunConfig
-from compactlm_jax.nn.flops import encoder_flops, layer_flops, mlm_head_flops
+from compactlm_jax.config import SQUAD, EncoderConfig, RunConfig
+from compactlm_jax.nn.flops import encoder_flops, layer_flops, mlm_head_flops, span_head_flops
 from compactlm_jax.tasks.distill import layer_pairs
 
 TRAINED = 3
@@ -21,8 +21,8 @@ def model_flops(config: RunConfig, teacher: EncoderConfig | None = None) -> floa
   """FLOPs of one training step of the whole batch.
 
   Args:
-    config: the run; its `encoder` is the trained one.
-    teacher: of distillation.
+    config: the run as `plan.abstract.resolve` has it: the trained encoder, the number of classes.
+    teacher: of distillation, or of fine-tuning.
   """
   rows, length, encoder = config.batch_size, config.data.seq_len, config.encoder
   own = length * encoder_flops(encoder, length)
@@ -35,13 +35,23 @@ def model_flops(config: RunConfig, teacher: EncoderConfig | None = None) -> floa
   if config.task == 'lm':
     return TRAINED * rows * (own + (length - 1) * mlm_head_flops(encoder))
   if config.task == 'finetune':
-    pooled = encoder.hidden_size if config.finetune.pooled else 0
-    return TRAINED * rows * (own + 2 * encoder.hidden_size * (pooled + config.finetune.num_classes))
+    frozen = 0.0 if teacher is None else length * encoder_flops(teacher, length) + _head_flops(teacher, config, teacher.pooler)
+    return rows * (TRAINED * (own + _head_flops(encoder, config, config.finetune.pooled)) + frozen)
   assert config.task == 'distill' and teacher is not None
   taught, learning = layer_pairs(encoder, teacher, config.distill)
   return rows * (
     TRAINED * _relations_flops(encoder, config, learning) + _relations_flops(teacher, config, tuple(taught))
   )
+
+
+def _head_flops(encoder: EncoderConfig, config: RunConfig, pooled: bool) -> float:
+  """Forward FLOPs of a row's classifier, regression or span head."""
+  finetune = config.finetune
+  if finetune.benchmark in SQUAD:
+    joint, answerable = config.span.head == 'joint', finetune.benchmark == 'squad2'
+    return span_head_flops(encoder.hidden_size, config.data.seq_len, joint=joint, answerable=joint and answerable)
+  pooler = encoder.hidden_size if pooled else 0
+  return 2.0 * encoder.hidden_size * (pooler + max(1, finetune.num_classes))
 
 
 def _relations_flops(encoder: EncoderConfig, config: RunConfig, layers: tuple[int, ...]) -> float:

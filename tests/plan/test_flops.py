@@ -12,8 +12,9 @@ from compactlm_jax.config import (
   FinetuneConfig,
   MaskConfig,
   RunConfig,
+  SpanConfig,
 )
-from compactlm_jax.nn.flops import conv_flops, encoder_flops, layer_flops, mlm_head_flops
+from compactlm_jax.nn.flops import conv_flops, encoder_flops, layer_flops, mlm_head_flops, span_head_flops
 from compactlm_jax.plan.flops import model_flops
 
 BERT = EncoderConfig()
@@ -86,3 +87,27 @@ def test_distillation_reads_the_teacher_once():
   taught = 128 * 11 * (24 * 768**2 + 4 * 128 * 768) + 128 * 3 * 2 * 768**2 + relations * 768
   assert model_flops(config, BERT) == 4 * (3 * below + taught)
   assert MaskConfig().slots(128) == 19
+
+
+def test_span_heads():
+  """Joint, v2: a start logit and the right half of the kernel per token, one start, one answerability per row."""
+  assert span_head_flops(8, 10) == 2 * 10 * 8 * 2
+  ends = 2 * 10 * 8 * 512 + 2 * 8 * 512 + 2 * 10 * 512
+  assert span_head_flops(8, 10, joint=True) == 2 * 10 * 8 + ends
+  impossible = 2 * 10 * 8 + 2 * 16 * 512 + 2 * 512
+  assert span_head_flops(8, 10, joint=True, answerable=True) == 2 * 10 * 8 + ends + impossible
+
+
+def test_spans_scores_and_a_fine_tuned_teacher():
+  """A frozen teacher counts once, a score is one output. Mutation: count SQuAD as a classifier."""
+  data = DataConfig(seq_len=384)
+  for version, head in ((1, 'independent'), (2, 'joint')):
+    squad = FinetuneConfig(benchmark=f'squad{version}')
+    run = RunConfig(task='finetune', steps=1, batch_size=2, data=data, finetune=squad, span=SpanConfig(head=head))
+    joint = head == 'joint'
+    own = 384 * encoder_flops(BERT, 384) + span_head_flops(768, 384, joint=joint, answerable=joint)
+    assert model_flops(run) == 3 * 2 * own
+  score = RunConfig(task='finetune', steps=1, batch_size=2, finetune=FinetuneConfig(benchmark='stsb', pooled=True))
+  own = 128 * encoder_flops(BERT, 128) + 2 * 768 * (768 + 1)
+  assert model_flops(score) == 3 * 2 * own
+  assert model_flops(score, dataclasses.replace(BERT, pooler=True)) == (3 + 1) * 2 * own

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import pathlib
 import re
 
 import jax
@@ -10,10 +11,19 @@ import pytest
 from tiny import tiny_config
 
 from compactlm_jax import cli
-from compactlm_jax.config import DataConfig, DistillConfig, EncoderConfig, FinetuneConfig, MeshConfig
+from compactlm_jax.config import (
+  DataConfig,
+  DistillConfig,
+  EncoderConfig,
+  FinetuneConfig,
+  MeshConfig,
+  RunConfig,
+  from_config_dict,
+)
 from compactlm_jax.errors import ConfigError
 from compactlm_jax.plan import main
-from compactlm_jax.plan.abstract import resolve
+from compactlm_jax.parallel import make_mesh
+from compactlm_jax.plan.abstract import abstract_step, resolve
 from compactlm_jax.plan.compile import tpu_devices
 from compactlm_jax.plan.program import Overflow, Program
 from compactlm_jax.plan.topology import parse_topology
@@ -81,6 +91,63 @@ def test_what_is_assumed():
   plan = resolve(tiny_config('finetune', finetune=FinetuneConfig(), steps=0, epochs=2.0))
   assert plan.config.encoder.scan_unroll == 0 and plan.config.finetune.num_classes == 2
   assert 'two classes' in plan.notes[0] and '--config.steps' in plan.notes[1]
+
+
+@pytest.mark.parametrize(
+  ('finetune', 'data', 'classes'),
+  [
+    (FinetuneConfig(benchmark='mnli'), {}, 3),
+    (FinetuneConfig(benchmark='stsb'), {}, 0),
+    (FinetuneConfig(benchmark='squad2'), {}, 0),
+    (FinetuneConfig(num_classes=5), {}, 5),
+    (FinetuneConfig(), {'score_column': 'score'}, 0),
+  ],
+)
+def test_labelled_data(finetune, data, classes):
+  """A benchmark's folder has no manifest; its classes are known. Mutation: read one, or assume two classes."""
+  data = DataConfig(seq_len=16, path='glue_data', **data)
+  plan = resolve(tiny_config('finetune', finetune=finetune, data=data, steps=5))
+  assert plan.config.finetune.num_classes == classes and plan.notes == () and plan.config.data.seq_len == 16
+  batch = abstract_step(plan, make_mesh(MeshConfig(), jax.devices()[:2]))[1][2]
+  expected = ((16, 3), 'int32') if finetune.benchmark == 'squad2' else ((16,), 'int32' if classes else 'float32')
+  assert (batch.labels.shape, batch.labels.dtype.name) == expected
+
+
+def test_a_pooler_comes_with_the_head_that_reads_it():
+  """Mutation: leave the encoder as it is; the task refuses it."""
+  plan = resolve(tiny_config('finetune', finetune=FinetuneConfig(benchmark='rte', pooled=True)))
+  state = abstract_step(plan, make_mesh(MeshConfig(), jax.devices()[:2]))[1][0]
+  assert plan.config.encoder.pooler and 'pooler' in state.params['encoder']
+
+
+@pytest.mark.parametrize('file', ['glue', 'squad', 'finetune'])
+def test_configurations_of_labelled_data_have_a_step(file):
+  """Every head of the shipped recipes, without a model or data. Mutation: make no span task."""
+  variants = {
+    'glue': ['bert-mnli', 'electra-small-stsb', 'minilm-rte'],
+    'squad': ['electra-small-v1', 'electra-small-v2', 'bert-v2'],
+    'finetune': ['table'],
+  }
+  path = pathlib.Path(__file__).parents[2] / 'configs' / f'{file}.py'
+  spec = importlib.util.spec_from_file_location(file, path)
+  assert spec is not None and spec.loader is not None
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  for variant in variants[file]:
+    plan = resolve(from_config_dict(RunConfig, module.get_config(variant)))
+    assert abstract_step(plan, make_mesh(MeshConfig(), jax.devices()[:1]))[1][2].labels is not None
+
+
+def test_a_fine_tuned_teacher_is_part_of_the_step(tmp_path):
+  """Its head is that of the task. Mutation: leave the teacher out of the task."""
+  sizes = {'model_type': 'bert', 'vocab_size': 64, 'hidden_size': 48, 'num_hidden_layers': 3, 'num_attention_heads': 4}
+  (tmp_path / 'config.json').write_text(
+    json.dumps({**sizes, 'intermediate_size': 96, 'max_position_embeddings': 16})
+  )
+  for finetune, head in ((FinetuneConfig(benchmark='mnli'), 'classifier'), (FinetuneConfig(benchmark='squad1'), 'span')):
+    plan = resolve(tiny_config('finetune', finetune=finetune, teacher=str(tmp_path)))
+    _, frozen, _ = abstract_step(plan, make_mesh(MeshConfig(), jax.devices()[:2]))[1]
+    assert set(frozen) == {'encoder', head} and plan.teacher.num_layers == 3
 
 
 @pytest.mark.parametrize(
