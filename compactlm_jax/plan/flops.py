@@ -35,8 +35,11 @@ def model_flops(config: RunConfig, teacher: EncoderConfig | None = None) -> floa
   if config.task == 'lm':
     return TRAINED * rows * (own + (length - 1) * mlm_head_flops(encoder))
   if config.task == 'finetune':
-    frozen = 0.0 if teacher is None else length * encoder_flops(teacher, length) + _head_flops(teacher, config, teacher.pooler)
-    return rows * (TRAINED * (own + _head_flops(encoder, config, config.finetune.pooled)) + frozen)
+    trained = own + _head_flops(encoder, config, config.finetune.pooled)
+    if teacher is None:
+      return TRAINED * rows * trained
+    frozen = length * encoder_flops(teacher, length) + _head_flops(teacher, config, teacher.pooler)
+    return rows * (TRAINED * trained + frozen)
   assert config.task == 'distill' and teacher is not None
   taught, learning = layer_pairs(encoder, teacher, config.distill)
   return rows * (

@@ -21,8 +21,8 @@ from compactlm_jax.config import (
   from_config_dict,
 )
 from compactlm_jax.errors import ConfigError
-from compactlm_jax.plan import main
 from compactlm_jax.parallel import make_mesh
+from compactlm_jax.plan import main
 from compactlm_jax.plan.abstract import abstract_step, resolve
 from compactlm_jax.plan.compile import tpu_devices
 from compactlm_jax.plan.program import Overflow, Program
@@ -141,11 +141,9 @@ def test_configurations_of_labelled_data_have_a_step(file):
 def test_a_fine_tuned_teacher_is_part_of_the_step(tmp_path):
   """Its head is that of the task. Mutation: leave the teacher out of the task."""
   sizes = {'model_type': 'bert', 'vocab_size': 64, 'hidden_size': 48, 'num_hidden_layers': 3, 'num_attention_heads': 4}
-  (tmp_path / 'config.json').write_text(
-    json.dumps({**sizes, 'intermediate_size': 96, 'max_position_embeddings': 16})
-  )
-  for finetune, head in ((FinetuneConfig(benchmark='mnli'), 'classifier'), (FinetuneConfig(benchmark='squad1'), 'span')):
-    plan = resolve(tiny_config('finetune', finetune=finetune, teacher=str(tmp_path)))
+  (tmp_path / 'config.json').write_text(json.dumps({**sizes, 'intermediate_size': 96, 'max_position_embeddings': 16}))
+  for benchmark, head in (('mnli', 'classifier'), ('squad1', 'span')):
+    plan = resolve(tiny_config('finetune', finetune=FinetuneConfig(benchmark=benchmark), teacher=str(tmp_path)))
     _, frozen, _ = abstract_step(plan, make_mesh(MeshConfig(), jax.devices()[:2]))[1]
     assert set(frozen) == {'encoder', head} and plan.teacher.num_layers == 3
 
