@@ -210,11 +210,11 @@ def _teacher_shapes(teacher: EncoderConfig, config: RunConfig) -> Params:
   if config.task != 'finetune':
     return shapes
   if config.finetune.benchmark in SQUAD:
-    name, head, rows = 'span', SpanHead(teacher), (1, 1, teacher.hidden_size)
-  else:
-    name, head, rows = 'classifier', Classifier(max(1, config.finetune.num_classes), teacher), (1, teacher.hidden_size)
-  fresh = jax.eval_shape(lambda: head.init(jax.random.key(0), jnp.zeros(rows))['params'])
-  return {**shapes, name: dict(fresh)}
+    fresh = jax.eval_shape(lambda: SpanHead(teacher).init(jax.random.key(0), jnp.zeros((1, 1, teacher.hidden_size))))
+    return {**shapes, 'span': dict(fresh['params'])}
+  head = Classifier(max(1, config.finetune.num_classes), teacher)
+  fresh = jax.eval_shape(lambda: head.init(jax.random.key(0), jnp.zeros((1, teacher.hidden_size))))
+  return {**shapes, 'classifier': dict(fresh['params'])}
 
 
 def _placed(shapes: Any, shardings: Any) -> Any:
