@@ -25,18 +25,22 @@ AXES = ('data', 'fsdp', 'model')
 _READS = r'attention/(query|key|value|conv/pointwise|conv/value)|ffn_in'
 _WRITES = r'attention/output|ffn_out'
 
+_STACK = r'(?!control/).*layers(_\d+)?'  # one stack for all layers, or one for each run of layers of equal sizes
+
 PARAM_RULES: tuple[tuple[str, P], ...] = (
   (r'.*embeddings/(word|position|token_type)/embedding', P(None, 'fsdp')),
   (r'.*embeddings/projection/kernel', P('fsdp', 'model')),
-  (rf'.*layers/({_READS})/kernel', P(None, 'fsdp', 'model')),
-  (rf'.*layers/({_WRITES})/kernel', P(None, 'model', 'fsdp')),
-  (r'.*layers/attention/conv/depthwise/kernel', P(None, None, 'fsdp')),
-  (r'.*layers/attention/conv/taps/kernel', P(None, 'fsdp', None)),
+  (rf'{_STACK}/({_READS})/kernel', P(None, 'fsdp', 'model')),
+  (rf'{_STACK}/({_WRITES})/kernel', P(None, 'model', 'fsdp')),
+  (rf'{_STACK}/attention/conv/depthwise/kernel', P(None, None, 'fsdp')),
+  (rf'{_STACK}/attention/conv/taps/kernel', P(None, 'fsdp', None)),
   (r'.*(pooler|(mlm|rtd)_head/dense)/kernel', P('fsdp', 'model')),
   (r'(.*/)?(classifier|rtd_head/output)/kernel', P('fsdp', None)),
   (r'(.*/)?span/(end|answerable)_hidden/kernel', P('fsdp', 'model')),
   (r'(.*/)?span/((start|(end|answerable)_output)/)?kernel', P('fsdp', None)),
-  (r'.*/(bias|scale|output_bias)', P()),
+  (r'(?!control/).*/(bias|scale|output_bias)', P()),
+  (r'scores/.*/(heads|neurons|blocks)', P()),
+  (r'control/.*', P()),
 )
 """(regex over parameter names, placement). A name that matches no row, or two, is an error."""
 
@@ -105,6 +109,30 @@ def gathered(mesh: Mesh, params: Any) -> Any:
     return NamedSharding(mesh, P(*(None if axis == 'fsdp' else axis for axis in placed.spec)))
 
   return jax.lax.with_sharding_constraint(params, jax.tree.map(whole, param_shardings(mesh, params)))
+
+
+def spread_out(mesh: Mesh, params: Any) -> Any:
+  """`params` (traced) in equal slices over all devices, as far as sizes divide.
+
+  Cutting what every device holds takes no traffic.
+
+  Args:
+    mesh: from `make_mesh`.
+    params: a tree whose names `PARAM_RULES` knows.
+  """
+
+  def slices(leaf: Any, placed: NamedSharding) -> NamedSharding:
+    spec = [*placed.spec, *(None,) * (leaf.ndim - len(placed.spec))]
+    free = [axis for axis in ('fsdp', 'data') if axis not in spec and mesh.shape[axis] > 1]
+    for axis in free:
+      for dim, size in enumerate(leaf.shape):
+        taken = () if spec[dim] is None else spec[dim] if isinstance(spec[dim], tuple) else (spec[dim],)
+        if leaf.ndim > 1 and dim > 0 and size % math.prod(mesh.shape[each] for each in (*taken, axis)) == 0:
+          spec[dim] = (*taken, axis)
+          break
+    return NamedSharding(mesh, P(*spec))
+
+  return jax.lax.with_sharding_constraint(params, jax.tree.map(slices, params, param_shardings(mesh, params)))
 
 
 def state_shardings(mesh: Mesh, state: Any) -> Any:

@@ -134,11 +134,30 @@ EvaluateFn = Callable[[Params, Any, Batch], Mapping[str, tuple[jax.Array, jax.Ar
 Pairs are added up over batches and become means. Rows are gathered, without those of weight 0, for a `Score`.
 """
 
+Spread = Callable[[Params], Params]
+"""Places every array of a named tree in equal slices over all devices, for work that each would otherwise repeat."""
+
+View = Callable[[Params, jax.Array, jax.Array, Spread], tuple[Params, jax.Array, Metrics]]
+"""view(params, key, step, spread) -> (what the forward pass reads, a penalty on the parameters, metrics)."""
+
 Score = Callable[[Mapping[str, np.ndarray]], Mapping[str, float]]
 """What `evaluate` gathered, in the order of the rows -> metrics that are no sums (F1, correlations, exact match)."""
 
 Files = Callable[[Mapping[str, np.ndarray]], Mapping[str, str]]
 """What `evaluate` gathered, in the order of the rows -> files of predictions: name -> text."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+  """Parameters that are trained otherwise than the rest: at a rate of their own, without weight decay.
+
+  Attributes:
+    pattern: regex over parameter names.
+    learning_rate: peak, in place of the optimiser's; warm-up and decay are shared.
+  """
+
+  pattern: str
+  learning_rate: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +174,15 @@ class Task:
     trainable: (regex, trained?) rows over parameter names such as 'encoder/layers/attention/query/kernel'; every
       name must match exactly one. For stacked layers the value may be a tuple with one entry per layer: layers that
       get no gradient then do not decay either.
+    groups: parameters with learning rates of their own, by a name for each group.
+    view: what `loss` is given in place of the parameters (masked weights, a sub-network), and a penalty; None for the
+      parameters as they are. It is differentiated once per step, whatever the number of micro-batches, and runs before
+      slices of parameters are gathered.
+    after: (old parameters, updated ones, number of the next step, spread) -> parameters: what follows each update (a
+      proximal step, a controller); None for nothing.
+    finished: parameters -> what `evaluate` and exports are given in place of them (masks baked in); None for the
+      parameters as they are.
+    results: finished parameters -> further entries of results.json.
     summarize: means of `evaluate` -> further metrics that are functions of them (perplexity).
     model: description of the trained model that is written into checkpoints and exports (JSON-able).
   """
@@ -165,5 +193,10 @@ class Task:
   evaluate: EvaluateFn
   frozen: Any = None
   trainable: Trainable = (('.*', True),)
+  groups: Mapping[str, Group] = dataclasses.field(default_factory=dict)
+  view: View | None = None
+  after: Callable[[Params, Params, jax.Array, Spread], Params] | None = None
+  finished: Callable[[Params], Params] | None = None
+  results: Callable[[Params], Mapping[str, Any]] = lambda params: {}
   summarize: Callable[[Mapping[str, float]], Mapping[str, float]] = lambda means: {}
   model: Mapping[str, Any] = dataclasses.field(default_factory=dict)

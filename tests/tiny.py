@@ -38,7 +38,7 @@ def place_job(config, devices=None):
   """(job, mesh, fresh state, frozen, compiled step), as the loop sets them up."""
   job = build_job(config)
   mesh = make_mesh(config.mesh, devices)
-  tx = make_optimizer(config.optimizer, job.total_steps, job.task.trainable)
+  tx = make_optimizer(config.optimizer, job.total_steps, job.task.trainable, job.task.groups)
   state = init_state(job.task, tx, mesh, config.seed)
   frozen = None if job.task.frozen is None else jax.device_put(job.task.frozen, param_shardings(mesh, job.task.frozen))
   step = make_train_step(job.task, tx, config.seed, config.optimizer.accumulate, mesh)

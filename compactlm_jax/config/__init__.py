@@ -6,13 +6,15 @@ strings at the command line and tuples inside.
 """
 
 from compactlm_jax.config.convert import from_config_dict, to_config_dict, to_json
-from compactlm_jax.config.encoder import EncoderConfig
+from compactlm_jax.config.encoder import EncoderConfig, runs, stack_names
 from compactlm_jax.config.finetune import GLUE, SQUAD, FinetuneConfig, SpanConfig
 from compactlm_jax.config.pretrain import SHARED_EMBEDDINGS, ElectraConfig, MaskConfig
-from compactlm_jax.config.run import DataConfig, DistillConfig, MeshConfig, OptimizerConfig, RunConfig
+from compactlm_jax.config.prune import PruneConfig
+from compactlm_jax.config.run import LABELLED, DataConfig, DistillConfig, MeshConfig, OptimizerConfig, RunConfig
 
 __all__ = [
   'GLUE',
+  'LABELLED',
   'SHARED_EMBEDDINGS',
   'SQUAD',
   'DataConfig',
@@ -23,9 +25,12 @@ __all__ = [
   'MaskConfig',
   'MeshConfig',
   'OptimizerConfig',
+  'PruneConfig',
   'RunConfig',
   'SpanConfig',
   'from_config_dict',
+  'runs',
+  'stack_names',
   'to_config_dict',
   'to_json',
 ]

@@ -9,8 +9,11 @@ from compactlm_jax.config.check import require
 from compactlm_jax.config.encoder import EncoderConfig
 from compactlm_jax.config.finetune import FinetuneConfig, SpanConfig
 from compactlm_jax.config.pretrain import ElectraConfig, MaskConfig
+from compactlm_jax.config.prune import PruneConfig
 
-TASKS = ('electra', 'mlm', 'lm', 'distill', 'finetune')
+TASKS = ('electra', 'mlm', 'lm', 'distill', 'finetune', 'prune')
+LABELLED = ('finetune', 'prune')
+"""Tasks on the labelled rows that `finetune` describes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +205,7 @@ class RunConfig:
   """One job of `compactlm train`.
 
   Attributes:
-    task: 'electra', 'mlm', 'lm', 'distill' or 'finetune'.
+    task: 'electra', 'mlm', 'lm', 'distill', 'finetune' or 'prune' (fine-tuning that prunes).
     seed: the only source of randomness, together with the step.
     steps: optimiser steps; 0 means `epochs` passes over the training rows.
     epochs: see `steps`.
@@ -212,7 +215,7 @@ class RunConfig:
     log_every: steps between lines in metrics.jsonl.
     eval_every: steps between evaluations; 0 evaluates at the end only.
     model: folder or run whose weights start the trained model; '' starts from `encoder` at random.
-    teacher: folder or run of the frozen teacher; for 'finetune', one that was fine-tuned for the same task.
+    teacher: folder or run of the frozen teacher; for 'finetune' and 'prune', one that was fine-tuned for the same task.
     encoder: sizes of the trained model where `model` is ''.
   """
 
@@ -234,6 +237,7 @@ class RunConfig:
   distill: DistillConfig = DistillConfig()
   finetune: FinetuneConfig = FinetuneConfig()
   span: SpanConfig = SpanConfig()
+  prune: PruneConfig = PruneConfig()
   mask: MaskConfig = MaskConfig()
   electra: ElectraConfig = ElectraConfig()
 

@@ -190,7 +190,7 @@ def abstract_step(plan: Plan, mesh: Mesh) -> tuple[Callable[..., Any], tuple[Any
 
   def start(teacher: Params | None, key: jax.Array) -> tuple[TrainState, Any]:
     task = make_task(plan, teacher)
-    tx = make_optimizer(config.optimizer, config.steps or 1000, task.trainable)
+    tx = make_optimizer(config.optimizer, config.steps or 1000, task.trainable, task.groups)
     made.append((dataclasses.replace(task, frozen=None), tx))
     params = task.init(key)
     return TrainState(jnp.zeros([], jnp.int32), params, tx.init(params)), task.frozen

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from compactlm_jax.parallel import batch_sharding, replicated, to_global
+from compactlm_jax.parallel import batch_sharding, param_shardings, replicated, to_global
 from compactlm_jax.types import Batch, Files, Params, Score, Task
 
 
@@ -29,6 +29,14 @@ class Evaluation:
   score: Score = lambda rows: {}
   prefix: str = ''
   files: Files = lambda rows: {}
+
+
+def make_finished(task: Task, mesh: Mesh) -> Callable[[Params], Params]:
+  """`Task.finished`, compiled, with the result where parameters of its names live."""
+  run = task.finished
+  if run is None:
+    return lambda params: params
+  return lambda params: jax.jit(run, out_shardings=param_shardings(mesh, jax.eval_shape(run, params)))(params)
 
 
 def make_evaluate(task: Task, mesh: Mesh) -> Any:

@@ -19,7 +19,7 @@ from compactlm_jax.config import RunConfig
 from compactlm_jax.errors import PreemptedError
 from compactlm_jax.metrics import MetricsWriter
 from compactlm_jax.parallel import check_batch_size, make_mesh, param_shardings, state_shardings, to_global
-from compactlm_jax.train.evaluate import Evaluation, make_evaluate
+from compactlm_jax.train.evaluate import Evaluation, make_evaluate, make_finished
 from compactlm_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from compactlm_jax.train.reporter import Reporter
 from compactlm_jax.train.rundir import open_run
@@ -84,7 +84,7 @@ def train(job: Job, workdir: str, *, allow_change: tuple[str, ...] = (), steal_l
     _keep_files(job, epath.Path(workdir))
     checkpoints = stack.enter_context(Checkpoints(epath.Path(workdir) / 'checkpoints', keep=config.keep))
     mesh, state, frozen, step_fn = _set_up(job, checkpoints)
-    evaluate = make_evaluate(job.task, mesh)
+    evaluate, finished = make_evaluate(job.task, mesh), make_finished(job.task, mesh)
     first = int(state.step)
     if first >= total and (results := _results_of(workdir, total)):
       log.info('all %d steps are done; results.json is kept (delete it to evaluate again)', total)
@@ -100,7 +100,7 @@ def train(job: Job, workdir: str, *, allow_change: tuple[str, ...] = (), steal_l
       # Before the save: a run that resumes from this step does not evaluate it again.
       if config.eval_every and done % config.eval_every == 0 and done < total and job.evals and not stopping:
         reporter.flush()
-        scores = _scores(job, evaluate, state.params, frozen)
+        scores = _scores(job, evaluate, finished(state.params), frozen)
         writer.write(done, {f'eval_{name}': value for name, value in scores.items()})
       if stopping or done == total or done % config.checkpoint_every == 0:
         reporter.flush()
@@ -108,7 +108,9 @@ def train(job: Job, workdir: str, *, allow_change: tuple[str, ...] = (), steal_l
       if stopping and done < total:
         raise PreemptedError(f'asked to stop: step {done} is saved in {workdir}; the same command continues from it')
 
-    return _finish(job, workdir, _scores(job, evaluate, state.params, frozen), time.monotonic() - started)
+    params = finished(state.params)
+    scores, further = _scores(job, evaluate, params, frozen), job.task.results(params)
+    return _finish(job, workdir, scores, further, time.monotonic() - started)
 
 
 def _scores(job: Job, evaluate: Callable[..., dict[str, float]], params: Params, frozen: Any) -> dict[str, float]:
@@ -120,7 +122,7 @@ def _set_up(job: Job, checkpoints: Checkpoints) -> tuple[Any, TrainState, Any, A
   config = job.config
   mesh = make_mesh(config.mesh)
   check_batch_size(mesh, config.batch_size, config.optimizer.accumulate)
-  tx = make_optimizer(config.optimizer, job.total_steps, job.task.trainable)
+  tx = make_optimizer(config.optimizer, job.total_steps, job.task.trainable, job.task.groups)
   state = init_state(job.task, tx, mesh, config.seed)
   placed = state_shardings(mesh, state)
   abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, placed)
@@ -149,8 +151,11 @@ def _results_of(workdir: str, total: int) -> dict[str, Any] | None:
     return None
 
 
-def _finish(job: Job, workdir: str, scores: Mapping[str, float], seconds: float) -> dict[str, Any]:
-  results = {'metrics': dict(scores), 'task': job.task.name, 'steps': job.total_steps, 'seconds': round(seconds, 3)}
+def _finish(
+  job: Job, workdir: str, scores: Mapping[str, float], further: Mapping[str, Any], seconds: float
+) -> dict[str, Any]:
+  known = {'metrics': dict(scores), 'task': job.task.name, 'steps': job.total_steps, 'seconds': round(seconds, 3)}
+  results = {**known, **further}
   if jax.process_index() == 0:
     target = epath.Path(workdir) / 'results.json'
     draft = target.with_suffix('.json.tmp')

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +13,7 @@ import optax
 
 from compactlm_jax.config import OptimizerConfig
 from compactlm_jax.tree import leaf_name, map_named, match_one, named_leaves
-from compactlm_jax.types import Trainable
+from compactlm_jax.types import Group, Trainable
 
 
 def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
@@ -117,7 +119,9 @@ def _part(name: str) -> str:
   return part if owner == 'encoder' and part in ('layers', 'embeddings') else ''
 
 
-def make_optimizer(config: OptimizerConfig, total_steps: int, trainable: Trainable) -> optax.GradientTransformation:
+def make_optimizer(
+  config: OptimizerConfig, total_steps: int, trainable: Trainable, groups: Mapping[str, Group] | None = None
+) -> optax.GradientTransformation:
   """Clip by global norm, Adam, decoupled weight decay, layer-wise rates, schedule.
 
   Untrained parameters have no state and stay put.
@@ -126,19 +130,38 @@ def make_optimizer(config: OptimizerConfig, total_steps: int, trainable: Trainab
     config: the optimiser's options.
     total_steps: optimiser steps of the run.
     trainable: `Task.trainable`; every name must match exactly one row.
+    groups: `Task.groups`; they have Adam's constants, the schedule and the clipping in common with the rest.
 
   Raises:
     ConfigError: at init, a parameter that matches no row or several.
   """
 
-  def labels(params: Any) -> Any:
-    return map_named(lambda name, _: 'train' if match_one(trainable, name, 'trainable') else 'hold', params)
+  groups = groups or {}
 
+  def label(name: str) -> str:
+    if not match_one(trainable, name, 'trainable'):
+      return 'hold'
+    return next((group for group, each in groups.items() if re.fullmatch(each.pattern, name)), 'train')
+
+  def rated(learning_rate: float) -> optax.GradientTransformation:
+    schedule = learning_rate_schedule(dataclasses.replace(config, learning_rate=learning_rate), total_steps)
+    return optax.scale_by_learning_rate(schedule)
+
+  clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+  adam = scale_by_adam(config.beta1, config.beta2, config.epsilon, config.bias_correction)
   parts = [
-    optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
-    scale_by_adam(config.beta1, config.beta2, config.epsilon, config.bias_correction),
+    adam,
     decay_weights(config, trainable) if config.weight_decay else optax.identity(),
     *([scale_layers(config)] if config.layer_decay < 1 else []),  # no place in the state of runs without it
-    optax.scale_by_learning_rate(learning_rate_schedule(config, total_steps)),
+    rated(config.learning_rate),
   ]
-  return optax.partition({'train': optax.chain(*parts), 'hold': optax.set_to_zero()}, labels)
+  hold = optax.set_to_zero()
+
+  def labels(params: Any) -> Any:
+    return map_named(lambda name, _: label(name), params)
+
+  if not groups:
+    return optax.partition({'train': optax.chain(clip, *parts), 'hold': hold}, labels)
+  # One norm over all groups: clipping comes before they part.
+  own = {name: optax.chain(adam, rated(group.learning_rate)) for name, group in groups.items()}
+  return optax.chain(clip, optax.partition({'train': optax.chain(*parts), 'hold': hold, **own}, labels))

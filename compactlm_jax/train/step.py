@@ -10,9 +10,19 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from compactlm_jax.parallel import batch_sharding, gathered, param_shardings, replicated, state_shardings
+from compactlm_jax.parallel import (
+  batch_sharding,
+  gathered,
+  param_shardings,
+  replicated,
+  spread_out,
+  state_shardings,
+)
 from compactlm_jax.tree import map_named, match_one, named_leaves
-from compactlm_jax.types import Batch, Metrics, Task, TrainState
+from compactlm_jax.types import Batch, Metrics, Spread, Task, TrainState
+
+_VIEW = 2**31 - 1
+"""Folded into the key of a step for its view; micro-batches fold in their index."""
 
 StepFn = Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]
 
@@ -33,23 +43,18 @@ def make_train_step(
     mesh: where the step will run; None for one device.
   """
 
-  def whole(params: Any) -> Any:
-    return params if mesh is None else gathered(mesh, params)
+  def spread(tree: Any) -> Any:
+    return tree if mesh is None else spread_out(mesh, tree)
 
-  def loss(params: Any, frozen: Any, *args: Any) -> tuple[jax.Array, Metrics]:
-    # Without a gradient to held parameters the compiler drops what only they would need.
-    def held(name: str, leaf: jax.Array) -> jax.Array:
-      return leaf if match_one(task.trainable, name, 'trainable') else jax.lax.stop_gradient(leaf)
-
-    return task.loss(map_named(held, whole(params)), whole(frozen), *args)
-
-  gradient = jax.value_and_grad(loss, has_aux=True)
+  gradient = make_gradient(task, accumulate, mesh, spread)
 
   def train_step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
     key = jax.random.fold_in(jax.random.key(seed), state.step)
-    (loss, metrics), grads = accumulated(gradient, accumulate)(state.params, frozen, batch, key, state.step)
+    (loss, metrics), grads = gradient(state.params, frozen, batch, key, state.step)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    if task.after is not None:
+      params = task.after(state.params, params, state.step + 1, spread)
     norm = optax.tree.norm(grads)
     good = jnp.isfinite(loss) & jnp.isfinite(norm)
     params, opt_state = jax.tree.map(
@@ -59,6 +64,46 @@ def make_train_step(
     return TrainState(state.step + 1, params, opt_state), metrics
 
   return train_step
+
+
+def make_gradient(task: Task, accumulate: int, mesh: Mesh | None, spread: Spread) -> Callable:
+  """gradient(params, frozen, batch, key, step) -> ((loss, metrics), gradient of all parameters).
+
+  Args:
+    task: its loss and its view.
+    accumulate: micro-batches.
+    mesh: where the step will run; None for one device.
+    spread: what the view is given.
+  """
+
+  def held(params: Any) -> Any:
+    # Without a gradient to held parameters the compiler drops what only they would need.
+    return map_named(
+      lambda name, leaf: leaf if match_one(task.trainable, name, 'trainable') else jax.lax.stop_gradient(leaf), params
+    )
+
+  def whole(params: Any) -> Any:
+    return params if mesh is None else gathered(mesh, params)
+
+  def loss(params: Any, frozen: Any, *args: Any) -> tuple[jax.Array, Metrics]:
+    return task.loss(held(whole(params)), whole(frozen), *args)
+
+  direct = accumulated(jax.value_and_grad(loss, has_aux=True), accumulate)
+  view = task.view
+  if view is None:
+    return direct
+
+  def through_view(params: Any, frozen: Any, batch: Batch, key: jax.Array, step: jax.Array) -> Any:
+    def seen(params: Any) -> tuple[tuple[Any, jax.Array], Metrics]:
+      read, penalty, found = view(held(params), jax.random.fold_in(key, _VIEW), step, spread)
+      return (read, penalty), found
+
+    (read, penalty), pull_back, found = jax.vjp(seen, params, has_aux=True)
+    (value, metrics), grads = direct(read, frozen, batch, key, step)
+    (grads,) = pull_back((grads, jnp.ones_like(penalty)))
+    return (value + penalty, {**metrics, **found}), grads
+
+  return through_view
 
 
 def accumulated(gradient: Callable, parts: int) -> Callable:
@@ -123,9 +168,10 @@ def bad_leaves(task: Task, seed: int, state: TrainState, frozen: Any, batch: Bat
   """
   key = jax.random.fold_in(jax.random.key(seed), step)
 
-  def finite(params: Any, *args: Any) -> Any:
-    grads = jax.grad(lambda p: task.loss(p, *args)[0])(params)
-    return jax.tree.map(lambda g: jnp.isfinite(g).all(), grads)
+  gradient = make_gradient(task, 1, None, lambda tree: tree)
+
+  def finite(*args: Any) -> Any:
+    return jax.tree.map(lambda g: jnp.isfinite(g).all(), gradient(*args)[1])
 
   found = jax.jit(finite)(state.params, frozen, batch, key, jnp.int32(step))
   return [name for name, ok in named_leaves(found).items() if not ok]
