@@ -17,6 +17,7 @@ from etils import epath
 from compactlm_jax.errors import DataError
 
 WEIGHTS, INDEX, MANIFEST = 'model.safetensors', 'model.safetensors.index.json', 'manifest.json'
+SPARSE_WEIGHTS = 'model.sparse.safetensors'
 EXPORT_FORMAT = 'compactlm-jax export'
 """Value of 'format' in our manifest.json."""
 
@@ -36,6 +37,8 @@ _DTYPES = {
   'I16': np.int16,
   'I8': np.int8,
   'U8': np.uint8,
+  'U16': np.uint16,
+  'U32': np.uint32,
   'BOOL': np.bool_,
 }
 
@@ -134,7 +137,7 @@ def read_tensors(folder: Folder) -> dict[str, np.ndarray]:
     DataError: no safetensors, a damaged file, an index that leaves the folder or does not match its shards.
   """
   if folder.has(WEIGHTS):
-    return _parse(folder.read(WEIGHTS, MAX_TOTAL_BYTES), str(folder.path / WEIGHTS))
+    return read_tensor_file(folder, WEIGHTS)
   if not folder.has(INDEX):
     raise DataError(_no_weights(folder))
   where = f'{folder.path / INDEX}'
@@ -159,6 +162,15 @@ def read_tensors(folder: Folder) -> dict[str, np.ndarray]:
   return out
 
 
+def read_tensor_file(folder: Folder, name: str) -> dict[str, np.ndarray]:
+  """Every tensor of one safetensors file, in its stored dtype.
+
+  Raises:
+    DataError: as `Folder.read`; or a damaged file.
+  """
+  return _parse(folder.read(name, MAX_TOTAL_BYTES), str(folder.path / name))
+
+
 def _parse(data: bytes, where: str) -> dict[str, np.ndarray]:
   """Arrays of one safetensors file; offsets, overlaps and sizes are checked by the safetensors library."""
   header = int.from_bytes(data[:8], 'little')
@@ -177,6 +189,8 @@ def _parse(data: bytes, where: str) -> dict[str, np.ndarray]:
 
 
 def _no_weights(folder: Folder) -> str:
+  if folder.has(SPARSE_WEIGHTS):
+    return f'{folder.path / SPARSE_WEIGHTS}: config.json does not describe it; it is not the one of this folder'
   foreign = sorted(p.name for p in folder.path.iterdir() if p.suffix in _FOREIGN)
   if not foreign:
     return f'{folder.path / WEIGHTS}: missing; the folder holds no weights'
