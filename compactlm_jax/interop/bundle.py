@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ from compactlm_jax.interop import hf_config, names
 from compactlm_jax.interop.card import model_card
 from compactlm_jax.interop.folder import WEIGHTS, open_folder, read_tensors
 from compactlm_jax.interop.hub import local_folder
+from compactlm_jax.interop.sparse_file import SPARSE_KEY, read_sparse
 from compactlm_jax.interop.tokenizer_files import TokenizerFiles, matched, read_tokenizer
 from compactlm_jax.interop.writing import json_bytes, write_export
 from compactlm_jax.tree import named_leaves
@@ -42,7 +45,7 @@ class Bundle:
 
 
 def from_pretrained(folder: epath.PathLike) -> Bundle:
-  """Reads a BERT, ELECTRA or ConvBERT folder of Hugging Face, or one that `save_pretrained` wrote.
+  """Reads a BERT, ELECTRA or ConvBERT folder of Hugging Face, or one that `save_pretrained` or `save_sparse` wrote.
 
   Args:
     folder: a folder, or 'owner/name' of the Hugging Face hub where no such folder exists. Only safetensors, JSON and
@@ -58,7 +61,7 @@ def from_pretrained(folder: epath.PathLike) -> Bundle:
   source = open_folder(local_folder(folder))
   raw = source.read_json('config.json')
   config = hf_config.from_hf(raw)
-  tensors = read_tensors(source)
+  tensors = read_sparse(source, raw, config) if SPARSE_KEY in raw else read_tensors(source)
   if config.architecture == 'bert' and names.has_pooler(tensors):
     config = dataclasses.replace(config, pooler=True)
   tokenizer = read_tokenizer(source)
@@ -89,7 +92,12 @@ def save_pretrained(bundle: Bundle, folder: epath.PathLike) -> None:
 
 
 def export_files(
-  bundle: Bundle, folder: epath.PathLike, *, generator: str = '', native: bool = False
+  bundle: Bundle,
+  folder: epath.PathLike,
+  *,
+  generator: str = '',
+  native: bool = False,
+  also: Mapping[str, Any] | None = None,
 ) -> dict[str, bytes]:
   """The files of an exported bundle.
 
@@ -98,6 +106,7 @@ def export_files(
     folder: where they will be written, for messages.
     generator: name of the folder beside them that holds the generator of this discriminator, for the model card.
     native: write a configuration that only `from_pretrained` reads, for an encoder that transformers cannot express.
+    also: further entries of config.json, which the model card knows too.
 
   Returns:
     File name -> content; the same bundle always gives the same bytes.
@@ -113,6 +122,7 @@ def export_files(
   config = matched(config, bundle.tokenizer)
   classes = bundle.params['classifier']['bias'].shape[-1] if 'classifier' in heads else 0
   described = hf_config.to_native(config) if native else hf_config.to_hf(config, heads, classes, bundle.labels)
+  described |= also or {}
   extra = [] if native else hf_config.unread_heads(config, heads, classes)
   if extra:
     logging.warning('%s: transformers will ignore %s; from_pretrained reads it back', folder, ', '.join(extra))

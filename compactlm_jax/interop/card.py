@@ -7,13 +7,15 @@ from typing import Any
 
 from compactlm_jax.config import EncoderConfig
 from compactlm_jax.interop.hf_config import unread_heads
+from compactlm_jax.interop.sparse_file import SPARSE_KEY
 
 
 def model_card(
   config: EncoderConfig, heads: Collection[str], parameters: int, described: Mapping[str, Any], generator: str = ''
 ) -> str:
   """What the folder holds and how to load it. A function of its arguments alone: no dates, no paths."""
-  cls = described['architectures'][0] if 'architectures' in described else None
+  sparse = described.get(SPARSE_KEY)
+  cls = described['architectures'][0] if 'architectures' in described and not sparse else None
   no_pooler = ', add_pooling_layer=False' if cls == 'BertModel' and not config.pooler else ''
   lines = [
     '---',
@@ -23,7 +25,7 @@ def model_card(
     '',
     f'# {config.architecture}, {config.num_layers} layers, {config.hidden_size} wide',
     '',
-    f'{parameters:,} parameters, float32, exported by compactlm-jax.',
+    f'{parameters:,} parameters, {sparse["values"] if sparse else "float32"}, exported by compactlm-jax.',
     '',
     '| | |',
     '|---|---|',
@@ -45,6 +47,9 @@ def model_card(
     '```',
     '',
   ]
+  if sparse:
+    lines.append('Zeros are not stored: only compactlm-jax reads this folder; `save_pretrained` writes one for others.')
+    return '\n'.join([*lines, ''])
   if not cls:
     return '\n'.join([*lines, 'transformers has no model of this shape; only compactlm-jax reads this folder.', ''])
   return '\n'.join([*lines, *_notes(config, heads, described, generator)])
