@@ -40,6 +40,11 @@ class EncoderConfig:
     dtype: 'float32' or 'bfloat16' for matrix products. Parameters, softmax, LayerNorm and losses stay float32.
     remat: recompute each layer's activations in the backward pass.
     scan_unroll: layers per iteration of the scan; 0 unrolls all of them.
+    heads_per_layer: heads of each layer if they differ (a pruned encoder), 0 to `num_heads`, which then is the size
+      that the layers once had; () for `num_heads` in every layer. A layer without heads adds the bias of its
+      attention output and has no other parameter of attention.
+    neurons_per_layer: feed-forward neurons of each layer if they differ, 0 to `intermediate_size`, in multiples of
+      `num_groups`; () for `intermediate_size` in every layer. A layer without neurons adds the output bias alone.
   """
 
   architecture: str = 'bert'
@@ -67,6 +72,8 @@ class EncoderConfig:
   dtype: str = 'float32'
   remat: bool = False
   scan_unroll: int = 0
+  heads_per_layer: tuple[int, ...] = ()
+  neurons_per_layer: tuple[int, ...] = ()
 
   def __post_init__(self) -> None:
     f = 'encoder.'
@@ -84,7 +91,8 @@ class EncoderConfig:
       'type_vocab_size',
       'num_groups',
     ):
-      require(getattr(self, name) >= 1, f + name, f'{getattr(self, name)} must be at least 1')
+      headless = name == 'num_heads' and self.head_size and self.heads_per_layer  # of a run, see `runs`
+      require(getattr(self, name) >= (0 if headless else 1), f + name, f'{getattr(self, name)} must be at least 1')
     if not self.head_size:
       require(
         self.hidden_size % self.num_heads == 0,
@@ -92,7 +100,7 @@ class EncoderConfig:
         f'hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}; set head_size',
       )
       object.__setattr__(self, 'head_size', self.hidden_size // self.num_heads)
-    if not self.intermediate_size:
+    if not self.intermediate_size and not self.neurons_per_layer:
       object.__setattr__(self, 'intermediate_size', 4 * self.hidden_size)
     if not self.embedding_size:
       object.__setattr__(self, 'embedding_size', self.hidden_size)
@@ -116,6 +124,32 @@ class EncoderConfig:
     require(self.dtype in ('float32', 'bfloat16'), f + 'dtype', f"{self.dtype!r}; use 'float32' or 'bfloat16'")
     for name in ('hidden_dropout', 'attention_dropout'):
       require(0 <= getattr(self, name) < 1, f + name, f'{getattr(self, name)} must be in [0, 1)')
+    self._check_per_layer('heads_per_layer', 'num_heads')
+    self._check_per_layer('neurons_per_layer', 'intermediate_size')
+
+  def _check_per_layer(self, name: str, stock: str) -> None:
+    sizes, most, groups = getattr(self, name), getattr(self, stock), self.num_groups
+    require(
+      len(sizes) in (0, self.num_layers),
+      'encoder.' + name,
+      f'{sizes} has {len(sizes)} entries; name one for each of the {self.num_layers} layers, or leave it empty',
+    )
+    for i, size in enumerate(sizes):
+      require(
+        0 <= size <= most,
+        'encoder.' + name,
+        f'{size} in layer {i + 1} is not between 0 and {most}, the encoder.{stock} of an unpruned layer',
+      )
+      require(
+        name == 'heads_per_layer' or size % groups == 0,
+        'encoder.' + name,
+        f'{size} in layer {i + 1} does not divide over num_groups {groups}',
+      )
+
+  @property
+  def ragged(self) -> bool:
+    """Whether layers have sizes of their own; the parameter tree then has one stack for each of `runs`."""
+    return bool(self.heads_per_layer or self.neurons_per_layer)
 
   @classmethod
   def mixed(cls, *, heads: int, head_ratio: int, **fields: Any) -> EncoderConfig:
@@ -141,3 +175,45 @@ class EncoderConfig:
     """The sizes of this (loaded) encoder with dropout, dtype, remat and unroll of the run that was asked for."""
     names = ('hidden_dropout', 'attention_dropout', 'dtype', 'remat', 'scan_unroll')
     return dataclasses.replace(self, **{name: getattr(asked, name) for name in names})
+
+
+Run = tuple[int, int, EncoderConfig]
+"""(start, stop, configuration) of the layers [start, stop), counted from 0."""
+
+
+def runs(config: EncoderConfig) -> tuple[Run, ...]:
+  """Consecutive layers of equal sizes; each run is one stack of parameters and one scan.
+
+  Run i of a ragged encoder is 'encoder/layers_i' of the tree; an encoder that is not ragged is one run and its stack
+  is 'encoder/layers' (`stack_names`). In a run's configuration `num_layers`, `num_heads` and `intermediate_size` are
+  the run's own, and the last two may be 0 (then `heads_per_layer` or `neurons_per_layer` holds zeros, which allow
+  it); otherwise both lists are empty.
+
+  Args:
+    config: an encoder.
+  """
+  if not config.ragged:
+    return ((0, config.num_layers, config),)
+  heads = config.heads_per_layer or (config.num_heads,) * config.num_layers
+  neurons = config.neurons_per_layer or (config.intermediate_size,) * config.num_layers
+  sizes = list(zip(heads, neurons))
+  starts = [i for i in range(len(sizes)) if i == 0 or sizes[i] != sizes[i - 1]]
+  return tuple(
+    (start, stop, _run(config, stop - start, *sizes[start])) for start, stop in zip(starts, [*starts[1:], len(sizes)])
+  )
+
+
+def _run(config: EncoderConfig, layers: int, heads: int, neurons: int) -> EncoderConfig:
+  return dataclasses.replace(
+    config,
+    num_layers=layers,
+    num_heads=heads,
+    intermediate_size=neurons,
+    heads_per_layer=() if heads else (0,) * layers,
+    neurons_per_layer=() if neurons else (0,) * layers,
+  )
+
+
+def stack_names(config: EncoderConfig) -> tuple[str, ...]:
+  """The key under 'encoder' of each run's stack of parameters: 'layers', or 'layers_0', 'layers_1', ... if ragged."""
+  return tuple(f'layers_{i}' for i in range(len(runs(config)))) if config.ragged else ('layers',)

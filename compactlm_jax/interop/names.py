@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -20,9 +20,10 @@ import ml_dtypes
 import numpy as np
 from absl import logging
 
-from compactlm_jax.config import EncoderConfig
+from compactlm_jax.config import EncoderConfig, runs, stack_names
 from compactlm_jax.errors import ConfigError, DataError, NumericsError
 from compactlm_jax.interop import first_token
+from compactlm_jax.interop.rows import COLUMN, COPY, DEPTHWISE, POINTWISE, Row, dense_rows, norm_rows
 from compactlm_jax.nn.span import HIDDEN
 from compactlm_jax.tree import named_leaves, nested
 from compactlm_jax.types import Params
@@ -32,59 +33,6 @@ HEADS = ('mlm_head', 'rtd_head', 'classifier', 'span')
 """Optional parts of a tree beside 'encoder'."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Transform:
-  """How one layer's array is laid out by transformers, and back."""
-
-  to_hf: Callable[[np.ndarray], np.ndarray]
-  to_ours: Callable[[np.ndarray], np.ndarray]
-
-
-COPY = Transform(lambda a: a, lambda a: a)
-TRANSPOSE = Transform(lambda a: a.T, lambda a: a.T)
-DEPTHWISE = Transform(lambda a_WD: a_WD.T[:, None, :], lambda a_D1W: a_D1W[:, 0, :].T)
-POINTWISE = Transform(lambda a_DA: a_DA.T[:, :, None], lambda a_AD1: a_AD1[:, :, 0].T)
-COLUMN = Transform(lambda a_A: a_A[:, None], lambda a_A1: a_A1[:, 0])
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-  """One parameter in both worlds.
-
-  Attributes:
-    path: our leaf, as `tree.named_leaves` names it; its first component is its part.
-    name: transformers' tensor without the model's prefix; `{i}` stands for the layer.
-    shape: our shape without the layer axis, in the symbols of `_sizes`.
-    transform: between the two layouts.
-    tied: other names that transformers may store the same tensor under, complete.
-  """
-
-  path: str
-  name: str
-  shape: str
-  transform: Transform = COPY
-  tied: tuple[str, ...] = ()
-
-  @property
-  def part(self) -> str:
-    return self.path.split('/')[0]
-
-  @property
-  def stacked(self) -> bool:
-    return '{i}' in self.name
-
-
-def _dense(path: str, name: str, inputs: str, outputs: str) -> list[Row]:
-  return [
-    Row(f'{path}/kernel', f'{name}.weight', f'{inputs} {outputs}', TRANSPOSE),
-    Row(f'{path}/bias', f'{name}.bias', outputs),
-  ]
-
-
-def _norm(path: str, name: str, size: str) -> list[Row]:
-  return [Row(f'{path}/scale', f'{name}.weight', size), Row(f'{path}/bias', f'{name}.bias', size)]
-
-
 def _embedding_rows(config: EncoderConfig) -> list[Row]:
   ours, decoder = 'encoder/embeddings', _mlm_names(config)[2]
   word = Row(f'{ours}/word/embedding', 'embeddings.word_embeddings.weight', 'V E', tied=(f'{decoder}.weight',))
@@ -92,19 +40,49 @@ def _embedding_rows(config: EncoderConfig) -> list[Row]:
     word,
     Row(f'{ours}/position/embedding', 'embeddings.position_embeddings.weight', 'P E'),
     Row(f'{ours}/token_type/embedding', 'embeddings.token_type_embeddings.weight', 'Y E'),
-    *_norm(f'{ours}/norm', 'embeddings.LayerNorm', 'E'),
+    *norm_rows(f'{ours}/norm', 'embeddings.LayerNorm', 'E'),
   ]
   if config.embedding_size != config.hidden_size:
-    rows += _dense(f'{ours}/projection', 'embeddings_project', 'E', 'D')
+    rows += dense_rows(f'{ours}/projection', 'embeddings_project', 'E', 'D')
   return rows
 
 
 def _layer_rows(config: EncoderConfig) -> list[Row]:
-  ours, theirs = 'encoder/layers', 'encoder.layer.{i}'
-  attention, self_attention = f'{ours}/attention', f'{theirs}.attention.self'
+  rows = []
+  for i, (stack, (start, stop, run)) in enumerate(zip(stack_names(config), runs(config))):
+    for row in _stack_rows(run, f'encoder/{stack}'):
+      shape = row.shape
+      if config.ragged:  # sizes of a run are symbols of their own
+        shape = ' '.join(f'{symbol}@{i}' if symbol in _OF_RUNS else symbol for symbol in shape.split())
+      rows.append(dataclasses.replace(row, shape=shape, layers=(start, stop)))
+  return rows
+
+
+def _stack_rows(config: EncoderConfig, ours: str) -> list[Row]:
+  """Rows of a stack of equal layers; those that lost all heads or neurons keep the output's bias."""
+  attention, ffn_in, ffn_out = f'{ours}/attention', f'{ours}/ffn_in', f'{ours}/ffn_out'
+  theirs = 'encoder.layer.{i}'
+  rows = _head_projection_rows(config, attention, f'{theirs}.attention.self') if config.num_heads else []
+  output = dense_rows(f'{attention}/output', f'{theirs}.attention.output.dense', 'O', 'D')
+  rows += output if config.num_heads else output[1:]
+  rows += norm_rows(f'{ours}/attention_norm', f'{theirs}.attention.output.LayerNorm', 'D')
+  feed_forward = []
+  for path, name, inputs, outputs in (
+    (ffn_in, f'{theirs}.intermediate.dense', 'D', 'F'),
+    (ffn_out, f'{theirs}.output.dense', 'F', 'D'),
+  ):
+    kernel, bias = dense_rows(path, name, inputs, outputs)
+    if config.num_groups > 1:  # transformers keeps grouped kernels as [groups, in, out], like ours
+      kernel = dataclasses.replace(kernel, shape=f'G {inputs}/G {outputs}/G', transform=COPY)
+    feed_forward += [kernel, bias]
+  rows += feed_forward if config.intermediate_size else feed_forward[3:]
+  return rows + norm_rows(f'{ours}/ffn_norm', f'{theirs}.output.LayerNorm', 'D')
+
+
+def _head_projection_rows(config: EncoderConfig, attention: str, self_attention: str) -> list[Row]:
   rows = []
   for name in ('query', 'key', 'value') if config.self_attention else ('query',):
-    rows += _dense(f'{attention}/{name}', f'{self_attention}.{name}', 'D', 'A')
+    rows += dense_rows(f'{attention}/{name}', f'{self_attention}.{name}', 'D', 'A')
   if config.conv_kernel_size and config.conv_kind == 'span':
     span = f'{self_attention}.key_conv_attn_layer'
     rows += [
@@ -114,20 +92,10 @@ def _layer_rows(config: EncoderConfig) -> list[Row]:
     ]
   if config.conv_kernel_size:
     rows += [
-      *_dense(f'{attention}/conv/taps', f'{self_attention}.conv_kernel_layer', 'A', 'X'),
-      *_dense(f'{attention}/conv/value', f'{self_attention}.conv_out_layer', 'D', 'A'),
+      *dense_rows(f'{attention}/conv/taps', f'{self_attention}.conv_kernel_layer', 'A', 'X'),
+      *dense_rows(f'{attention}/conv/value', f'{self_attention}.conv_out_layer', 'D', 'A'),
     ]
-  rows += _dense(f'{attention}/output', f'{theirs}.attention.output.dense', 'O', 'D')
-  rows += _norm(f'{ours}/attention_norm', f'{theirs}.attention.output.LayerNorm', 'D')
-  for path, name, inputs, outputs in (
-    (f'{ours}/ffn_in', f'{theirs}.intermediate.dense', 'D', 'F'),
-    (f'{ours}/ffn_out', f'{theirs}.output.dense', 'F', 'D'),
-  ):
-    kernel, bias = _dense(path, name, inputs, outputs)
-    if config.num_groups > 1:  # transformers keeps grouped kernels as [groups, in, out], like ours
-      kernel = dataclasses.replace(kernel, shape=f'G {inputs}/G {outputs}/G', transform=COPY)
-    rows += [kernel, bias]
-  return rows + _norm(f'{ours}/ffn_norm', f'{theirs}.output.LayerNorm', 'D')
+  return rows
 
 
 def _mlm_names(config: EncoderConfig) -> tuple[str, str, str]:
@@ -143,12 +111,12 @@ def _head_rows(config: EncoderConfig) -> list[Row]:
   if config.architecture == 'bert':
     bias = dataclasses.replace(bias, name='cls.predictions.bias', tied=(f'{decoder}.bias',))
   return [
-    *_dense('mlm_head/dense', dense, 'D', 'E'),
-    *_norm('mlm_head/norm', norm, 'E'),
+    *dense_rows('mlm_head/dense', dense, 'D', 'E'),
+    *norm_rows('mlm_head/norm', norm, 'E'),
     bias,
-    *_dense('rtd_head/dense', 'discriminator_predictions.dense', 'D', 'D'),
-    *_dense('rtd_head/output', 'discriminator_predictions.dense_prediction', 'D', '1'),
-    *_dense('classifier', 'classifier' if reads_pooler(config) else first_token.OURS, 'D', 'C'),
+    *dense_rows('rtd_head/dense', 'discriminator_predictions.dense', 'D', 'D'),
+    *dense_rows('rtd_head/output', 'discriminator_predictions.dense_prediction', 'D', '1'),
+    *dense_rows('classifier', 'classifier' if reads_pooler(config) else first_token.OURS, 'D', 'C'),
   ]
 
 
@@ -170,10 +138,10 @@ def is_joint(names: Collection[str]) -> bool:
 def _span_rows(names: Collection[str]) -> list[Row]:
   """Rows of the span head that is among the leaves or tensors; of the independent one if there is none."""
   if not is_joint(names):
-    return _dense('span', 'qa_outputs', 'D', '2')
+    return dense_rows('span', 'qa_outputs', 'D', '2')
   found = {name.replace('.', '/').split('/')[1] for name in names if name.startswith(('span/', f'{_SPAN}.'))}
   layers = [name for name in _SPAN_LAYERS if not name.startswith('answerable') or name in found]
-  return [row for name in layers for row in _dense(f'span/{name}', f'{_SPAN}.{name}', *_SPAN_LAYERS[name])]
+  return [row for name in layers for row in dense_rows(f'span/{name}', f'{_SPAN}.{name}', *_SPAN_LAYERS[name])]
 
 
 def reads_pooler(config: EncoderConfig) -> bool:
@@ -183,33 +151,41 @@ def reads_pooler(config: EncoderConfig) -> bool:
 
 def table(config: EncoderConfig, names: Collection[str] = ()) -> list[Row]:
   """Every row of an encoder and of the heads that may stand beside it; `names` say which span head."""
-  pooler = _dense('encoder/pooler', 'pooler.dense', 'D', 'D') if config.pooler else []
+  pooler = dense_rows('encoder/pooler', 'pooler.dense', 'D', 'D') if config.pooler else []
   return _embedding_rows(config) + _layer_rows(config) + pooler + _head_rows(config) + _span_rows(names)
 
 
+_OF_RUNS = ('A', 'O', 'X', 'F', 'F/G')
+
+
 def _sizes(config: EncoderConfig, num_classes: int) -> dict[str, int]:
-  """Values of the symbols in `Row.shape`; A: width of the heads of one branch, O: of all branches, X: heads * taps."""
-  width = config.num_heads * config.head_size
-  return {
+  """Values of the symbols in `Row.shape`; those of run i of a ragged encoder end in '@i'."""
+  out = {
     'V': config.vocab_size,
     'P': config.max_positions,
     'Y': config.type_vocab_size,
     'D': config.hidden_size,
     'E': config.embedding_size,
-    'A': width,
-    'O': width * (bool(config.conv_kernel_size) + config.self_attention),
-    'X': config.num_heads * config.conv_kernel_size,
     'W': config.conv_kernel_size,
-    'F': config.intermediate_size,
     'G': config.num_groups,
     'D/G': config.hidden_size // config.num_groups,
-    'F/G': config.intermediate_size // config.num_groups,
     'C': num_classes,
     '1': 1,
     '2': 2,
     '2D': 2 * config.hidden_size,
     'J': HIDDEN,
   }
+  for i, (_, _, run) in enumerate(runs(config)):
+    suffix = f'@{i}' if config.ragged else ''
+    out |= {symbol + suffix: size for symbol, size in zip(_OF_RUNS, _run_sizes(run))}
+  return out
+
+
+def _run_sizes(config: EncoderConfig) -> tuple[int, ...]:
+  """Of `_OF_RUNS`: A is the width of the heads of one branch, O of all branches, X heads * taps, F neurons."""
+  width, neurons = config.num_heads * config.head_size, config.intermediate_size
+  branches = bool(config.conv_kernel_size) + config.self_attention
+  return width, width * branches, config.num_heads * config.conv_kernel_size, neurons, neurons // config.num_groups
 
 
 def _shape(row: Row, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -222,7 +198,7 @@ def leaf_shapes(
   """Name -> shape of every leaf of a tree with these parts ('encoder' and any of `HEADS`); `names` as in `table`."""
   sizes = _sizes(config, num_classes)
   rows = [row for row in table(config, names) if row.part in parts]
-  return {row.path: ((config.num_layers,) if row.stacked else ()) + _shape(row, sizes) for row in rows}
+  return {row.path: ((row.layers[1] - row.layers[0],) if row.stacked else ()) + _shape(row, sizes) for row in rows}
 
 
 def _hf_shape(row: Row, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -233,8 +209,8 @@ def _prefix(row: Row, config: EncoderConfig) -> str:
   return f'{config.architecture}.' if row.part == 'encoder' else ''
 
 
-def _layers(row: Row, config: EncoderConfig) -> Iterator[int | None]:
-  return iter(range(config.num_layers)) if row.stacked else iter((None,))
+def _layers(row: Row) -> Iterator[int | None]:
+  return iter(range(*row.layers)) if row.stacked else iter((None,))
 
 
 def _name(row: Row, layer: int | None) -> str:
@@ -281,8 +257,8 @@ def export_tensors(params: Params, config: EncoderConfig) -> dict[str, np.ndarra
     if not np.isfinite(array).all():
       raise NumericsError(f'parameter {row.path}: holds values that are not finite; nothing was exported')
     prefix = _prefix(row, config) if set(params) & set(HEADS) else ''
-    for layer in _layers(row, config):
-      value = array if layer is None else array[layer]
+    for layer in _layers(row):
+      value = array if layer is None else array[layer - row.layers[0]]
       out[prefix + _name(row, layer)] = np.ascontiguousarray(row.transform.to_hf(value))
   return first_token.widened(out) if first_token.fits(config, classes) else out
 
@@ -332,7 +308,7 @@ def import_tensors(tensors: Mapping[str, np.ndarray], config: EncoderConfig) -> 
 def _accepted(rows: list[Row], config: EncoderConfig) -> dict[str, tuple[Row, int | None]]:
   out: dict[str, tuple[Row, int | None]] = {}
   for row in rows:
-    for layer in _layers(row, config):
+    for layer in _layers(row):
       name = _name(row, layer)
       for alias in (name, _prefix(row, config) + name, *row.tied):
         out[alias] = (row, layer)
@@ -379,14 +355,14 @@ def _checked(name: str, tensor: np.ndarray, expected: tuple[int, ...]) -> np.nda
 def _stack(
   rows: list[Row], found: Mapping[tuple[str, int | None], tuple[str, np.ndarray]], config: EncoderConfig
 ) -> Params:
-  wanted = [(row, layer) for row in rows for layer in _layers(row, config)]
+  wanted = [(row, layer) for row in rows for layer in _layers(row)]
   missing = [_prefix(row, config) + _name(row, layer) for row, layer in wanted if (row.path, layer) not in found]
   if missing:
     more = f' and {len(missing) - 1} more' if len(missing) > 1 else ''
     raise DataError(f'tensor {missing[0]}{more}: missing; the file is incomplete or config.json is of another model')
   leaves = {}
   for row in rows:
-    values = [found[row.path, layer][1] for layer in _layers(row, config)]
+    values = [found[row.path, layer][1] for layer in _layers(row)]
     leaves[row.path] = np.stack(values) if row.stacked else np.ascontiguousarray(values[0])
   return nested(leaves)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from compactlm_jax.config import EncoderConfig
-from compactlm_jax.nn.layers import MaskedDense, MaskFn, kernel_init
+from compactlm_jax.nn.layers import Bias, MaskedDense, MaskFn, kernel_init
 from compactlm_jax.ops.attention import attention, mask_bias
 from compactlm_jax.ops.dynamic_conv import depthwise_conv, dynamic_conv, tap_reads
 from compactlm_jax.ops.fusion import materialize
@@ -83,6 +83,7 @@ class MixedAttention(nn.Module):
   """Multi-head attention; with `conv_kernel_size` > 0 as many convolution heads stand behind the attention heads.
 
   Without `self_attention` the convolution heads stand alone, and only the queries are left of the three projections.
+  Without heads (a layer that lost them all) the bias of the output is all that there is.
   """
 
   config: EncoderConfig
@@ -94,6 +95,10 @@ class MixedAttention(nn.Module):
   ) -> tuple[Float[Array, 'B T D'], QKV | None]:
     """Returns the projected output (before dropout and residual) and the queries, keys and values, if there are."""
     cfg = self.config
+    if not cfg.num_heads:
+      none_BTHK = jnp.zeros((*x_BTD.shape[:2], 0, cfg.head_size), x_BTD.dtype)
+      qkv = QKV(none_BTHK, none_BTHK, none_BTHK) if cfg.self_attention else None
+      return Bias(cfg.hidden_size, name='output')(x_BTD), qkv
 
     def project(name: str) -> Float[Array, 'B T H K']:
       out = MaskedDense(cfg.num_heads * cfg.head_size, cfg, self.mask_fn, name=name)(x_BTD)

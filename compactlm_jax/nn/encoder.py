@@ -1,6 +1,7 @@
 """The encoder: BERT, ELECTRA, ConvBERT and their students, by configuration.
 
-Layers are stacked on a leading axis and run by `nn.scan`; a range of layers is a slice of that axis.
+Layers are stacked on a leading axis and run by `nn.scan`; a range of layers is a slice of that axis. Where layers
+differ in size (`EncoderConfig.heads_per_layer`, `neurons_per_layer`), each run of equal ones is a stack and a scan.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from compactlm_jax.config import EncoderConfig
+from compactlm_jax.config import EncoderConfig, runs
 from compactlm_jax.errors import ConfigError
 from compactlm_jax.nn.attention import MixedAttention
-from compactlm_jax.nn.layers import Embeddings, GroupedDense, LayerNorm, MaskedDense, MaskFn
+from compactlm_jax.nn.layers import Bias, Embeddings, GroupedDense, LayerNorm, MaskedDense, MaskFn
 from compactlm_jax.ops.dense import gelu
 from compactlm_jax.ops.dropout import dropout
 from compactlm_jax.types import QKV, EncoderOutput, Params
@@ -38,6 +39,8 @@ class EncoderLayer(nn.Module):
     sites = [_SITES * index + i for i in range(_SITES)]  # of dropout, by number of the layer in the model
 
     def dense(features: int, name: str) -> nn.Module:
+      if not cfg.intermediate_size:
+        return Bias(features, name=name)
       if cfg.num_groups > 1:
         return GroupedDense(features, cfg.num_groups, cfg, name=name)
       return MaskedDense(features, cfg, self.mask_fn, name=name)
@@ -45,7 +48,7 @@ class EncoderLayer(nn.Module):
     attended_BTD, qkv = MixedAttention(cfg, self.mask_fn, name='attention')(x_BTD, mask_BT, key, sites[0])
     attended_BTD = dropout(attended_BTD, cfg.hidden_dropout, key, sites[1])
     x_BTD = LayerNorm(cfg.layer_norm_epsilon, name='attention_norm')(x_BTD + attended_BTD)
-    h_BTF = gelu(dense(cfg.intermediate_size, 'ffn_in')(x_BTD))
+    h_BTF = gelu(dense(cfg.intermediate_size, 'ffn_in')(x_BTD)) if cfg.intermediate_size else x_BTD
     out_BTD = dropout(dense(cfg.hidden_size, 'ffn_out')(h_BTF), cfg.hidden_dropout, key, sites[2])
     return LayerNorm(cfg.layer_norm_epsilon, name='ffn_norm')(x_BTD + out_BTD), qkv
 
@@ -58,7 +61,8 @@ class Encoder(nn.Module):
 
   def setup(self) -> None:
     self.embeddings = Embeddings(self.config)
-    self.layers = EncoderLayer(self.config, self.mask_fn)
+    stacks = [EncoderLayer(run, self.mask_fn) for _, _, run in runs(self.config)]
+    self.layers = stacks if self.config.ragged else stacks[0]  # a list names its modules layers_0, layers_1, ...
     if self.config.pooler:
       self.pooler = MaskedDense(self.config.hidden_size, self.config)
 
@@ -94,8 +98,21 @@ class Encoder(nn.Module):
 
   def _run(self, x_BTD, start, stop, *, mask_BT, key, all_hidden, capture):
     """Runs layers [start, stop): (x, their outputs if `all_hidden`, q/k/v of the one layer if `capture`)."""
-    if start == stop:
-      return x_BTD, None, None
+    hidden, qkv = [], None
+    stacks = self.layers if self.config.ragged else [self.layers]
+    for (first, last, _), stack in zip(runs(self.config), stacks):
+      begin, end = max(start, first), min(stop, last)
+      if begin < end:
+        part = None if (begin, end) == (first, last) else slice(begin - first, end - first)
+        indices = jnp.arange(begin, end)
+        x_BTD, out, qkv = self._scan(stack, x_BTD, indices, part, mask_BT, key, all_hidden, capture)
+        hidden.append(out)
+    if not all_hidden or not hidden:
+      return x_BTD, None, qkv
+    return x_BTD, hidden[0] if len(hidden) == 1 else jnp.concatenate(hidden), qkv
+
+  def _scan(self, stack, x_BTD, indices, part, mask_BT, key, all_hidden, capture):
+    """`_run` for the layers `indices` of the model: those of a stack of equal layers, or the `part` of it."""
     cfg = self.config
 
     def body(layer: EncoderLayer, x_BTD, index):
@@ -107,14 +124,14 @@ class Encoder(nn.Module):
         nn.remat(body, prevent_cse=False) if cfg.remat else body,
         variable_axes={'params': 0, 'scores': 0},
         split_rngs={'params': True},
-        unroll=min(cfg.scan_unroll, stop - start) or stop - start,
-      )(layer, x_BTD, jnp.arange(start, stop))
+        unroll=min(cfg.scan_unroll, len(indices)) or len(indices),
+      )(layer, x_BTD, indices)
 
-    if (start, stop) != (0, cfg.num_layers):
+    if part is not None:
       scan = nn.map_variables(
-        scan, ('params', 'scores'), trans_in_fn=lambda v: jax.tree.map(lambda leaf: leaf[start:stop], v)
+        scan, ('params', 'scores'), trans_in_fn=lambda v: jax.tree.map(lambda leaf: leaf[part], v)
       )
-    x_BTD, (hidden, qkv) = scan(self.layers, x_BTD)
+    x_BTD, (hidden, qkv) = scan(stack, x_BTD)
     return x_BTD, hidden, jax.tree.map(lambda leaf: leaf[0], qkv)
 
 

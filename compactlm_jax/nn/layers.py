@@ -48,6 +48,18 @@ class MaskedDense(nn.Module):
     return dense(x, kernel, bias)
 
 
+class Bias(nn.Module):
+  """What is left of a Dense layer whose inputs were all removed: its bias, of the named layer's parameter tree."""
+
+  features: int
+
+  @nn.compact
+  def __call__(self, like: Float[Array, '*b d']) -> Float[Array, '*b o']:
+    """The bias at every position of `like`, in its dtype."""
+    bias = self.param('bias', nn.initializers.zeros, (self.features,))
+    return jnp.broadcast_to(bias.astype(like.dtype), (*like.shape[:-1], self.features))
+
+
 class GroupedDense(nn.Module):
   """Dense on `groups` contiguous slices of the features, concatenated; no shuffle (ConvBERT)."""
 
