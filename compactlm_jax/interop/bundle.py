@@ -14,7 +14,7 @@ from etils import epath
 
 from compactlm_jax.config import EncoderConfig
 from compactlm_jax.errors import ConfigError
-from compactlm_jax.interop import hf_config, names
+from compactlm_jax.interop import custom, hf_config, names
 from compactlm_jax.interop.card import model_card
 from compactlm_jax.interop.folder import WEIGHTS, open_folder, read_tensors
 from compactlm_jax.interop.hub import local_folder
@@ -74,21 +74,27 @@ def from_pretrained(folder: epath.PathLike) -> Bundle:
   return Bundle(config, jax.tree.map(jnp.asarray, params), tokenizer, labels)
 
 
-def save_pretrained(bundle: Bundle, folder: epath.PathLike) -> None:
+def save_pretrained(bundle: Bundle, folder: epath.PathLike, layout: str = 'auto') -> None:
   """Writes a folder that transformers and `from_pretrained` load; the same bundle always gives the same bytes.
+
+  A pruned encoder whose layers differ in heads or neurons, or whose heads do not fill its hidden size, is beyond the
+  classes of transformers. `modeling_compactlm.py` is then written beside the weights, and transformers loads the
+  folder with trust_remote_code=True; this is logged.
 
   Args:
     bundle: the model. Heads that transformers has no class for are written beside the encoder and logged.
     folder: where to; an earlier export there is replaced, anything else is not touched. A kill leaves the earlier
       export or nothing, never half a folder.
+    layout: 'auto', or 'padded' to fill pruned layers up with zeros to their stock sizes: a larger file of the same
+      outputs, without the modelling file.
 
   Raises:
     ConfigError: transformers cannot express the model, the tree does not agree with the configuration, the tokenizer
-      does not fit, or `folder` is not an export.
+      does not fit, `folder` is not an export, or an unknown layout.
     NumericsError: parameters that are not finite.
     StorageError: the disk is full or not writable.
   """
-  write_export(export_files(bundle, folder), folder)
+  write_export(export_files(bundle, folder, layout=layout), folder)
 
 
 def export_files(
@@ -97,6 +103,7 @@ def export_files(
   *,
   generator: str = '',
   native: bool = False,
+  layout: str = 'auto',
   also: Mapping[str, Any] | None = None,
 ) -> dict[str, bytes]:
   """The files of an exported bundle.
@@ -106,6 +113,7 @@ def export_files(
     folder: where they will be written, for messages.
     generator: name of the folder beside them that holds the generator of this discriminator, for the model card.
     native: write a configuration that only `from_pretrained` reads, for an encoder that transformers cannot express.
+    layout: see `save_pretrained`.
     also: further entries of config.json, which the model card knows too.
 
   Returns:
@@ -114,6 +122,7 @@ def export_files(
   Raises:
     ConfigError, NumericsError: see `save_pretrained`.
   """
+  bundle = _laid_out(bundle, layout)
   config, heads = bundle.config, sorted(set(bundle.params) & set(names.HEADS))
   if names.is_joint(named_leaves(bundle.params)):
     heads[heads.index('span')] = 'joint span'  # no class of transformers reads it
@@ -121,18 +130,42 @@ def export_files(
     logging.warning('%s: exported without a tokenizer; whoever loads it must bring the right one', folder)
   config = matched(config, bundle.tokenizer)
   classes = bundle.params['classifier']['bias'].shape[-1] if 'classifier' in heads else 0
-  described = hf_config.to_native(config) if native else hf_config.to_hf(config, heads, classes, bundle.labels)
+  code = not native and custom.needed(config)
+  if native:
+    described = hf_config.to_native(config)
+  else:
+    described = hf_config.to_hf(config, heads, classes, bundle.labels, code=code)
   described |= also or {}
+  code = code and SPARSE_KEY not in described  # transformers does not read that format at all
   extra = [] if native else hf_config.unread_heads(config, heads, classes)
   if extra:
     logging.warning('%s: transformers will ignore %s; from_pretrained reads it back', folder, ', '.join(extra))
+  if code:
+    logging.warning(
+      '%s: transformers needs trust_remote_code=True to run %s, which is written there: its classes have no layers of '
+      "these sizes (layout='padded' fills them up with zeros, for the stock classes)",
+      folder,
+      custom.FILE,
+    )
   tensors = names.export_tensors(bundle.params, config)
   return {
     WEIGHTS: safetensors.numpy.save(tensors, metadata={'format': 'pt'}),
     'config.json': json_bytes(described),
     'README.md': model_card(config, heads, names.count_parameters(bundle.params), described, generator).encode(),
+    **({custom.FILE: custom.source()} if code else {}),
     **(bundle.tokenizer.files if bundle.tokenizer else {}),
   }
+
+
+def _laid_out(bundle: Bundle, layout: str) -> Bundle:
+  if layout not in ('auto', 'padded'):
+    raise ConfigError(f"layout {layout!r}: unknown; use 'auto' or 'padded'")
+  if layout == 'auto' or not custom.needed(bundle.config):
+    return bundle
+  from compactlm_jax.compress.shrink import padded
+
+  params, config = padded(bundle.params, bundle.config)
+  return dataclasses.replace(bundle, params=params, config=config)
 
 
 def drop_pooler(bundle: Bundle) -> Bundle:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from compactlm_jax.config import EncoderConfig
+from compactlm_jax.interop import custom
 from compactlm_jax.interop.hf_config import unread_heads
 from compactlm_jax.interop.sparse_file import SPARSE_KEY
 
@@ -16,7 +17,11 @@ def model_card(
   """What the folder holds and how to load it. A function of its arguments alone: no dates, no paths."""
   sparse = described.get(SPARSE_KEY)
   cls = described['architectures'][0] if 'architectures' in described and not sparse else None
-  no_pooler = ', add_pooling_layer=False' if cls == 'BertModel' and not config.pooler else ''
+  code, options = custom.needed(config), ''  # of `cls`, if transformers reads the folder
+  if cls and cls.endswith('BertModel') and config.architecture == 'bert' and not config.pooler:
+    options = ', add_pooling_layer=False'
+  if cls and code:
+    cls, options = custom.auto_class(cls), f'{options}, trust_remote_code=True'
   lines = [
     '---',
     f'library_name: {"transformers" if cls else "compactlm-jax"}',
@@ -33,6 +38,7 @@ def model_card(
     f'| embedding / hidden / feed-forward | {config.embedding_size} / {config.hidden_size} '
     f'/ {config.intermediate_size} |',
     f'| attention heads x size | {config.num_heads} x {config.head_size} |',
+    *_per_layer(config),
     f'| heads in the file | {", ".join(heads) or "none"} |',
   ]
   if config.conv_kernel_size:
@@ -40,7 +46,7 @@ def model_card(
     lines.append(f'| feed-forward groups | {config.num_groups} |')
   lines += ['', '```python']
   if cls:
-    lines += [f'from transformers import {cls}', f"model = {cls}.from_pretrained('this folder'{no_pooler})", '']
+    lines += [f'from transformers import {cls}', f"model = {cls}.from_pretrained('this folder'{options})", '']
   lines += [
     'import compactlm_jax as clm',
     "bundle = clm.from_pretrained('this folder')",
@@ -52,12 +58,26 @@ def model_card(
     return '\n'.join([*lines, ''])
   if not cls:
     return '\n'.join([*lines, 'transformers has no model of this shape; only compactlm-jax reads this folder.', ''])
+  if code:
+    lines += [
+      'No class of transformers has layers of these sizes. `trust_remote_code=True` makes it run the file',
+      '`modeling_compactlm.py` of this folder, which gives them to stock classes; compactlm-jax never runs it.',
+      "`save_pretrained(bundle, folder, layout='padded')` writes a larger folder for the stock classes alone.",
+      '',
+    ]
   return '\n'.join([*lines, *_notes(config, heads, described, generator)])
+
+
+def _per_layer(config: EncoderConfig) -> list[str]:
+  """Rows of the table for sizes that differ from layer to layer."""
+  named = {'heads': config.heads_per_layer, 'feed-forward neurons': config.neurons_per_layer}
+  return [f'| {what} left, by layer | {", ".join(map(str, sizes))} |' for what, sizes in named.items() if sizes]
 
 
 def _notes(config: EncoderConfig, heads: Collection[str], described: Mapping[str, Any], generator: str) -> list[str]:
   """What whoever loads the folder with transformers should know."""
-  cls, unread = described['architectures'][0], unread_heads(config, heads, len(described.get('id2label', ())))
+  cls = described['architectures'][0].removeprefix(custom.PREFIX)
+  unread = unread_heads(config, heads, len(described.get('id2label', ())))
   lines = []
   if config.architecture == 'convbert' and not config.conv_sees_padding:
     lines += [

@@ -9,7 +9,7 @@ from absl import logging
 
 from compactlm_jax.config import EncoderConfig, from_config_dict, to_json
 from compactlm_jax.errors import ConfigError
-from compactlm_jax.interop import first_token
+from compactlm_jax.interop import custom, first_token
 from compactlm_jax.interop.names import reads_pooler
 
 OUR_KEY = 'compactlm'
@@ -62,7 +62,6 @@ _REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
   ('position_embedding_type', ('absolute',), 'relative positions are not implemented'),
   ('add_cross_attention', (False,), 'cross-attention is not implemented'),
   ('pruned_heads', ({}, []), 'layers of unequal head counts cannot be stacked; export uniform widths instead'),
-  ('auto_map', (), 'it asks for code from outside, which is never run; save with the plain transformers classes'),
   ('quantization_config', (), 'quantised weights are not read; save the model in float32'),
 )
 """(key, values that are fine, reason)."""
@@ -92,6 +91,11 @@ def from_hf(raw: Mapping[str, Any], *, pooler: bool = False) -> EncoderConfig:
   for key, fine, reason in _REFUSED:
     if raw.get(key) is not None and raw[key] not in fine:
       raise ConfigError(f'config.json: {key} {raw[key]!r}: {reason}')
+  if raw.get('auto_map') is not None and not custom.read_by(raw['auto_map']):
+    raise ConfigError(
+      f'config.json: auto_map {raw["auto_map"]!r}: it asks for code from outside, which is never run; save with the '
+      'plain transformers classes'
+    )
   causal = raw.get('is_decoder') or False
   if causal not in (False, True) or (causal and kind == 'convbert'):
     raise ConfigError(
@@ -121,18 +125,22 @@ def from_hf(raw: Mapping[str, Any], *, pooler: bool = False) -> EncoderConfig:
   fields['embedding_size'] = number('embedding_size') if kind != 'bert' else fields['hidden_size']
   fields['num_heads'] = number('num_attention_heads')
   if kind == 'convbert':
-    fields.update(_mixed_heads(fields['hidden_size'], fields['num_heads'], number('head_ratio')))
+    fixed = raw.get('head_size') is not None
+    fields.update(_mixed_heads(fields['hidden_size'], fields['num_heads'], number('head_ratio'), fixed))
     fields.update(conv_kernel_size=number('conv_kernel_size'), num_groups=number('num_groups'), conv_sees_padding=True)
     if fields['conv_kernel_size'] < 1:
       raise ConfigError(f'config.json: conv_kernel_size {fields["conv_kernel_size"]} must be positive and odd')
+  fields |= custom.sizes(raw, fields)
   return EncoderConfig(architecture=kind, pooler=pooler, **{**fields, **_local_fields(raw)})
 
 
-def _mixed_heads(hidden: int, heads: int, ratio: int) -> dict[str, int]:
+def _mixed_heads(hidden: int, heads: int, ratio: int, fixed: bool) -> dict[str, int]:
   """Heads per branch and head size as ConvBertSelfAttention derives them; not the original's hidden / heads."""
   if heads < 1 or ratio < 1:
     raise ConfigError(f'config.json: num_attention_heads {heads} and head_ratio {ratio} must be positive')
   branch = max(1, heads // ratio)
+  if fixed:  # the file says the head size itself
+    return {'num_heads': branch}
   size = (hidden // branch) // 2
   if 2 * branch * size != hidden:
     raise ConfigError(
@@ -177,7 +185,12 @@ def default_labels(num_classes: int) -> tuple[str, ...]:
 
 
 def to_hf(
-  config: EncoderConfig, heads: Collection[str] = (), num_classes: int = 0, labels: tuple[str, ...] = ()
+  config: EncoderConfig,
+  heads: Collection[str] = (),
+  num_classes: int = 0,
+  labels: tuple[str, ...] = (),
+  *,
+  code: bool = False,
 ) -> dict[str, Any]:
   """A complete config.json that transformers loads.
 
@@ -186,12 +199,13 @@ def to_hf(
     heads: the heads in the exported tree, of `names.HEADS`.
     num_classes: outputs of a classifier among them; 1 predicts a number.
     labels: their names; () leaves LABEL_i.
+    code: for an encoder whose layers need the modelling file of `custom`, name the file's classes.
 
   Raises:
     ConfigError: another number of labels than of outputs; or transformers has no model of this shape (the message
       gives the reason).
   """
-  require_expressible(config)
+  require_expressible(config, code=code)
   out: dict[str, Any] = {theirs: getattr(config, ours) for ours, theirs in _FIELDS}
   out |= {
     'model_type': config.architecture,
@@ -227,7 +241,8 @@ def to_hf(
   expected = {name: getattr(EncoderConfig, name) for name in _LOCAL}
   expected['conv_sees_padding'] = config.architecture == 'convbert'
   changed = {name: value for name, value in local.items() if value != expected[name]}
-  return out | ({OUR_KEY: changed} if changed else {})
+  out |= {OUR_KEY: changed} if changed else {}
+  return custom.described(config, out) if code else out
 
 
 def to_native(config: EncoderConfig) -> dict[str, Any]:
@@ -249,8 +264,8 @@ def architecture(config: EncoderConfig, heads: Collection[str], num_classes: int
   return kind + ('ForMaskedLM' if 'mlm_head' in heads else 'Model')
 
 
-def require_expressible(config: EncoderConfig) -> None:
-  """Checks that transformers has such a model.
+def require_expressible(config: EncoderConfig, *, code: bool = False) -> None:
+  """Checks that transformers has such a model, or has it with the modelling file of `custom` if `code`.
 
   Raises:
     ConfigError: it has not; the message names the field and the reason.
@@ -260,6 +275,11 @@ def require_expressible(config: EncoderConfig) -> None:
   def refuse(field: str, reason: str) -> None:
     raise ConfigError(f'config.encoder.{field}: cannot be exported to transformers: {reason}')
 
+  if code and config.causal:
+    refuse('causal', "the modelling file for layers of their own sizes has no decoder; use layout='padded'")
+  for field in ('heads_per_layer', 'neurons_per_layer'):
+    if getattr(config, field) and not code:
+      refuse(field, 'its layers are equal; save_pretrained adds a modelling file, or pads the layers')
   if config.pooler and kind != 'bert':
     refuse('pooler', f'its {kind} has no pooler; export without it (bundle.drop_pooler)')
   if kind == 'convbert':
@@ -271,7 +291,7 @@ def require_expressible(config: EncoderConfig) -> None:
       refuse('self_attention', 'its ConvBERT always has self-attention beside the convolution')
     if not config.conv_kernel_size:
       refuse('conv_kernel_size', "a ConvBERT without convolution does not exist there; set architecture to 'electra'")
-    if 2 * width != config.hidden_size:
+    if 2 * width != config.hidden_size and not code:
       refuse(
         'head_size',
         f'its ConvBERT derives the head size so that both branches fill hidden_size {config.hidden_size}; here '
@@ -283,7 +303,7 @@ def require_expressible(config: EncoderConfig) -> None:
     refuse('conv_kernel_size', f"its {kind} has no convolution; set architecture to 'convbert'")
   if config.num_groups > 1:
     refuse('num_groups', f"its {kind} has no grouped feed-forward; only 'convbert' has")
-  if width != config.hidden_size:
+  if width != config.hidden_size and not code:
     refuse(
       'head_size',
       f'its {kind} needs num_heads * head_size = hidden_size; here {config.num_heads} * {config.head_size} = {width}, '
