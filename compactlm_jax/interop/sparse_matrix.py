@@ -40,6 +40,7 @@ _PARTS = {
 _ESCAPE = 255
 _MAX_COLUMNS = 1 << 16
 _LARGEST = 127
+_MAX_SCALE = np.nextafter(np.finfo(np.float32).max / np.float32(_LARGEST), np.float32(0))  # its 127-fold is finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +143,7 @@ def _rounded(name: str, matrix_RC: np.ndarray, values: str) -> tuple[np.ndarray,
       raise NumericsError(f"tensor {name}: holds values that are too large for bfloat16; use values='float32'")
     return rounded_RC, None
   largest_R = np.abs(matrix_RC).max(axis=1, initial=0)
-  scales_R = (largest_R / np.float32(_LARGEST)).astype(np.float32)
+  scales_R = np.minimum(largest_R / np.float32(_LARGEST), _MAX_SCALE)
   scales_R[scales_R < np.finfo(np.float32).tiny] = 0  # a subnormal scale has too few bits; such a row is all zeros
   scaled_RC = matrix_RC / np.where(scales_R, scales_R, np.float32(np.inf))[:, None]
   return np.clip(np.rint(scaled_RC, out=scaled_RC), -_LARGEST, _LARGEST, out=scaled_RC).astype(np.int8), scales_R
