@@ -1,0 +1,47 @@
+"""What remains of an encoder: counted from the zeros of its maskable kernels."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from compactlm_jax.compress.structure import kernel_shapes
+from compactlm_jax.config import EncoderConfig, runs, stack_names
+from compactlm_jax.tree import named_leaves
+from compactlm_jax.types import Params
+
+
+def densities(params: Params, encoder: EncoderConfig) -> dict[str, Any]:
+  """The remaining fraction of the maskable weights, in all, per matrix and per layer.
+
+  What a ragged encoder lost counts as zeros of the stock sizes (`num_heads`, `intermediate_size`), so that shrinking
+  never raises a density.
+
+  Args:
+    params: a tree with 'encoder', its masks baked.
+    encoder: its configuration.
+
+  Returns:
+    JSON-able: 'density', a fraction; 'by_matrix', {'attention/query': [one for each layer], ...}; 'by_layer', a list.
+  """
+  stock = dataclasses.replace(encoder, heads_per_layer=(), neurons_per_layer=())
+  (stack,), leaves = stack_names(stock), named_leaves(params)
+  prefix = f'encoder/{stack}/'
+  sizes = {name.removeprefix(prefix): int(np.prod(shape[1:])) for name, shape in kernel_shapes(stock).items()}
+  counts = {name: np.zeros(encoder.num_layers) for name in sizes}
+  for own, (start, stop, _) in zip(stack_names(encoder), runs(encoder)):
+    for name in sizes:
+      leaf = leaves.get(f'encoder/{own}/{name}')
+      if leaf is not None:
+        axes = tuple(range(1, leaf.ndim))
+        counts[name][start:stop] = np.asarray(jnp.sum(jnp.asarray(leaf) != 0, axis=axes, dtype=jnp.int32))
+  whole = sum(sizes.values())
+  layers = sum(counts.values(), np.zeros(encoder.num_layers))
+  return {
+    'density': float(layers.sum() / (whole * encoder.num_layers)),
+    'by_matrix': {name.removesuffix('/kernel'): (counts[name] / size).tolist() for name, size in sizes.items()},
+    'by_layer': (layers / whole).tolist(),
+  }
