@@ -15,6 +15,7 @@ from compactlm_jax.config import (
   FinetuneConfig,
   MaskConfig,
   OptimizerConfig,
+  PruneConfig,
   RunConfig,
   to_config_dict,
 )
@@ -70,6 +71,14 @@ VARIANTS = {
     data=DataConfig(seq_len=64),
     optimizer=OptimizerConfig(learning_rate=5e-4, warmup_fraction=0.1),
     finetune=FinetuneConfig(dropout=0.1),
+    **COMMON,
+  ),
+  'prune': RunConfig(
+    task='prune',
+    data=DataConfig(seq_len=64),
+    optimizer=OptimizerConfig(learning_rate=5e-4, warmup_fraction=0.1, weight_decay=0.0),
+    finetune=FinetuneConfig(dropout=0.1),
+    prune=PruneConfig(density=0.15),
     **COMMON,
   ),
 }

@@ -31,7 +31,7 @@ ALLOWED = {
   'compress': BASE | {'ops'},
   'tasks': BASE | {'nn', 'losses', 'compress', 'ops'},
   'train': BASE | {'parallel', 'checkpoint', 'metrics', 'stepdir'},
-  'plan': BASE | {'nn', 'tasks', 'train', 'parallel', 'interop', 'checkpoint', 'data'},
+  'plan': BASE | {'nn', 'compress', 'tasks', 'train', 'parallel', 'interop', 'checkpoint', 'data'},
   'interop': BASE | {'compress', 'nn'},
   'analysis': BASE | {'nn', 'ops'},
 }

@@ -35,6 +35,7 @@ class EncoderConfig:
     layer_norm_epsilon: added to the variance.
     hidden_dropout: rate on embeddings and on each sub-layer's output.
     attention_dropout: rate on attention probabilities.
+    layer_drop: probability that training skips a layer (LayerDrop, Fan et al. 2019); evaluation runs all.
     initializer_range: standard deviation of the truncated normal initialiser.
     pad_token_id: id of [PAD]; positions that hold it are not special by themselves, the mask decides.
     dtype: 'float32' or 'bfloat16' for matrix products. Parameters, softmax, LayerNorm and losses stay float32.
@@ -67,6 +68,7 @@ class EncoderConfig:
   layer_norm_epsilon: float = 1e-12
   hidden_dropout: float = 0.1
   attention_dropout: float = 0.1
+  layer_drop: float = 0.0
   initializer_range: float = 0.02
   pad_token_id: int = 0
   dtype: str = 'float32'
@@ -122,7 +124,7 @@ class EncoderConfig:
       'False leaves nothing that mixes positions; set encoder.conv_kernel_size',
     )
     require(self.dtype in ('float32', 'bfloat16'), f + 'dtype', f"{self.dtype!r}; use 'float32' or 'bfloat16'")
-    for name in ('hidden_dropout', 'attention_dropout'):
+    for name in ('hidden_dropout', 'attention_dropout', 'layer_drop'):
       require(0 <= getattr(self, name) < 1, f + name, f'{getattr(self, name)} must be in [0, 1)')
     self._check_per_layer('heads_per_layer', 'num_heads')
     self._check_per_layer('neurons_per_layer', 'intermediate_size')
@@ -173,7 +175,7 @@ class EncoderConfig:
 
   def with_run_options(self, asked: EncoderConfig) -> EncoderConfig:
     """The sizes of this (loaded) encoder with dropout, dtype, remat and unroll of the run that was asked for."""
-    names = ('hidden_dropout', 'attention_dropout', 'dtype', 'remat', 'scan_unroll')
+    names = ('hidden_dropout', 'attention_dropout', 'layer_drop', 'dtype', 'remat', 'scan_unroll')
     return dataclasses.replace(self, **{name: getattr(asked, name) for name in names})
 
 

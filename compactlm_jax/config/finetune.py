@@ -23,6 +23,8 @@ class FinetuneConfig:
     pooled: read BERT's pooler instead of the raw first token.
     swap_pairs: also train on the pairs in the other order (ELECTRA's `double_unordered`, for MRPC and STS-B).
     score_scale: scores are divided by it for training, outputs multiplied by it (5 for ELECTRA's STS-B).
+    keep_layers: layers (from 1) that the finished model keeps, ascending, after training with all of them (LayerDrop);
+      () keeps all.
     ce_weight: weight of the task's own loss where `teacher` is set.
     distil_weight: weight of the distillation loss, where `teacher` is set: T^2 KL of softened classes or span ends,
       squared difference of scores.
@@ -35,6 +37,7 @@ class FinetuneConfig:
   pooled: bool = False
   swap_pairs: bool = False
   score_scale: float = 1.0
+  keep_layers: tuple[int, ...] = ()
   ce_weight: float = 0.5
   distil_weight: float = 0.5
   temperature: float = 2.0
@@ -48,6 +51,9 @@ class FinetuneConfig:
     require(self.num_classes >= 0, f + 'num_classes', f'{self.num_classes} must not be negative')
     require(0 <= self.dropout < 1, f + 'dropout', f'{self.dropout} must be in [0, 1)')
     require(0 < self.score_scale < float('inf'), f + 'score_scale', f'{self.score_scale} must be positive and finite')
+    layers = self.keep_layers
+    ascending = all(1 <= a < b for a, b in zip(layers, (*layers[1:], 1 << 30)))
+    require(ascending, f + 'keep_layers', f'{layers} must be ascending numbers of layers, from 1 on')
     for name in ('ce_weight', 'distil_weight'):
       require(0 <= getattr(self, name) < float('inf'), f + name, f'{getattr(self, name)} must not be negative')
     require(self.ce_weight + self.distil_weight > 0, f + 'ce_weight', 'and distil_weight must not both be 0')

@@ -124,9 +124,10 @@ class PruneConfig:
       'prune.regularization=0',
     )
     require(
-      self.threshold_every == 1 or (self.scope == 'global' and self.method in ('hard_movement', 'random')),
+      self.threshold_every == 1
+      or (self.scope == 'global' and self.method == 'hard_movement' and self.structure == 'none'),
       f + 'threshold_every',
-      "is for prune.scope='global' of hard_movement; set it to 1",
+      "is for prune.scope='global' of hard_movement without structure; set it to 1",
     )
     require(
       self.control == 'fixed' or self.method in PENALISED,

@@ -19,6 +19,7 @@ from compactlm_jax.jobs.distill import distill_job
 from compactlm_jax.jobs.finetune import finetune_job
 from compactlm_jax.jobs.models import is_run, load_model, load_towers, params_digest
 from compactlm_jax.jobs.pretrain import electra_job, lm_job, mlm_job
+from compactlm_jax.jobs.prune import pruned
 from compactlm_jax.train.evaluate import Evaluation
 from compactlm_jax.train.loop import Job, train
 
@@ -28,6 +29,7 @@ _BUILDERS = {
   'lm': lm_job,
   'distill': distill_job,
   'finetune': finetune_job,
+  'prune': finetune_job,
 }
 
 
@@ -63,6 +65,8 @@ def build_job(config: RunConfig) -> Job:
       f'config.optimizer.warmup_steps: the run has {steps} steps and would warm up for '
       f'{config.optimizer.warmup_steps}; lower it, or use optimizer.warmup_fraction'
     )
+  if config.task == 'prune':
+    task = pruned(task, config, steps)
   identity = {'data': data.identity, 'tokenizer': data.train.fingerprint}
   if task.frozen is not None:
     identity['teacher'] = params_digest(task.frozen)

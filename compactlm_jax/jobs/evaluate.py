@@ -63,7 +63,12 @@ def run_evaluate(config: RunConfig, checkpoint: str, split: str = 'dev', output:
   """
   if split == 'test' and not output:
     raise ConfigError('--output: name a folder; test sets have no labels, their evaluation is a file to submit')
-  bundle = None if is_run(checkpoint) else load_model(checkpoint)
+  # A model that training finishes otherwise than its parameters stand is loaded in its finished form.
+  finished = config.task == 'prune' or bool(config.finetune.keep_layers)
+  bundle = None if is_run(checkpoint) and not finished else load_model(checkpoint)
+  if finished:
+    config = dataclasses.replace(config, finetune=dataclasses.replace(config.finetune, keep_layers=()))
+    config = dataclasses.replace(config, task='finetune' if config.task == 'prune' else config.task)
   asked = _asked(config, checkpoint, bundle)
   job = build_job(asked)
   params, step = _run_params(job, checkpoint) if bundle is None else (_folder_params(job, bundle, checkpoint), None)

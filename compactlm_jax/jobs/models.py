@@ -13,13 +13,15 @@ import numpy as np
 from etils import epath
 
 from compactlm_jax.checkpoint import load_params
-from compactlm_jax.config import ElectraConfig, EncoderConfig, from_config_dict
+from compactlm_jax.compress.layers import take_layers
+from compactlm_jax.config import ElectraConfig, EncoderConfig, PruneConfig, from_config_dict
 from compactlm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from compactlm_jax.interop.bundle import Bundle, drop_pooler, from_pretrained
 from compactlm_jax.interop.folder import open_folder
 from compactlm_jax.interop.pretrained import GENERATOR
 from compactlm_jax.interop.tokenizer_files import read_tokenizer
 from compactlm_jax.tasks.electra import generator_params
+from compactlm_jax.tasks.prune import bake
 from compactlm_jax.tree import named_leaves
 from compactlm_jax.types import Params
 
@@ -55,7 +57,7 @@ def load_generator(path: epath.PathLike) -> Bundle | None:
 
 
 def load_towers(run: epath.PathLike) -> tuple[Bundle, Bundle | None]:
-  """(model, generator or None) of the newest intact checkpoint of a run, which is read once.
+  """(model, generator or None) of the newest intact checkpoint of a run, which is read once; masks are baked in.
 
   Raises:
     ConfigError, DataError, StorageError: see `load_model`.
@@ -64,6 +66,11 @@ def load_towers(run: epath.PathLike) -> tuple[Bundle, Bundle | None]:
   params, model, folder = jax.tree.map(jnp.asarray, leaves), metadata['model'], epath.Path(run) / 'tokenizer'
   tokenizer = read_tokenizer(open_folder(folder)) if folder.exists() else None
   encoder = from_config_dict(EncoderConfig, model['encoder'], 'encoder.')
+  if kept := model.get('finetune', {}).get('keep_layers'):
+    params = {**params, 'encoder': take_layers(params['encoder'], tuple(kept))}
+    encoder = dataclasses.replace(encoder, num_layers=len(kept))
+  if 'prune' in model:
+    params = bake(params, encoder, from_config_dict(PruneConfig, model['prune'], 'prune.'))
   trained = {name: tree for name, tree in params.items() if name != GENERATOR}
   bundle = _in_units_of_labels(Bundle(encoder, trained, tokenizer, tuple(model.get('classes', ()))), model)
   # In a bundle a classifier reads the pooler if there is one; this run's reads the first token itself, and answers

@@ -19,7 +19,7 @@ from compactlm_jax.errors import ConfigError
 from compactlm_jax.nn.attention import MixedAttention
 from compactlm_jax.nn.layers import Bias, Embeddings, GroupedDense, LayerNorm, MaskedDense, MaskFn
 from compactlm_jax.ops.dense import gelu
-from compactlm_jax.ops.dropout import dropout
+from compactlm_jax.ops.dropout import dropout, keep_mask, site_words
 from compactlm_jax.types import QKV, EncoderOutput, Params
 
 _SITES = 3  # places of dropout in a layer
@@ -116,7 +116,11 @@ class Encoder(nn.Module):
     cfg = self.config
 
     def body(layer: EncoderLayer, x_BTD, index):
+      given_BTD = x_BTD
       x_BTD, qkv = layer(x_BTD, mask_BT, key, index)
+      if cfg.layer_drop and key is not None:
+        words = site_words(key, _SITES * cfg.num_layers + 1 + index)
+        x_BTD = jnp.where(keep_mask(words, (1, 1, 1), cfg.layer_drop), x_BTD, given_BTD)
       return x_BTD, (x_BTD if all_hidden else None, qkv if capture else None)
 
     def scan(layer: EncoderLayer, x_BTD):

@@ -12,7 +12,8 @@ from etils import epath
 from jax.sharding import Mesh
 
 from compactlm_jax.checkpoint import load_params
-from compactlm_jax.config import SQUAD, EncoderConfig, RunConfig, from_config_dict
+from compactlm_jax.compress.schedule import warmup_of
+from compactlm_jax.config import LABELLED, SQUAD, EncoderConfig, RunConfig, from_config_dict
 from compactlm_jax.data.glue_tasks import glue_task
 from compactlm_jax.data.manifest import read_manifest
 from compactlm_jax.errors import ConfigError
@@ -28,8 +29,9 @@ from compactlm_jax.tasks.electra import make_electra_task
 from compactlm_jax.tasks.finetune import make_finetune_task
 from compactlm_jax.tasks.lm import make_lm_task
 from compactlm_jax.tasks.mlm import make_mlm_task
+from compactlm_jax.tasks.prune import make_prune_task
 from compactlm_jax.tasks.span import make_span_task
-from compactlm_jax.train.optimizer import make_optimizer
+from compactlm_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from compactlm_jax.train.step import compile_step, make_train_step
 from compactlm_jax.types import Batch, Params, SpecialTokens, Task, TrainState
 
@@ -69,7 +71,7 @@ def resolve(config: RunConfig) -> Plan:
     causal = encoder.causal if config.task == 'lm' else found.causal
     encoder = dataclasses.replace(found.with_run_options(encoder), causal=causal)
   encoder = dataclasses.replace(encoder, scan_unroll=0)
-  if config.task == 'finetune':
+  if config.task in LABELLED:
     # Rows of tables and benchmarks are padded to `data.seq_len`; only prepared data brings a length of its own.
     config, encoder, assumed = _labelled(config, encoder)
     notes += assumed
@@ -84,7 +86,7 @@ def resolve(config: RunConfig) -> Plan:
   if config.task == 'distill':
     teacher, assumed = _teacher(config)
     notes += assumed
-  if config.task == 'finetune' and config.teacher:
+  if config.task in LABELLED and config.teacher:
     teacher = dataclasses.replace(encoder_of(config.teacher), scan_unroll=0)
   if not config.steps:
     notes.append('no hours: set --config.steps, epochs of data that is not read have no length')
@@ -156,19 +158,41 @@ def make_task(plan: Plan, teacher_params: Params | None) -> Task:
   if config.task == 'distill':
     assert plan.teacher is not None and teacher_params is not None
     return make_distill_task(config.encoder, plan.teacher, teacher_params, config.distill)
+  if config.task == 'prune':
+    steps = _steps(config)
+    return make_prune_task(
+      _labelled_task(plan, teacher_params),
+      config.encoder,
+      config.prune,
+      total_steps=steps,
+      warmup=warmup_of(config.optimizer, steps),
+      learning_rate=learning_rate_schedule(config.optimizer, steps),
+    )
   if config.task == 'finetune':
-    teacher = None if plan.teacher is None or teacher_params is None else (teacher_params, plan.teacher)
-    if config.finetune.benchmark in SQUAD:
-      version = int(config.finetune.benchmark[-1])
-      return make_span_task(config.encoder, config.span, config.finetune, version=version, teacher=teacher)
-    classes = tuple(map(str, range(config.finetune.num_classes)))
-    return make_finetune_task(config.encoder, classes, config.finetune, teacher=teacher)
+    return _labelled_task(plan, teacher_params)
   if config.task == 'electra':
     return make_electra_task(config.encoder, config.electra, config.mask, _SPECIAL)
   if config.task == 'mlm':
     return make_mlm_task(config.encoder, config.mask, _SPECIAL)
   assert config.task == 'lm'
   return make_lm_task(config.encoder)
+
+
+def _labelled_task(plan: Plan, teacher_params: Params | None) -> Task:
+  """The task of fine-tuning."""
+  config = plan.config
+  teacher = None if plan.teacher is None or teacher_params is None else (teacher_params, plan.teacher)
+  if config.finetune.benchmark in SQUAD:
+    version = int(config.finetune.benchmark[-1])
+    return make_span_task(config.encoder, config.span, config.finetune, version=version, teacher=teacher)
+  classes = tuple(map(str, range(config.finetune.num_classes)))
+  return make_finetune_task(config.encoder, classes, config.finetune, teacher=teacher)
+
+
+def _steps(config: RunConfig) -> int:
+  """Steps of the run; so many that every schedule fits, where they depend on data that is not read."""
+  pause = config.prune.initial_warmup + config.prune.final_warmup
+  return config.steps or 1000 + int((1 + pause) * config.optimizer.warmup_steps)
 
 
 def abstract_step(plan: Plan, mesh: Mesh) -> tuple[Callable[..., Any], tuple[Any, Any, Batch]]:
@@ -190,7 +214,7 @@ def abstract_step(plan: Plan, mesh: Mesh) -> tuple[Callable[..., Any], tuple[Any
 
   def start(teacher: Params | None, key: jax.Array) -> tuple[TrainState, Any]:
     task = make_task(plan, teacher)
-    tx = make_optimizer(config.optimizer, config.steps or 1000, task.trainable, task.groups)
+    tx = make_optimizer(config.optimizer, _steps(config), task.trainable, task.groups)
     made.append((dataclasses.replace(task, frozen=None), tx))
     params = task.init(key)
     return TrainState(jnp.zeros([], jnp.int32), params, tx.init(params)), task.frozen
@@ -207,7 +231,7 @@ def abstract_step(plan: Plan, mesh: Mesh) -> tuple[Callable[..., Any], tuple[Any
 def _teacher_shapes(teacher: EncoderConfig, config: RunConfig) -> Params:
   """Parameters of a teacher as shapes, with the head of the same task where it has to know the task."""
   shapes = encoder_shapes(teacher)
-  if config.task != 'finetune':
+  if config.task not in LABELLED:
     return shapes
   if config.finetune.benchmark in SQUAD:
     fresh = jax.eval_shape(lambda: SpanHead(teacher).init(jax.random.key(0), jnp.zeros((1, 1, teacher.hidden_size))))
@@ -227,7 +251,7 @@ def _batch(config: RunConfig, mesh: Mesh) -> Batch:
 
   size, finetune = config.batch_size, config.finetune
   rows = array(size, config.data.seq_len)
-  if config.task != 'finetune':
+  if config.task not in LABELLED:
     return Batch(rows, rows, rows)
   if finetune.benchmark in SQUAD:
     return Batch(rows, rows, rows, labels=array(size, 3))

@@ -12,7 +12,7 @@ from typing import Any
 
 from etils import epath
 
-from compactlm_jax.config import RunConfig, to_json
+from compactlm_jax.config import LABELLED, RunConfig, to_json
 from compactlm_jax.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -34,6 +34,8 @@ class Run:
     command: the command line that started it; '' where an older version did not record it.
     config_hash: of its config.json.
     code: version of the package, and digest of its sources.
+    remaining: fraction of the encoder's weights that are not zero, of a run that pruned; else None.
+    nonzero: how many they are; None where it is not known.
   """
 
   folder: str
@@ -45,22 +47,35 @@ class Run:
   command: str
   config_hash: str
   code: str
+  remaining: float | None = None
+  nonzero: int | None = None
 
   @property
   def subject(self) -> str:
-    """What it was trained and measured on, in a word: runs with different ones share no table."""
+    """What it was trained and measured on, in a word: runs with different ones share no table.
+
+    A run that prunes is measured as one that fine-tunes the dense model, and stands beside it.
+    """
     data = self.config.data
-    named = self.config.finetune.benchmark if self.config.task == 'finetune' else ''
+    labelled = self.config.task in LABELLED
+    named, task = self.config.finetune.benchmark if labelled else '', 'finetune' if labelled else self.config.task
     file = data.dev or data.train or data.eval_path or data.path
-    return named or (f'{self.config.task} on {epath.Path(file).name}' if file else self.config.task)
+    return named or (f'{task} on {epath.Path(file).name}' if file else task)
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-  """Runs that differ in their seed alone, by seed."""
+  """Runs that differ in their seed alone, by seed.
+
+  Attributes:
+    name: of their folder.
+    runs: one or more.
+    fields: what they share: configuration and fingerprints by name.
+  """
 
   name: str
   runs: tuple[Run, ...]
+  fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   @property
   def subject(self) -> str:
@@ -71,7 +86,7 @@ class Group:
   def benchmark(self) -> str:
     """Name of the GLUE task or SQuAD version; '' without one."""
     config = self.runs[0].config
-    return config.finetune.benchmark if config.task == 'finetune' else ''
+    return config.finetune.benchmark if config.task in LABELLED else ''
 
   @property
   def metrics(self) -> tuple[str, ...]:
@@ -118,7 +133,7 @@ def collect(folders: Sequence[str], read_run: ReadRun, free: tuple[str, ...] = (
 
   Raises:
     ConfigError: no such directory; an edited or damaged file; no finished run; seeds of one parent that differ in
-      more than the seed; runs of different tasks; the same seed twice.
+      more than the seed; runs of different tasks (other than 'prune' beside 'finetune'); the same seed twice.
   """
   runs: list[tuple[Run, str]] = []
   left_out: list[tuple[str, str]] = []
@@ -164,6 +179,9 @@ def _read(folder: epath.Path, read_run: ReadRun) -> Run | str:
     results = json.loads(path.read_text())
     scores = {str(name): float(value) for name, value in results['metrics'].items()}
     steps, seconds = int(results['steps']), float(results['seconds'])
+    remaining, nonzero = (results.get(name) for name in ('density', 'nonzero'))
+    remaining = None if remaining is None else float(remaining)
+    nonzero = None if nonzero is None else int(nonzero)
   except FileNotFoundError:
     return 'it is unfinished; start its command again' if not (folder / 'failure.json').exists() else 'it failed'
   except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
@@ -185,13 +203,16 @@ def _read(folder: epath.Path, read_run: ReadRun) -> Run | str:
     command=record.get('command', ''),
     config_hash=record['config_hash'],
     code=f'{code.get("version", "unknown")} ({code.get("sources", "unknown")})',
+    remaining=remaining,
+    nonzero=nonzero,
   )
 
 
 def _check_one_task(runs: Sequence[Run]) -> None:
   first = runs[0]
   for run in runs[1:]:
-    if run.config.task != first.config.task:
+    together = {run.config.task, first.config.task} <= set(LABELLED)
+    if run.config.task != first.config.task and not together:
       raise ConfigError(
         f'{first.folder} is a run of task {first.config.task}, {run.folder} of {run.config.task}: their scores cannot '
         'stand in one report. Report them apart'
@@ -230,8 +251,10 @@ def _group(runs: Sequence[tuple[Run, str]], free: tuple[str, ...]) -> tuple[Grou
         f'{fields.get(name)!r}. Name the runs that belong together one by one'
       )
     members.setdefault(json.dumps(fields, sort_keys=True), []).append((run, parent))
-  groups = [Group(name, _by_seed([run for run, _ in found])) for name, found in zip(_names(members), members.values())]
-  return tuple(groups)
+  return tuple(
+    Group(name, _by_seed([run for run, _ in found]), json.loads(fields))
+    for name, (fields, found) in zip(_names(members), members.items())
+  )
 
 
 def _by_seed(runs: Sequence[Run]) -> tuple[Run, ...]:

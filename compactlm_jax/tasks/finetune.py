@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from compactlm_jax.compress.layers import take_layers
 from compactlm_jax.config import EncoderConfig, FinetuneConfig, to_json
 from compactlm_jax.errors import ConfigError
 from compactlm_jax.losses.classification import cross_entropy, soft_kl, squared_error
@@ -41,6 +43,8 @@ def make_finetune_task(
     ConfigError: one class, `pooled` without a pooler, or a teacher without a head or with another number of outputs.
   """
   model = _Model(encoder, classes, config)
+  shallow, finished = kept_layers(encoder, config)
+  used = dataclasses.replace(model, encoder=shallow)
   if teacher is not None:
     _check_teacher(teacher[0], model.width)
 
@@ -59,7 +63,7 @@ def make_finetune_task(
     return masked_mean(losses_B, weights_B), metrics
 
   def evaluate(params: Params, frozen: Any, batch: Batch) -> dict[str, Any]:
-    outputs_BC = model.outputs(params, batch, None)
+    outputs_BC = used.outputs(params, batch, None)
     if batch.labels is None:
       return {'outputs': model.scale * outputs_BC}
     loss = masked_sum(model.losses(outputs_BC, batch), batch.weights)
@@ -73,8 +77,31 @@ def make_finetune_task(
     evaluate=evaluate,
     frozen=None if teacher is None else {name: teacher[0][name] for name in ('encoder', 'classifier')},
     trainable=((unused, False), (rf'(?!{unused}).*', True)),
+    finished=finished,
     model={'encoder': to_json(encoder), 'classes': list(classes), 'finetune': dataclasses.asdict(config)},
   )
+
+
+def kept_layers(
+  encoder: EncoderConfig, config: FinetuneConfig
+) -> tuple[EncoderConfig, Callable[[Params], Params] | None]:
+  """The encoder of the finished model, and `Task.finished`: with `config.keep_layers` the layers that are left.
+
+  Raises:
+    ConfigError: a layer that the encoder does not have.
+  """
+  layers = config.keep_layers
+  if not layers:
+    return encoder, None
+  if layers[-1] > encoder.num_layers or encoder.ragged:
+    raise ConfigError(
+      f'config.finetune.keep_layers: {layers} must be layers of an encoder of {encoder.num_layers} equal layers'
+    )
+
+  def finished(params: Params) -> Params:
+    return {**params, 'encoder': take_layers(params['encoder'], layers)}
+
+  return dataclasses.replace(encoder, num_layers=len(layers)), finished
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ from compactlm_jax.losses.reduce import masked_mean, masked_sum
 from compactlm_jax.losses.span import impossible_loss, span_cross_entropy, span_soft_kl
 from compactlm_jax.nn.encoder import encode, init_encoder
 from compactlm_jax.nn.span import JointSpanHead, SpanHead
+from compactlm_jax.tasks.finetune import kept_layers
 from compactlm_jax.tasks.mlm import ALL_BUT_POOLER
 from compactlm_jax.types import Batch, Metrics, Params, Task
 
@@ -65,6 +66,7 @@ def make_span_task(
   """
   if teacher is not None:
     _check_teacher(teacher[0], span)
+  shallow, finished = kept_layers(encoder, config)
   head = _joint_head(encoder, span, version) if span.head == 'joint' else _independent_head(encoder, span)
 
   def init(key: jax.Array) -> Params:
@@ -84,7 +86,7 @@ def make_span_task(
     return masked_mean(losses_B, weights_B), {**metrics, 'weight': weights_B.sum()}
 
   def evaluate(params: Params, frozen: Any, batch: Batch) -> dict[str, Any]:
-    return _evaluate(encoder, head, params, batch)
+    return _evaluate(shallow, head, params, batch)
 
   return Task(
     name='finetune',
@@ -93,6 +95,7 @@ def make_span_task(
     evaluate=evaluate,
     frozen=None if teacher is None else {name: teacher[0][name] for name in ('encoder', 'span')},
     trainable=ALL_BUT_POOLER,
+    finished=finished,
     model={'encoder': to_json(encoder), 'span': to_json(span), 'finetune': to_json(config), 'version': version},
   )
 

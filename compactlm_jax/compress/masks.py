@@ -1,0 +1,212 @@
+"""Masks of a parameter tree: what is ranked, what is kept at a step, and the tree with the masks applied.
+
+Everything here is a function of trees. Scores stand in 'scores' under the names of what they belong to
+(`compress.structure`), beside the trees of the model; a mask has the shape of its scores and is expanded to the kernels
+and biases that it covers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from compactlm_jax.compress.schedule import cubic_schedule, kept
+from compactlm_jax.compress.structure import expand, score_shapes
+from compactlm_jax.config import EncoderConfig, PruneConfig
+from compactlm_jax.config.prune import SCORED
+from compactlm_jax.ops.masks import hard_concrete, masked_weight, soft_mask
+from compactlm_jax.ops.threshold import global_cut, keep_mask, local_cuts
+from compactlm_jax.tree import named_leaves, nested, overlaid
+from compactlm_jax.types import Params, Spread
+
+OWN = ('scores', 'control')
+"""Parts of a tree that only pruning reads."""
+
+Leaves = dict[str, jax.Array]
+"""Name of scores -> array [N, ...]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Masks:
+  """The masks of a run, by step.
+
+  Attributes:
+    encoder: whose kernels are masked.
+    config: method, structure and schedule.
+    densities: float64 [steps + 1], fraction that remains; the last entry is the final one.
+    thresholds: float64 [steps + 1], tau of soft movement.
+  """
+
+  encoder: EncoderConfig
+  config: PruneConfig
+  densities: np.ndarray
+  thresholds: np.ndarray
+
+  @property
+  def shapes(self) -> dict[str, tuple[int, ...]]:
+    """Name of scores -> their shape [N, ...]."""
+    return score_shapes(self.encoder, self.config.structure, self.config.block)
+
+  @property
+  def last(self) -> int:
+    """The index of the final values."""
+    return len(self.densities) - 1
+
+  def init_scores(self, key: jax.Array) -> Leaves:
+    """Fresh scores; of 'random' pruning a fixed draw."""
+    method, how, scale = self.config.method, self.config.scores_init, self.config.scores_scale
+    out: Leaves = {}
+    for index, (name, shape) in enumerate(self.shapes.items()):
+      draw = jax.random.uniform(jax.random.fold_in(key, index), shape, minval=-1.0)
+      # PyTorch's kaiming_uniform_ with a = sqrt(5), as the original calls it, is uniform within 1 / sqrt(inputs).
+      bound = 1.0 if method == 'random' else scale if how == 'uniform' else shape[1] ** -0.5
+      out[name] = jnp.full(shape, scale) if how == 'constant' and method != 'random' else bound * draw
+    return out
+
+  def ranked(self, params: Params) -> Leaves:
+    """What entries are kept by: their scores, or for magnitude the mean absolute weight, without a gradient."""
+    if 'scores' in params:
+      return named_leaves(params['scores'])
+    leaves = named_leaves(params)
+    out = {}
+    for name, shape in self.shapes.items():
+      spec = jax.ShapeDtypeStruct(shape, jnp.float32)
+
+      def spread_over(leaf: jax.Array, name: str = name) -> Leaves:
+        return {own: array for own, array in expand(self.encoder, name, leaf).items() if own.endswith('/kernel')}
+
+      if name in leaves:
+        out[name] = jnp.abs(leaves[name])
+        continue
+      covered = jax.eval_shape(spread_over, spec)
+      (sums,) = jax.linear_transpose(spread_over, spec)({own: jnp.abs(leaves[own]) for own in covered})
+      (sizes,) = jax.linear_transpose(spread_over, spec)(jax.tree.map(lambda s: jnp.ones(s.shape), covered))
+      out[name] = sums / sizes
+    return jax.lax.stop_gradient(out)
+
+  def kept_fraction(self, step: jax.Array | int) -> jax.Array:
+    """Exact share of entries that ranking keeps at a step (floors included)."""
+    total = sum(int(np.prod(shape)) for shape in self.shapes.values())
+    counts = [
+      kept(self.densities, int(np.prod(shape[1:]))).astype(np.float64) * shape[0] for shape in self.shapes.values()
+    ]
+    return jnp.asarray(np.sum(counts, axis=0) / total, jnp.float32)[step]
+
+  def top(self, values: Leaves, step: jax.Array | int, spread: Spread) -> Leaves:
+    """Masks (0 or 1) of the highest entries at a step, exact counts; counted on slices."""
+    values = jax.lax.stop_gradient(values)
+    slices = on_slices(values, spread)
+    if self.config.scope == 'local':
+      keeps = {
+        name: jnp.full(leaf.shape[0], jnp.asarray(kept(self.densities, leaf[0].size))[step])
+        for name, leaf in values.items()
+      }
+      cuts = local_cuts(slices, keeps)
+    else:
+      cuts = {}
+      for names in self._kinds():
+        size = sum(values[name].size for name in names)
+        cuts |= global_cut({name: slices[name] for name in names}, jnp.asarray(kept(self.densities, size))[step])
+    return {name: keep_mask(leaf, cuts[name]).astype(leaf.dtype) for name, leaf in values.items()}
+
+  def global_threshold(self, values: Leaves, step: jax.Array | int) -> jax.Array:
+    """The value below the int(density * size) + 1 highest of all, which the original keeps (`--global_topk`)."""
+    size = sum(leaf.size for leaf in values.values())
+    keep = np.minimum(kept(self.densities, size) + 1, size - 1)
+    cuts = global_cut(jax.lax.stop_gradient(values), jnp.asarray(keep)[step])
+    return next(iter(cuts.values())).threshold[0]
+
+  def above(self, values: Leaves, step: jax.Array | int) -> Leaves:
+    """Masks of soft movement at a step's threshold."""
+    tau = jnp.asarray(self.thresholds, jnp.float32)[step]
+    return {
+      name: soft_mask(leaf, tau, on=self.config.threshold_on, floor=self.config.floor) for name, leaf in values.items()
+    }
+
+  def gates(self, values: Leaves, key: jax.Array | None) -> Leaves:
+    """L0's gates: drawn with a key, as evaluated without."""
+    keys = {name: None if key is None else jax.random.fold_in(key, i) for i, name in enumerate(values)}
+    return {name: hard_concrete(leaf, keys[name]) for name, leaf in values.items()}
+
+  def final(self, params: Params) -> Leaves | None:
+    """The masks that the finished model is baked with; None if its zeros are in its weights already (RPP)."""
+    method = self.config.method
+    if method == 'rpp':
+      return None
+    values = self.ranked(params)
+    if method == 'l0':
+      return self.gates(values, None)
+    if method == 'soft_movement':
+      return self.above(values, self.last)
+    return self.top(values, self.last, lambda tree: tree)
+
+  def apply(self, params: Params, masks: Mapping[str, jax.Array], *, straight_through: bool) -> Params:
+    """The tree without what only pruning reads, its weights multiplied by the masks.
+
+    Args:
+      params: the whole tree.
+      masks: by name of scores.
+      straight_through: pass dL/dW' * W on to the scores (`ops.masks.masked_weight`); else masks are differentiated.
+    """
+    leaves = {name: leaf for name, leaf in named_leaves(params).items() if name.split('/')[0] not in OWN}
+    scores = named_leaves(params.get('scores', {}))
+    for name, mask in masks.items():
+      wide = expand(self.encoder, name, mask)
+      own = expand(self.encoder, name, scores[name]) if straight_through else {}
+      for covered, array in wide.items():
+        if straight_through:
+          leaves[covered] = masked_weight(leaves[covered], own[covered], array)
+        else:
+          leaves[covered] = leaves[covered] * array
+    return overlaid(without_own(params), nested(leaves))
+
+  def _kinds(self) -> list[list[str]]:
+    """Names that share one global threshold: those of the same kind."""
+    kinds: dict[str, list[str]] = {}
+    for name in self.shapes:
+      kinds.setdefault(name.rpartition('/')[2], []).append(name)
+    return list(kinds.values())
+
+
+def on_slices(values: Leaves, spread: Spread) -> Leaves:
+  """Leaves in slices over all devices, for counting."""
+  placed = named_leaves(spread(nested({f'scores/{name}': leaf for name, leaf in values.items()})))
+  return {name.removeprefix('scores/'): leaf for name, leaf in placed.items()}
+
+
+def without_own(params: Params) -> Params:
+  """The trees of the model alone."""
+  return {name: tree for name, tree in params.items() if name not in OWN}
+
+
+def share(masks: Mapping[str, Any]) -> jax.Array:
+  """Fraction of entries that are not zero, over all leaves."""
+  count = sum(jnp.sum(leaf != 0, dtype=jnp.int32) for leaf in masks.values())
+  return jnp.asarray(count / sum(leaf.size for leaf in masks.values()), jnp.float32)
+
+
+def make_masks(encoder: EncoderConfig, config: PruneConfig, total_steps: int, warmup: int) -> Masks:
+  """The masks of a run of so many steps.
+
+  Raises:
+    ConfigError: a schedule that the run is too short for, or a structure that the encoder's sizes do not allow.
+  """
+  score_shapes(encoder, config.structure, config.block)
+  densities = cubic_schedule(config.initial_density, config.density, total_steps, warmup, config)
+  thresholds = cubic_schedule(config.initial_threshold, config.threshold, total_steps, warmup, config)
+  return Masks(encoder, config, densities, thresholds)
+
+
+def final_masks(encoder: EncoderConfig, config: PruneConfig) -> Masks:
+  """The masks of a finished run: final values only."""
+  return Masks(encoder, config, np.array([config.density]), np.array([config.threshold]))
+
+
+def has_scores(config: PruneConfig) -> bool:
+  """Whether a run has scores, trained or drawn."""
+  return config.method in (*SCORED, 'random')

@@ -1,0 +1,215 @@
+"""Pruning while fine-tuning: any task, with masks on the weights that its forward pass reads (Sanh et al. 2020).
+
+Hard movement: W' = W * Top_v(S). Soft movement: W' = W * (sigma(S) > tau), plus lambda_t * mean sigma(S). L0: hard
+concrete gates, plus lambda * expected L0 norm. For all three dL/dS comes through the mask; for movement it is
+dL/dW' * W exactly. Magnitude: W' = W * Top_v(|W|). RPP: a proximal step of a reweighted l1 norm after each update.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from compactlm_jax.compress.control import Controller, make_controller, solved_strength
+from compactlm_jax.compress.density import densities
+from compactlm_jax.compress.masks import (
+  OWN,
+  Leaves,
+  Masks,
+  final_masks,
+  has_scores,
+  make_masks,
+  on_slices,
+  share,
+  without_own,
+)
+from compactlm_jax.compress.structure import maskable
+from compactlm_jax.config import EncoderConfig, PruneConfig, to_json
+from compactlm_jax.config.prune import SCORED
+from compactlm_jax.losses.prune import l0_penalty, soft_penalty
+from compactlm_jax.ops.masks import prox_reweighted_l1
+from compactlm_jax.tree import named_leaves, nested, overlaid
+from compactlm_jax.types import Group, Metrics, Params, Spread, Task, Trainable
+
+_LOWEST = -1e2
+"""A threshold that keeps everything (the original's)."""
+
+
+def make_prune_task(
+  base: Task,
+  encoder: EncoderConfig,
+  config: PruneConfig,
+  *,
+  total_steps: int,
+  warmup: int,
+  learning_rate: Callable[[jax.Array], jax.Array],
+) -> Task:
+  """`base` with pruning: the same loss and evaluation, on masked weights.
+
+  Parameters are those of `base`, with 'scores' beside them (hard and soft movement, L0, random) and 'control' (a
+  cached threshold, the controller's weight). Metrics of a step have the density that it trained with.
+
+  Args:
+    base: a task whose parameters have an 'encoder'.
+    encoder: its configuration.
+    config: method and schedule.
+    total_steps: optimiser steps of the run.
+    warmup: warm-up steps of the learning rate, which the schedule counts in.
+    learning_rate: step -> learning rate of the weights (the proximal step is scaled by it).
+
+  Raises:
+    ConfigError: a schedule that the run is too short for, or a structure that the encoder's sizes do not allow.
+  """
+  masks = make_masks(encoder, config, total_steps, warmup)
+  controller = make_controller(masks, learning_rate, warmup) if config.control == 'density' else None
+  pruning = _Pruning(masks, learning_rate, controller)
+
+  def init(key: jax.Array) -> Params:
+    params = base.init(key)
+    return {**params, **pruning.init(params, jax.random.fold_in(key, 1))}
+
+  return dataclasses.replace(
+    base,
+    name='prune',
+    init=init,
+    trainable=_trainable(base.trainable, config),
+    groups={'scores': Group(r'scores/.*', config.scores_learning_rate)} if config.method in SCORED else {},
+    view=pruning.view,
+    after=pruning.after if pruning.follows else None,
+    finished=lambda params: bake(params, encoder, config),
+    results=lambda params: densities(params, encoder),
+    model={**base.model, 'prune': to_json(config)},
+  )
+
+
+def bake(params: Params, encoder: EncoderConfig, config: PruneConfig) -> Params:
+  """The finished model: its weights multiplied by the final masks, without scores.
+
+  Args:
+    params: parameters of a run of `make_prune_task`.
+    encoder: configuration of the encoder.
+    config: of the run.
+  """
+  masks = final_masks(encoder, config)
+  final = masks.final(params)
+  return without_own(params) if final is None else masks.apply(params, final, straight_through=False)
+
+
+def _trainable(base: Trainable, config: PruneConfig) -> Trainable:
+  """The base task's rows without what pruning adds or freezes, and rows for that."""
+  frozen = r'encoder/embeddings/(?!projection/).*'
+  others = '|'.join((*(f'{name}/' for name in OWN), *([frozen] if config.freeze_embeddings else [])))
+  rows: Trainable = tuple((rf'(?!{others})(?:{pattern})', value) for pattern, value in base)
+  rows += ((r'scores/.*', config.method in SCORED), (r'control/.*', False))
+  return (*rows, (frozen, False)) if config.freeze_embeddings else rows
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pruning:
+  """What a run does beside its base task."""
+
+  masks: Masks
+  learning_rate: Callable[[jax.Array], jax.Array]
+  controller: Controller | None = None
+
+  @property
+  def config(self) -> PruneConfig:
+    return self.masks.config
+
+  @property
+  def cached(self) -> bool:
+    """Whether a global threshold is kept for several steps."""
+    return self.config.threshold_every > 1
+
+  @property
+  def follows(self) -> bool:
+    return self.cached or self.config.control == 'density' or self.config.method == 'rpp'
+
+  def init(self, params: Params, key: jax.Array) -> Params:
+    """'scores' and 'control', where there are any."""
+    out: Params = {'scores': nested(self.masks.init_scores(key))} if has_scores(self.config) else {}
+    control: Params = {}
+    if self.cached:
+      control['threshold'] = jnp.float32(_LOWEST)
+    if self.controller is not None:
+      control |= self.controller.init(named_leaves(out.get('scores', {})))
+    return {**out, 'control': control} if control else out
+
+  def view(self, params: Params, key: jax.Array, step: jax.Array, spread: Spread) -> tuple[Params, jax.Array, Metrics]:
+    """See `types.View`."""
+    method, weight, masks = self.config.method, self.weight(params, step), self.masks
+    penalty, metrics = jnp.float32(0.0), {}
+    if method in ('rpp', 'post_hoc_magnitude'):
+      if method == 'rpp':
+        metrics = {'density': share(on_slices(self._kernels(params), spread)), 'regularization': weight}
+      return without_own(params), penalty, metrics
+    values = masks.ranked(params)
+    if method == 'l0':
+      found = masks.gates(values, key)
+      penalty = weight * l0_penalty(on_slices(values, spread), self.config.penalty)
+    elif method == 'soft_movement':
+      found = masks.above(values, step)
+      metrics['threshold'] = jnp.asarray(masks.thresholds, jnp.float32)[step]
+      if self.config.penalised:
+        penalty = weight * soft_penalty(on_slices(values, spread), self.config.penalty)
+    elif self.cached:
+      threshold = params['control']['threshold']
+      found = {name: (leaf > threshold).astype(leaf.dtype) for name, leaf in values.items()}
+    else:
+      found = masks.top(values, step, spread)
+    metrics['density'] = self._density(found, step, spread)
+    if self.config.penalised:
+      metrics |= {'penalty': penalty, 'regularization': weight}
+    read = masks.apply(params, found, straight_through=method in ('hard_movement', 'soft_movement'))
+    return read, penalty, jax.lax.stop_gradient(metrics)
+
+  def weight(self, params: Params, step: jax.Array) -> jax.Array:
+    """lambda_t: coupled to the threshold for soft movement (lambda * tau_t / tau), constant otherwise."""
+    if self.config.control == 'density':
+      return params['control']['regularization']
+    if self.config.method == 'soft_movement' and self.config.regularization:
+      table = self.config.regularization * self.masks.thresholds / self.config.threshold
+      return jnp.asarray(table, jnp.float32)[step]
+    return jnp.float32(self.config.regularization)
+
+  def after(self, old: Params, new: Params, step: jax.Array, spread: Spread) -> Params:
+    """See `types.Task`."""
+    control = dict(new.get('control', {}))
+    if self.config.method == 'rpp':
+      before, kernels, rate = self._kernels(old), self._kernels(new), self.learning_rate(step - 1)
+      if self.controller is None:
+        strength = rate * self.config.regularization
+      else:
+        strength = solved_strength(self.masks, kernels, before, step - 1, spread)
+        control['regularization'] = strength / jnp.maximum(rate, 1e-30)
+      shrunk = {
+        name: prox_reweighted_l1(leaf, before[name], strength, self.config.rpp_epsilon)
+        for name, leaf in kernels.items()
+      }
+      new = overlaid(new, nested(shrunk))
+    elif self.controller is not None:
+      control = self.controller.update(control, on_slices(self.masks.ranked(new), spread), step)
+    if self.cached:
+      control['threshold'] = self._threshold(new, step, spread)
+    return {**new, 'control': control} if control else new
+
+  def _threshold(self, params: Params, step: jax.Array, spread: Spread) -> jax.Array:
+    """The global threshold of this step: found anew when it is due, and when pruning begins."""
+    config, known = self.config, params['control']['threshold']
+    density = jnp.asarray(self.masks.densities, jnp.float32)[step]
+    due = ((step + config.first_step) % config.threshold_every == 0) | (known == _LOWEST)
+    found = self.masks.global_threshold(on_slices(self.masks.ranked(params), spread), step)
+    return jnp.where(density == 1, _LOWEST, jnp.where(due, found, known))
+
+  def _density(self, found: Leaves, step: jax.Array, spread: Spread) -> jax.Array:
+    if self.config.method in ('soft_movement', 'l0') or self.cached:
+      return share(on_slices(jax.lax.stop_gradient(found), spread))
+    return self.masks.kept_fraction(step)
+
+  def _kernels(self, params: Params) -> Leaves:
+    leaves = named_leaves(params)
+    return {name: leaves[name] for name in maskable(self.masks.encoder)}
