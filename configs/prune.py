@@ -1,7 +1,7 @@
 """Pruning while fine-tuning: movement pruning and what it is compared with.
 
-Variants: `table` for your own files; squad-METHOD, mnli-METHOD, qqp-METHOD with METHOD one of hard, soft, magnitude, l0,
-hybrid; minibert-TASK and layerdrop-TASK, the dense base lines.
+Variants: `table` for your own files; squad-METHOD, mnli-METHOD, qqp-METHOD with METHOD one of hard, soft, magnitude,
+l0, hybrid; minibert-TASK and layerdrop-TASK, the dense base lines.
 Claim: with a BERT-base teacher that was fine-tuned for the same task, the authors report at 10 % / 3 % of the encoder's
 weights (huggingface/transformers movement-pruning README; dense: 80.4/88.1, 84.5/84.9, 91.4/88.4). Published figures;
 none has been measured here.
@@ -12,12 +12,12 @@ none has been measured here.
   QQP accuracy/F1      magnitude 79.8/65.0, 72.4/57.8; L0 88.1/82.8, 87.0/81.9; hard 89.7/86.2, 86.1/81.5;
                        soft 90.2/86.8, 89.1/85.5
 Recipes: 3e-5, linear warm-up and decay, no weight decay, clipping at 1, embeddings frozen; scores at 1e-2 (L0 1e-1).
-  squad   384 tokens, batches of 16, 10 epochs, warm-up 5,400 (the README's commands: 15 % for hard and magnitude, lambda
-          400 for soft, 125 for L0)
+  squad   384 tokens, batches of 16, 10 epochs, warm-up 5,400 (the README's commands: 15 % for hard and magnitude,
+          lambda 400 for soft, 125 for L0)
   mnli    128 tokens, batches of 32, 6 epochs, warm-up 12,000, schedule multiples 1 and 1; soft: lambda 290
   qqp     128 tokens, batches of 32, 10 epochs, warm-up 11,000, multiples 2 and 3; soft: lambda 190
-          (both by third parties that started from the authors' code; alibaba/AliceMind ContrastivePruning, 190 gave 90 %,
-          550 97 % on QQP, 290 and 680 on MNLI, 600 and 2000 on SQuAD). L0's lambda outside SQuAD is our choice
+          (both by third parties that started from the authors' code; alibaba/AliceMind ContrastivePruning: 190 gave
+          90 %, 550 97 % on QQP, 290 and 680 on MNLI, 600 and 2000 on SQuAD). L0's lambda outside SQuAD is our choice
   hybrid  nn_pruning: 32 x 32 blocks in the attention, neurons in the feed-forward, sigmoid threshold, lambda 10, 20
           epochs on SQuAD and 12 on GLUE
   minibert, layerdrop  the same updates on a small dense model (--config.model=SMALL) and with every layer left out with

@@ -30,6 +30,7 @@ from compactlm_jax.compress.masks import (
 from compactlm_jax.compress.structure import maskable
 from compactlm_jax.config import EncoderConfig, PruneConfig, to_json
 from compactlm_jax.config.prune import SCORED
+from compactlm_jax.errors import ConfigError
 from compactlm_jax.losses.prune import l0_penalty, soft_penalty
 from compactlm_jax.ops.masks import prox_reweighted_l1
 from compactlm_jax.tree import named_leaves, nested, overlaid
@@ -62,8 +63,11 @@ def make_prune_task(
     learning_rate: step -> learning rate of the weights (the proximal step is scaled by it).
 
   Raises:
-    ConfigError: a schedule that the run is too short for, or a structure that the encoder's sizes do not allow.
+    ConfigError: a schedule that the run is too short for, a structure that the encoder's sizes do not allow, or a base
+      task that removes layers.
   """
+  if base.finished is not None:
+    raise ConfigError('config.finetune.keep_layers: layers are not removed while weights are pruned; leave it empty')
   masks = make_masks(encoder, config, total_steps, warmup)
   controller = make_controller(masks, learning_rate, warmup) if config.control == 'density' else None
   pruning = _Pruning(masks, learning_rate, controller)
