@@ -18,6 +18,7 @@ from compactlm_jax.config import (
   MaskConfig,
   MeshConfig,
   OptimizerConfig,
+  PruneConfig,
   RunConfig,
   SpanConfig,
   from_config_dict,
@@ -64,12 +65,13 @@ def test_every_field_is_documented():
     DistillConfig,
     FinetuneConfig,
     SpanConfig,
+    PruneConfig,
     EncoderConfig,
     MaskConfig,
     ElectraConfig,
   ):
     for field in dataclasses.fields(kind):
-      sections = ('data', 'optimizer', 'mesh', 'distill', 'finetune', 'span', 'mask', 'electra')
+      sections = ('data', 'optimizer', 'mesh', 'distill', 'finetune', 'span', 'prune', 'mask', 'electra')
       if kind is RunConfig and field.name in sections:
         continue
       listed = re.search(rf'^ +(\w+, )*{field.name}(, \w+)*( and \w+)?: ', kind.__doc__, re.MULTILINE)
