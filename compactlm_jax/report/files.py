@@ -6,6 +6,7 @@ import pathlib
 
 from compactlm_jax.errors import ConfigError, StorageError
 from compactlm_jax.report.plot import draw_curves, draw_scores, has_curves
+from compactlm_jax.report.pruning_plot import draw_pruning, draw_schedules, has_pruned, has_schedules
 from compactlm_jax.report.runs import Report
 from compactlm_jax.report.tables import as_csv, as_json, as_markdown
 
@@ -28,8 +29,9 @@ def write_report(report: Report, output: str, curves: bool = False) -> tuple[str
 
   Args:
     report: what was collected.
-    output: FILE.md, .csv, .json or .png; without an ending PREFIX.md, PREFIX.csv, PREFIX.json, PREFIX.png (scores) and
-      PREFIX-curves.png (where losses were logged); '' writes nothing.
+    output: FILE.md, .csv, .json or .png; without an ending PREFIX.md, PREFIX.csv, PREFIX.json, PREFIX.png (scores),
+      PREFIX-curves.png (where losses were logged), and of pruned runs PREFIX-pruning.png (scores over remaining
+      weights) and PREFIX-pruning-steps.png (schedule and sparsity over steps); '' writes nothing.
     curves: FILE.png shows learning curves instead of scores.
 
   Returns:
@@ -52,6 +54,8 @@ def write_report(report: Report, output: str, curves: bool = False) -> tuple[str
   else:
     figures = {f'{output}.png': draw_scores(report)}
     figures |= {f'{output}-curves.png': draw_curves(report)} if has_curves(report) else {}
+    figures |= {f'{output}-pruning.png': draw_pruning(report)} if has_pruned(report) else {}
+    figures |= {f'{output}-pruning-steps.png': draw_schedules(report)} if has_schedules(report) else {}
   makers = {'.md': as_markdown, '.csv': as_csv, '.json': as_json}
   texts = {str(path.with_suffix(s)): make(report) for s, make in makers.items() if path.suffix in ('', s)}
   try:

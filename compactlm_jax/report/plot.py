@@ -19,8 +19,8 @@ from compactlm_jax.report.summary import lower_is_better, summarize
 
 MAX_PANELS = 6
 MAX_POINTS = 100
-_COLOURS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9', '#000000')
-_GREY = '#707070'
+COLOURS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9', '#000000')
+GREY = '#707070'
 
 
 def draw_scores(report: Report) -> Any:
@@ -45,7 +45,7 @@ def draw_scores(report: Report) -> Any:
       having = [group for group in groups if group.values(name)]
       panels.append((subject, having, name, [row for row in rows if row.metric == name]))
   heights = [0.9 + 0.3 * (len(groups) + len(quoted)) for _, groups, _, quoted in panels]
-  figure = _figure((8.5, sum(heights) + 0.7))
+  figure = new_figure((8.5, sum(heights) + 0.7))
   axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
   for ax, (subject, groups, metric, quoted) in zip(axes, panels):
     _score_panel(ax, groups, metric, quoted)
@@ -70,14 +70,15 @@ def draw_curves(report: Report) -> Any:
   for group in report.groups:
     logged = [read_metrics(run.folder) for run in group.runs]
     for name in ('loss', 'eval_loss'):
-      curves = [points for points in (_points(lines, name) for lines in logged) if len(points)]
+      curves = [points for points in (points_of(lines, name) for lines in logged) if len(points)]
       if curves:
-        drawn.setdefault((group.subject, name), []).append((group, *_on_one_grid(curves)))
+        drawn.setdefault((group.subject, name), []).append((group, *on_one_grid(curves)))
   if not drawn:
     raise ConfigError('no run has losses in metrics.jsonl: there are no curves to draw')
   subjects = list(dict.fromkeys(subject for subject, _ in drawn))
   names = list(dict.fromkeys(name for _, name in drawn))
-  figure = _figure((6.5 * len(names) + 0.5, 3.6 * len(subjects) + 0.4))
+  height = max(3.6, 1.2 + 0.2 * max(map(len, drawn.values())))  # the legend has a line for each group
+  figure = new_figure((6.5 * len(names) + 0.5, height * len(subjects) + 0.4))
   axes = figure.subplots(len(subjects), len(names), squeeze=False)
   for i, subject in enumerate(subjects):
     for j, name in enumerate(names):
@@ -88,10 +89,15 @@ def draw_curves(report: Report) -> Any:
 
 def has_curves(report: Report) -> bool:
   """Whether `draw_curves` has anything to draw."""
-  return any(len(_points(read_metrics(run.folder), 'loss')) for group in report.groups for run in group.runs)
+  return any(len(points_of(read_metrics(run.folder), 'loss')) for group in report.groups for run in group.runs)
 
 
-def _figure(size: tuple[float, float]) -> Any:
+def new_figure(size: tuple[float, float]) -> Any:
+  """An empty Figure of so many inches.
+
+  Raises:
+    ConfigError: matplotlib is not installed.
+  """
   try:
     figure = importlib.import_module('matplotlib.figure')
     agg = importlib.import_module('matplotlib.backends.backend_agg')
@@ -105,7 +111,7 @@ def _figure(size: tuple[float, float]) -> Any:
 def _score_panel(ax: Any, groups: Sequence[Group], metric: str, rows: Sequence[Published]) -> None:
   labels = []
   for y, group in enumerate(groups):
-    values, colour = np.array(group.values(metric)), _COLOURS[y % len(_COLOURS)]
+    values, colour = np.array(group.values(metric)), COLOURS[y % len(COLOURS)]
     labels.append(f'{group.name} (n={values.size})')
     s = summarize(values.tolist(), metric)
     apart = y + 0.16 + np.linspace(-0.07, 0.07, values.size)  # equal scores do not hide each other
@@ -116,11 +122,11 @@ def _score_panel(ax: Any, groups: Sequence[Group], metric: str, rows: Sequence[P
   for y, row in enumerate(rows, len(groups)):
     labels.append(f'{row.model}, published')
     spread = row.stderr if row.stderr is not None else row.std
-    ax.errorbar([row.value], [y], xerr=None if spread is None else [spread], fmt='s', color=_GREY, markersize=5,
+    ax.errorbar([row.value], [y], xerr=None if spread is None else [spread], fmt='s', color=GREY, markersize=5,
                 markerfacecolor='white', capsize=3)  # fmt: skip
   ax.set_yticks(range(len(labels)), labels)
   for tick, _ in zip(ax.get_yticklabels()[len(groups) :], rows):
-    tick.set_color(_GREY)
+    tick.set_color(GREY)
   if rows:
     ax.axhline(len(groups) - 0.5, color='#c0c0c0', linewidth=0.8)
   ax.set_ylim(len(labels) - 0.4, -0.6)
@@ -139,18 +145,18 @@ def _legend(figure: Any, with_published: bool) -> None:
     ({'marker': 'D', 'color': 'black'}, 'mean ± standard error'),
   ]
   if with_published:
-    kinds.append(({'marker': 's', 'color': _GREY, 'markerfacecolor': 'white'}, 'published, not measured here'))
+    kinds.append(({'marker': 's', 'color': GREY, 'markerfacecolor': 'white'}, 'published, not measured here'))
   handles = [make([], [], linestyle='none', label=label, **style) for style, label in kinds]
   figure.legend(handles=handles, loc='outside upper center', ncols=len(handles), frameon=False, fontsize=9)
 
 
-def _points(lines: Sequence[dict[str, Any]], name: str) -> np.ndarray:
+def points_of(lines: Sequence[dict[str, Any]], name: str) -> np.ndarray:
   """[(step, value), ...] of the lines that have a finite value."""
   found = np.array([(line['step'], line[name]) for line in lines if name in line], np.float64).reshape(-1, 2)
   return found[np.isfinite(found[:, 1])]
 
 
-def _on_one_grid(curves: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def on_one_grid(curves: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
   """(steps [P], values [runs, P]): means of both over equal stretches of steps; NaN where a run has none."""
   first, last = min(c[:, 0].min() for c in curves), max(c[:, 0].max() for c in curves)
   count = min(MAX_POINTS, max(len(c) for c in curves))
@@ -167,7 +173,7 @@ def _on_one_grid(curves: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 def _curve_panel(ax: Any, curves: Sequence[tuple[Group, np.ndarray, np.ndarray]]) -> None:
   for i, (group, steps, values) in enumerate(curves):
-    colour = _COLOURS[i % len(_COLOURS)]
+    colour = COLOURS[i % len(COLOURS)]
     label = f'{group.name}: median of {len(values)}' + (', lowest to highest' if len(values) > 1 else '')
     ax.plot(steps, np.nanmedian(values, 0), color=colour, linewidth=1.6, label=label)
     if len(values) > 1:

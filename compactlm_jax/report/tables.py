@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from compactlm_jax.report.pruning import rows_of
 from compactlm_jax.report.published import Published, published
 from compactlm_jax.report.runs import Group, Report, Run
 from compactlm_jax.report.summary import summarize
@@ -17,6 +18,7 @@ from compactlm_jax.report.summary import summarize
 STATISTICS = ('n', 'median', 'mean', 'std', 'stderr', 'best', 'worst')
 _COLUMNS = ('record', 'subject', 'group', 'seed', 'metric', 'statistic', 'value', 'steps', 'seconds', 'config_hash',
             'code', 'folder', 'command', 'source')  # fmt: skip
+REMAINING = 'Pruned runs; what remains is a mean over seeds, of the weights of the encoder that can be masked.'
 NOT_MEASURED = 'Published by others, not measured here: other encoders, the whole training and dev sets.'
 
 
@@ -30,6 +32,9 @@ def as_markdown(report: Report, runs: bool = True) -> str:
   parts = []
   for subject, groups in report.subjects().items():
     parts += [f'## {subject}', _scores(groups)]
+    pruned = _pruned(groups)
+    if pruned:
+      parts += [REMAINING, pruned]
     rows = published(groups[0].benchmark) if runs else ()
     if rows:
       parts += [NOT_MEASURED, _table(('published model', 'metric', 'score', 'spread', 'source'), map(_quoted, rows))]
@@ -49,7 +54,8 @@ def as_csv(report: Report) -> str:
       common = {'subject': subject, 'group': group.name}
       for run in group.runs:
         facts = {**common, 'record': 'run', 'seed': run.config.seed, **_facts(run)}
-        writer.writerows({**facts, 'metric': name, 'value': value} for name, value in run.scores.items())
+        measured = {**run.scores, **_sizes(run)}
+        writer.writerows({**facts, 'metric': name, 'value': value} for name, value in measured.items())
       for metric in group.metrics:
         found = dataclasses.asdict(summarize(group.values(metric), metric))
         writer.writerows(
@@ -77,7 +83,12 @@ def as_json(report: Report) -> str:
         for metric in group.metrics
       },
       'runs': [
-        {'seed': run.config.seed, 'metrics': {k: _finite(v) for k, v in run.scores.items()}, **_facts(run)}
+        {
+          'seed': run.config.seed,
+          'metrics': {k: _finite(v) for k, v in run.scores.items()},
+          **_sizes(run),
+          **_facts(run),
+        }
         for run in group.runs
       ],
     }
@@ -86,7 +97,22 @@ def as_json(report: Report) -> str:
   names = dict.fromkeys(group.benchmark for group in report.groups)
   rows = [{'benchmark': name, **dataclasses.asdict(row)} for name in names for row in published(name)]
   left_out = [{'folder': folder, 'why': why} for folder, why in report.left_out]
-  whole = {'groups': groups, 'published': rows, 'left_out': left_out, 'notes': list(report.notes)}
+  pruned = [
+    {
+      'subject': subject,
+      **dataclasses.asdict(row),
+      'scores': {k: _finite(v) for k, v in dataclasses.asdict(row.scores).items()},
+    }
+    for subject, members in report.subjects().items()
+    for row in rows_of(members)
+  ]
+  whole: dict[str, Any] = {
+    'groups': groups,
+    **({'pruned': pruned} if pruned else {}),
+    'published': rows,
+    'left_out': left_out,
+  }
+  whole |= {'notes': list(report.notes)}
   return json.dumps(whole, indent=2, allow_nan=False) + '\n'
 
 
@@ -103,6 +129,27 @@ def _finite(value: float | None) -> float | None:
 
 def _facts(run: Run) -> dict[str, Any]:
   return {name: getattr(run, name) for name in ('steps', 'seconds', 'config_hash', 'code', 'folder', 'command')}
+
+
+def _sizes(run: Run) -> dict[str, float]:
+  """What remains of a pruned encoder, by names of results.json."""
+  known = {'density': run.remaining, 'nonzero': run.nonzero}
+  return {name: value for name, value in known.items() if value is not None}
+
+
+def _pruned(groups: Sequence[Group]) -> str:
+  """The table of pruned groups; '' if there are none."""
+  rows = []
+  for row in rows_of(groups):
+    s = row.scores
+    remains = f'{100 * row.remaining:.2f} %', '-' if row.nonzero is None else f'{row.nonzero:,.0f}'
+    spread = number(s.std), '-' if s.n == 1 else f'{number(min(s.best, s.worst))} to {number(max(s.best, s.worst))}'
+    of_dense = '-' if row.of_dense is None else f'{100 * row.of_dense:.1f} %'
+    settings = (row.method, 'weights' if row.structure == 'none' else row.structure, row.teacher or '-', row.asked)
+    rows.append((*settings, *remains, row.metric, str(s.n), number(s.mean), *spread, of_dense, row.group))
+  head = ('method', 'pruned', 'teacher', 'asked', 'remaining', 'non-zero weights', 'metric', 'n', 'mean',
+          'standard deviation', 'range', 'of dense', 'runs')  # fmt: skip
+  return _table(head, rows) if rows else ''
 
 
 def _scores(groups: Sequence[Group]) -> str:

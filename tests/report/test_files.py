@@ -9,7 +9,7 @@ from finished_runs import finished, series
 from compactlm_jax.config import FinetuneConfig, OptimizerConfig
 from compactlm_jax.errors import ConfigError
 from compactlm_jax.report import as_csv, as_json, as_markdown, collect, write_report
-from compactlm_jax.report.plot import _on_one_grid, draw_curves, draw_scores
+from compactlm_jax.report.plot import draw_curves, draw_scores, on_one_grid
 from compactlm_jax.train.rundir import read_run
 
 
@@ -105,10 +105,10 @@ def test_long_curves_are_averaged_over_stretches():
   """1,000 steps, 10 to a stretch, losses equal to their step: the mean is the middle. Mutation: take every tenth."""
   steps = np.arange(1.0, 1001)
   curve = np.stack([steps, steps], 1)
-  middles, values = _on_one_grid([curve, curve])
+  middles, values = on_one_grid([curve, curve])
   assert values.shape == (2, 100)
   np.testing.assert_allclose(middles, np.arange(100) * 10 + 5.5)
   np.testing.assert_allclose(values, [middles, middles])
   few = np.array([[50.0, 3], [100, 2], [150, 1]])  # points stay where they are
-  np.testing.assert_array_equal(_on_one_grid([few, few[1:]])[0], few[:, 0])
-  np.testing.assert_array_equal(_on_one_grid([few, few[1:]])[1], [[3, 2, 1], [np.nan, 2, 1]])
+  np.testing.assert_array_equal(on_one_grid([few, few[1:]])[0], few[:, 0])
+  np.testing.assert_array_equal(on_one_grid([few, few[1:]])[1], [[3, 2, 1], [np.nan, 2, 1]])

@@ -1,0 +1,218 @@
+"""Pruned runs in reports: which share a line, their table, their pictures."""
+
+import csv
+import dataclasses
+import io
+import json
+
+import numpy as np
+import pytest
+from finished_runs import IDENTITY, finished
+
+from compactlm_jax.config import FinetuneConfig, OptimizerConfig, PruneConfig
+from compactlm_jax.report import as_csv, as_json, as_markdown, collect, write_report
+from compactlm_jax.report.pruning import lines_of, rows_of
+from compactlm_jax.report.pruning_plot import draw_pruning, draw_schedules, has_pruned, has_schedules
+from compactlm_jax.train.rundir import FREE_FIELDS, read_run
+
+SST = {'finetune': FinetuneConfig(benchmark='sst2')}
+WEIGHTS = 1_000_000
+SOFT = PruneConfig(method='soft_movement', regularization=100.0)
+
+
+def pruned(parent, prune, remaining, accuracies, *, logged=True, nonzero=True, **fields):
+  """PARENT/seed-0, ...: runs of task 'prune' of which `remaining` (one number, or one for each) is left."""
+  for seed, (share, accuracy) in enumerate(zip(np.broadcast_to(remaining, len(accuracies)), accuracies)):
+    folder = parent / f'seed-{seed}'
+    folder.mkdir(parents=True)
+    finished(folder, {'accuracy': accuracy, 'loss': 1 - accuracy}, task='prune', prune=prune, seed=seed, **SST | fields)
+    results = json.loads((folder / 'results.json').read_text()) | {'density': float(share)}
+    results |= {'nonzero': round(share * WEIGHTS)} if nonzero else {}
+    (folder / 'results.json').write_text(json.dumps(results))
+    density = np.linspace(1, share, 5)
+    lines = [{'step': 2 * i, 'loss': 1.0, 'density': d} for i, d in enumerate(density, 1)]
+    if prune.method == 'soft_movement':
+      lines = [line | {'threshold': 0.02 * i, 'regularization': 20.0 * i} for i, line in enumerate(lines, 1)]
+    (folder / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines) if logged else '')
+  return parent
+
+
+def dense(folder, accuracy=0.9, **fields):
+  folder.mkdir(parents=True)
+  return finished(folder, {'accuracy': accuracy, 'loss': 1 - accuracy}, **SST | fields)
+
+
+def gather(*folders):
+  return collect([str(folder) for folder in folders], read_run, FREE_FIELDS)
+
+
+@pytest.fixture
+def report(tmp_path):
+  """Magnitude at two densities, soft movement at two lambdas (measured densities differ by seed), and a dense run."""
+  low = pruned(tmp_path / 'map3', PruneConfig(method='magnitude', density=0.03), 0.03, [0.6, 0.62])
+  high = pruned(tmp_path / 'map10', PruneConfig(method='magnitude', density=0.1), 0.1, [0.72, 0.8, 0.76])
+  weak = pruned(tmp_path / 'soft100', SOFT, [0.09, 0.11], [0.85, 0.83])
+  strong = pruned(tmp_path / 'soft400', dataclasses.replace(SOFT, regularization=400.0), 0.04, [0.81])
+  return gather(high, strong, low, weak, dense(tmp_path / 'dense'))
+
+
+def test_runs_that_differ_in_how_much_they_prune_share_a_line(report):
+  """Mutations: order by density asked; a line for each lambda; take the dense run for a pruned one."""
+  lines = lines_of(report.groups)
+  assert {line.label: [group.name for group in line.groups] for line in lines} == {
+    'soft movement': ['soft400', 'soft100'],
+    'magnitude': ['map3', 'map10'],
+  }
+
+
+@pytest.mark.parametrize(
+  ('prune', 'fields', 'label'),
+  [
+    ({'structure': 'heads'}, {}, 'magnitude, heads'),
+    ({'scope': 'global'}, {}, 'magnitude (scope=global)'),
+    ({'final_warmup': 3.0}, {}, 'magnitude (final_warmup=3)'),
+    ({'method': 'post_hoc_magnitude'}, {}, 'magnitude, post hoc'),
+    ({}, {'teacher': 'runs/big'}, 'magnitude, distilled'),
+    ({}, {'optimizer': OptimizerConfig(learning_rate=1e-5)}, 'magnitude (learning_rate=1e-05)'),
+    ({}, {'identity': {**IDENTITY, 'data': 'others'}}, 'magnitude (data=others)'),
+  ],
+)
+def test_runs_of_other_settings_never_share_a_line(tmp_path, prune, fields, label):
+  """Even at another density. Mutation: make lines by method."""
+  base = PruneConfig(method='magnitude', density=0.1)
+  one = pruned(tmp_path / 'a', base, 0.1, [0.7])
+  two = pruned(tmp_path / 'b', dataclasses.replace(base, density=0.03, **prune), 0.03, [0.6], **fields)
+  lines = lines_of(gather(one, two).groups)
+  assert len(lines) == 2 and {len(line.groups) for line in lines} == {1}
+  assert label in {line.label for line in lines}
+
+
+def test_what_decides_how_much_remains(tmp_path):
+  """With the controller it is the density, and the weight to begin with is a setting as any other; without a penalty
+  it is the threshold. Mutation: the weight of the penalty always."""
+  controlled = dataclasses.replace(SOFT, control='density', density=0.1)
+  thresholds = dataclasses.replace(SOFT, regularization=0.0)
+  runs = {
+    'a': controlled,
+    'b': dataclasses.replace(controlled, density=0.03),
+    'c': dataclasses.replace(controlled, density=0.03, regularization=7.0),
+    'd': dataclasses.replace(thresholds, threshold=0.3),
+    'e': thresholds,
+  }
+  report = gather(*(pruned(tmp_path / name, prune, 0.1, [0.7]) for name, prune in runs.items()))
+  assert {frozenset(group.name for group in line.groups) for line in lines_of(report.groups)} == {
+    frozenset('ab'), frozenset('c'), frozenset('de'),
+  }  # fmt: skip
+  asked = {row.group: row.asked for row in rows_of(report.groups)}
+  assert asked == {
+    'a': 'density 0.1',
+    'b': 'density 0.03',
+    'c': 'density 0.03',
+    'd': 'threshold 0.3',
+    'e': 'threshold 0.1',
+  }
+
+
+def test_rows_hold_what_numpy_computes(report):
+  """Mutations: the median; a spread that divides by n; the share of the loss of the dense run."""
+  rows = {(row.group, row.metric): row for row in rows_of(report.groups)}
+  assert len(rows) == 8
+  row, values = rows['map10', 'accuracy'], np.array([0.72, 0.8, 0.76])
+  assert (row.method, row.structure, row.teacher, row.asked) == ('magnitude', 'none', '', 'density 0.1')
+  assert row.scores.mean == pytest.approx(values.mean()) and row.scores.std == pytest.approx(values.std(ddof=1))
+  assert row.of_dense == pytest.approx(values.mean() / 0.9) and rows['map10', 'loss'].of_dense is None
+  soft = rows['soft100', 'accuracy']
+  assert (soft.remaining, soft.nonzero, soft.asked) == (pytest.approx(0.1), 100_000, 'lambda 100')
+
+
+def test_the_table_stands_in_every_text(report):
+  """Mutation: leave what remains out of one of them."""
+  text = as_markdown(report)
+  line = next(
+    line for line in text.splitlines() if line.startswith('| magnitude') and 'accuracy' in line and '0.1 ' in line
+  )
+  assert [c.strip() for c in line[1:-1].split('|')] == [
+    'magnitude', 'weights', '-', 'density 0.1', '10.00 %', '100,000', 'accuracy', '3', '0.7600', '0.0400',
+    '0.7200 to 0.8000', '84.4 %', 'map10',
+  ]  # fmt: skip
+  rows = [row for row in csv.DictReader(io.StringIO(as_csv(report))) if row['group'] == 'soft100']
+  assert [float(r['value']) for r in rows if r['metric'] == 'density'] == [0.09, 0.11]
+  assert [float(r['value']) for r in rows if r['metric'] == 'nonzero'] == [90_000, 110_000]
+  found = json.loads(as_json(report))
+  assert {row['group'] for row in found['pruned']} == {'map3', 'map10', 'soft100', 'soft400'}
+  runs = {group['name']: group['runs'] for group in found['groups']}
+  assert runs['soft100'][1]['density'] == 0.11 and 'density' not in runs['dense'][0]
+
+
+def test_reports_without_pruned_runs_are_as_before(tmp_path):
+  """Mutation: an empty table, or empty pictures."""
+  report = gather(dense(tmp_path / 'dense'))
+  assert not has_pruned(report) and not has_schedules(report) and 'remaining' not in as_markdown(report)
+  assert 'pruned' not in json.loads(as_json(report))
+  assert [w.rpartition('/')[2] for w in write_report(report, f'{tmp_path}/r')] == ['r.md', 'r.csv', 'r.json', 'r.png']
+
+
+def test_a_prefix_gives_pictures_of_pruning(report, tmp_path):
+  """Mutation: forget one."""
+  written = {w.rpartition('/')[2] for w in write_report(report, f'{tmp_path}/r')}
+  assert written >= {'r-pruning.png', 'r-pruning-steps.png'}
+
+
+def test_scores_stand_over_what_remains(report):
+  """Mutations: the density asked for; the spread of the mean; a linear scale; a solid line of the dense run."""
+  figure = draw_pruning(report)
+  (ax,) = figure.axes
+  assert ax.get_xscale() == 'log' and ax.get_title(loc='left') == 'sst2: accuracy'
+  drawn = {bar.get_label(): bar for bar in ax.containers}
+  assert set(drawn) == {'magnitude (n=2 to 3)', 'soft movement (n=1 to 2)'}
+  line, _, (bars,) = drawn['magnitude (n=2 to 3)']
+  np.testing.assert_allclose(line.get_xydata(), [[3, 0.61], [10, 0.76]])
+  np.testing.assert_allclose(bars.get_segments()[1][:, 1], [0.72, 0.8])  # 0.76 with a deviation of 0.04
+  soft = drawn['soft movement (n=1 to 2)'][0]
+  np.testing.assert_allclose(soft.get_xydata(), [[4, 0.81], [10, 0.84]])
+  flat = next(line for line in ax.lines if line.get_label() == 'dense: dense (n=1)')
+  assert flat.get_linestyle() == '--' and set(flat.get_ydata()) == {0.9}
+  (top,) = ax.child_axes
+  assert top.get_xlabel() == 'non-zero weights, millions'
+  ticks = dict(zip(ax.get_xticks().tolist(), (tick.get_text() for tick in top.get_xticklabels())))
+  assert ticks[3] == '0.03' and ticks[10] == '0.1'
+
+
+def test_encoders_of_different_sizes_have_no_common_scale(tmp_path):
+  """Mutation: the scale of the first."""
+  one = pruned(tmp_path / 'a', PruneConfig(density=0.1), 0.1, [0.7])
+  two = pruned(tmp_path / 'b', PruneConfig(density=0.03), 0.03, [0.6], nonzero=False)
+  assert draw_pruning(gather(one, two)).axes[0].child_axes
+  path = two / 'seed-0' / 'results.json'
+  path.write_text(json.dumps(json.loads(path.read_text()) | {'nonzero': 60_000}))
+  assert not draw_pruning(gather(one, two)).axes[0].child_axes
+
+
+def test_schedules_show_the_median_over_steps(report):
+  """Mutations: the mean; fractions for per cent; a panel for what nobody logged."""
+  figure = draw_schedules(report)
+  names = [ax.get_ylabel() for ax in figure.axes if ax.get_ylabel()]
+  assert names == ['remaining of what is masked (%)', 'threshold of the scores', 'weight of the penalty']
+  density = figure.axes[0]
+  assert len(density.lines) == 4 and density.get_yscale() == 'log'
+  of_soft = [line.get_xydata() for line in density.lines if len(line.get_xdata()) == 5]
+  ends = sorted(float(points[-1, 1]) for points in of_soft)
+  np.testing.assert_allclose(ends, [3, 4, 10, 10])
+  np.testing.assert_array_equal(of_soft[0][:, 0], [2, 4, 6, 8, 10])
+  (legend,) = figure.legends
+  assert [text.get_text() for text in legend.get_texts()] == ['soft movement', 'magnitude']
+
+
+def test_runs_without_a_log_have_no_schedule(tmp_path):
+  """Mutation: draw an empty picture."""
+  report = gather(pruned(tmp_path / 'a', PruneConfig(), 0.1, [0.7], logged=False))
+  assert has_pruned(report) and not has_schedules(report)
+
+
+def test_pruned_runs_stand_beside_dense_ones_of_their_own_files(tmp_path):
+  """They are of two tasks and one subject. Mutation: refuse them as runs of different tasks."""
+  from compactlm_jax.config import DataConfig
+
+  own = {'finetune': FinetuneConfig(), 'data': DataConfig(train='a.tsv', dev='b.tsv')}
+  report = gather(pruned(tmp_path / 'a', PruneConfig(), 0.1, [0.7], **own), dense(tmp_path / 'd', **own))
+  assert list(report.subjects()) == ['finetune on b.tsv']
