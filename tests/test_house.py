@@ -43,6 +43,8 @@ ONLY_HERE = {
   'tokenizers': {'data', 'interop'},
   'transformers': {'interop'},
   'matplotlib': {'analysis', 'report'},
+  'onnx': {'interop'},
+  'onnxruntime': {'interop', 'jobs'},
   'sklearn': {'scoring'},
   'scipy': {'scoring'},
   'torch': set(),
