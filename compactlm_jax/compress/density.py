@@ -25,7 +25,8 @@ def densities(params: Params, encoder: EncoderConfig) -> dict[str, Any]:
     encoder: its configuration.
 
   Returns:
-    JSON-able: 'density', a fraction; 'by_matrix', {'attention/query': [one for each layer], ...}; 'by_layer', a list.
+    JSON-able: 'density', a fraction; 'nonzero' and 'weights', the numbers that it divides; 'by_matrix',
+    {'attention/query': [one for each layer], ...}; 'by_layer', a list.
   """
   stock = dataclasses.replace(encoder, heads_per_layer=(), neurons_per_layer=())
   (stack,), leaves = stack_names(stock), named_leaves(params)
@@ -42,6 +43,8 @@ def densities(params: Params, encoder: EncoderConfig) -> dict[str, Any]:
   layers = sum(counts.values(), np.zeros(encoder.num_layers))
   return {
     'density': float(layers.sum() / (whole * encoder.num_layers)),
+    'nonzero': int(layers.sum()),
+    'weights': whole * encoder.num_layers,
     'by_matrix': {name.removesuffix('/kernel'): (counts[name] / size).tolist() for name, size in sizes.items()},
     'by_layer': (layers / whole).tolist(),
   }
