@@ -28,6 +28,9 @@ KINDS = {
   'convbert': dict(
     embedding_size=8, num_heads=2, head_size=8, conv_kernel_size=3, num_groups=2, conv_sees_padding=True
   ),
+  'ragged': dict(
+    architecture='bert', intermediate_size=128, num_layers=3, heads_per_layer=(1, 0, 4), neurons_per_layer=(16, 128, 0)
+  ),
 }
 QUERY = 'encoder.layer.1.attention.self.query.weight'
 
@@ -39,7 +42,7 @@ def _bundle(kind='bert', density=0.03, classes=0, tokenizer=None, **fields):
 
   def leaf(name, shape):
     value = rng.standard_normal(shape.shape).astype(np.float32) / 4
-    return value * (rng.random(shape.shape) < density) if '/layers/' in name and name.endswith('/kernel') else value
+    return value * (rng.random(shape.shape) < density) if '/layers' in name and name.endswith('/kernel') else value
 
   params = map_named(leaf, encoder_shapes(config))
   if classes:
@@ -144,18 +147,22 @@ def test_a_layer_of_bert_base_takes_what_was_promised(tmp_path):
     assert file <= most * dense + 4 * outside  # with the header
 
 
-def test_the_report_adds_up(tmp_path):
+@pytest.mark.parametrize('values', ['bfloat16', 'int8'])
+def test_the_report_adds_up(values, tmp_path):
   """Mutation: leave scales out of the bytes; count negative zeros."""
-  bundle = _bundle('convbert', density=0.5, classes=2)
-  report = save_sparse(bundle, tmp_path / 'e', 'bfloat16')
+  bundle = _bundle('convbert', density=0.3, classes=2)
+  report = save_sparse(bundle, tmp_path / 'e', values)
   stored = safetensors.numpy.load_file(tmp_path / 'e/model.sparse.safetensors')
   assert sum(size.bytes for size in report.tensors.values()) == sum(array.nbytes for array in stored.values())
   assert sum(size.bytes for size in report.kinds.values()) == sum(size.bytes for size in report.tensors.values())
   query = report.kinds['encoder.layer.{i}.attention.self.query.weight']
   kernel = np.asarray(bundle.params['encoder']['layers']['attention']['query']['kernel'])
-  assert (query.elements, query.nonzeros, query.dense_bytes) == (kernel.size, np.count_nonzero(kernel), 4 * kernel.size)
+  back = np.asarray(from_pretrained(tmp_path / 'e').params['encoder']['layers']['attention']['query']['kernel'])
+  assert (query.elements, query.nonzeros, query.dense_bytes) == (kernel.size, np.count_nonzero(back), 4 * kernel.size)
   assert query.encodings == {'bitmask': 2}
-  assert query.bytes == kernel.size // 8 + 2 * query.nonzeros + 2 * 8
+  assert query.bytes == kernel.size // 8 + {'bfloat16': 2, 'int8': 1}[values] * query.nonzeros + 2 * 8 + (
+    4 * 2 * kernel.shape[2] if values == 'int8' else 0
+  )
   inside = sum(size.bytes for name, size in report.tensors.items() if '.layer.' in name)
   assert report.layers.bytes == inside < report.bytes
 
