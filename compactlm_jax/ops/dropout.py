@@ -13,7 +13,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from compactlm_jax.ops.fusion import materialize
 
@@ -46,6 +46,11 @@ def site_words(key: jax.Array, site: int | Array) -> UInt32[Array, '2']:
 
 def keep_mask(words: UInt32[Array, '2'], shape: tuple[int, ...], rate: float) -> Bool[Array, '...']:
   """True with probability 1 - rate, independently for each element of `shape`."""
+  return random_bits(words, shape) >= np.int32(round(rate * 2**31))
+
+
+def random_bits(words: UInt32[Array, '2'], shape: tuple[int, ...]) -> Int[Array, '...']:
+  """Uniform integers in [0, 2^31), independent for each element of `shape`."""
   rows, columns = math.prod(shape[:-1]), shape[-1]
   index = jax.lax.iota(jnp.uint32, rows)
   a = _mix(_mix(index ^ words[0]) + words[1])
@@ -54,8 +59,8 @@ def keep_mask(words: UInt32[Array, '2'], shape: tuple[int, ...], rate: float) ->
   h = (jax.lax.broadcasted_iota(jnp.uint32, (rows, columns), 1) * np.uint32(0x9E3779B1)) ^ a[:, None]
   h = h * np.uint32(0x21F0AAAD)
   h = ((h ^ (h >> 15)) + b[:, None]) * np.uint32(0x735A2D97)
-  # The low bits of a product are weak: compare the high 31.
-  return ((h >> 1).astype(jnp.int32) >= np.int32(round(rate * 2**31))).reshape(shape)
+  # The low bits of a product are weak: the high 31 are given.
+  return (h >> 1).astype(jnp.int32).reshape(shape)
 
 
 def apply_mask(x: Float[Array, '*s'], rate: float, words: UInt32[Array, '2']) -> Float[Array, '*s']:
