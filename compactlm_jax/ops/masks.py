@@ -1,10 +1,23 @@
-"""Weight masks from scores, and the straight-through estimator (Sanh et al. 2020, movement pruning)."""
+"""Weight masks from scores, and the straight-through estimator (Sanh et al. 2020, movement pruning).
+
+Masks of the highest scores are in `ops.threshold`.
+"""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, UInt32
+
+from compactlm_jax.ops.dropout import random_bits, site_words
+from compactlm_jax.ops.threshold import Cut, keep_mask, local_cut, local_cuts
+
+_LEFT, _RIGHT, _BETA = -0.1, 1.1, 2 / 3
+"""Ends and temperature of the hard concrete distribution (Louizos et al. 2018; emmental/modules/masked_nn.py)."""
 
 
 @jax.custom_vjp
@@ -47,8 +60,124 @@ def top_fraction_mask(scores: Float[Array, '*s'], density: float | Array) -> Flo
     scores: any shape; no absolute value is taken.
     density: fraction to keep, static or traced.
   """
-  flat = scores.reshape(-1)
-  order = jnp.argsort(-flat, stable=True)
-  rank = jnp.zeros_like(order).at[order].set(jnp.arange(flat.size))
-  keep = jnp.floor(density * flat.size).astype(rank.dtype)
-  return (rank < keep).astype(scores.dtype).reshape(scores.shape)
+  one_layer = scores.reshape(1, *(scores.shape or (1,)))
+  keep = jnp.floor(density * scores.size).astype(jnp.int32)
+  return keep_mask(one_layer, local_cut(one_layer, keep.reshape(1))).reshape(scores.shape).astype(scores.dtype)
+
+
+def soft_cuts(
+  leaves: Mapping[str, Float[Array, 'N ...']], tau: float | Float[Array, ''], on: str = 'sigmoid', floor: float = 0.005
+) -> dict[str, Cut]:
+  """The cuts of soft movement pruning: what lies strictly above tau is kept, but never too little of a layer.
+
+  A layer of n elements of which fewer than int(floor * n) + 1 pass keeps, as published, what is strictly above its
+  k-th smallest element, k = max(n - int(floor * n) - 1, 1): that many if no others are equal to the next one, and none
+  if all are equal. Only then are order statistics searched for; else each score is read once.
+
+  Args:
+    leaves: scores, each layer a matrix of its own; lay them in slices over the devices so that each counts its own.
+    tau: the threshold, static or traced.
+    on: compare tau with 'sigmoid' of the scores (through the logit of tau), or with the 'scores' themselves.
+    floor: smallest fraction.
+
+  Source: emmental/modules/binarizer.py, ThresholdBinarizer.
+  """
+  tau = jnp.asarray(tau, jnp.float32)
+  if on == 'sigmoid':
+    inside = jnp.clip(tau, 0.0, 1.0)
+    tau = jnp.log(inside) - jnp.log1p(-inside)
+  few, wanted = {}, {}
+  for name, leaf in leaves.items():
+    size = leaf[0].size
+    least = int(floor * size) + 1
+    few[name] = (leaf > tau).sum(range(1, leaf.ndim), dtype=jnp.int32) < least
+    wanted[name] = jnp.where(few[name], size - max(size - least, 1), size)
+
+  def plain() -> dict[str, Cut]:
+    return {name: Cut(jnp.full(leaf.shape[0], tau), jnp.full(leaf.shape[0], -1)) for name, leaf in leaves.items()}
+
+  def floored() -> dict[str, Cut]:
+    found, plainly = local_cuts(leaves, wanted), plain()
+    for name, cut in found.items():
+      # Ties at the end of what may be kept are dropped, all of them.
+      last = jnp.where(cut.last < leaves[name][0].size - 1, -1, cut.last)
+      found[name] = jax.tree.map(functools.partial(jnp.where, few[name]), Cut(cut.threshold, last), plainly[name])
+    return found
+
+  return jax.lax.cond(jnp.concatenate(list(few.values())).any(), floored, plain)
+
+
+def soft_mask(
+  scores: Float[Array, 'N ...'], tau: float | Float[Array, ''], on: str = 'sigmoid', floor: float = 0.005
+) -> Float[Array, 'N ...']:
+  """1 where `soft_cuts` keeps an element, else 0."""
+  return keep_mask(scores, soft_cuts({'': scores}, tau, on, floor)['']).astype(scores.dtype)
+
+
+def hard_concrete(scores: Float[Array, '*s'], key: jax.Array | None = None) -> Float[Array, '*s']:
+  """L0's gates in [0, 1]: clip(s * (r - l) + l), r = 1.1, l = -0.1. Gradients are those of the formula.
+
+  With a key s = sigma((log u - log(1 - u) + S) / b), b = 2/3, u uniform, clamped to [1e-4, .9999]. Without one (in
+  evaluation) s = sigma(S), as published: not divided by b.
+
+  Args:
+    scores: S, float32, of rank one or more.
+    key: draws u; the same key gives the same noise, however the scores are spread over devices.
+
+  Source: emmental/modules/masked_nn.py; Louizos et al. 2018.
+  """
+  if key is None:
+    return jnp.clip(jax.nn.sigmoid(scores) * (_RIGHT - _LEFT) + _LEFT, 0.0, 1.0)
+  return _gates(scores, site_words(key, 0))
+
+
+def uniform_noise(words: UInt32[Array, '2'], shape: tuple[int, ...]) -> Float[Array, '...']:
+  """u of the hard concrete gates: uniform, clamped to [1e-4, .9999]."""
+  return jnp.clip((random_bits(words, shape).astype(jnp.float32) + 0.5) * np.float32(2**-31), 1e-4, 0.9999)
+
+
+def _concrete(scores: Array, words: Array) -> Array:
+  """sigma((log u - log(1 - u) + S) / b), with one exponential and no logarithm: ((1 - u) / u)^(1/b) is a root."""
+  u = uniform_noise(words, scores.shape)
+  odds = (1 - u) / u
+  return 1 / (1 + odds * jnp.sqrt(odds) * jnp.exp(scores * np.float32(-1 / _BETA)))
+
+
+@jax.custom_vjp
+def _gates(scores: Array, words: Array) -> Array:
+  return jnp.clip(_concrete(scores, words) * (_RIGHT - _LEFT) + _LEFT, 0.0, 1.0)
+
+
+def _gates_fwd(scores: Array, words: Array) -> tuple[Array, tuple[Array, Array]]:
+  return _gates(scores, words), (scores, words)
+
+
+def _gates_bwd(saved: tuple[Array, Array], g: Array) -> tuple[Array, np.ndarray]:
+  scores, words = saved
+  s = _concrete(scores, words)  # drawn again: cheaper than memory for it
+  gate = s * (_RIGHT - _LEFT) + _LEFT
+  slope = jnp.where((gate >= 0) & (gate <= 1), s * (1 - s) * np.float32((_RIGHT - _LEFT) / _BETA), 0.0)
+  return g * slope, np.zeros(words.shape, jax.dtypes.float0)
+
+
+_gates.defvjp(_gates_fwd, _gates_bwd)
+
+
+def prox_reweighted_l1(
+  new: Float[Array, '*s'], old: Float[Array, '*s'], strength: float | Float[Array, ''], epsilon: float
+) -> Float[Array, '*s']:
+  """The proximal step of reweighted l1, after an optimiser's step that knows nothing of the penalty.
+
+  sign(w) * max(|w| - strength * alpha, 0) with alpha = 1 / (|w_old| + epsilon): the minimiser of
+  (x - w)^2 / 2 + strength * alpha * |x|.
+
+  Args:
+    new: w, weights after the optimiser's step.
+    old: weights that alpha is made from, before the step.
+    strength: step size times lambda, >= 0.
+    epsilon: > 0; bounds alpha where weights are zero already.
+
+  Source: Guo et al. 2019, Reweighted Proximal Pruning, section 3.
+  """
+  reach = strength / (jnp.abs(old) + epsilon)
+  return jnp.sign(new) * jnp.maximum(jnp.abs(new) - reach, 0.0)

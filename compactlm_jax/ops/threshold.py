@@ -1,0 +1,337 @@
+"""Exact order statistics of scores by counting: which elements are the `keep` highest.
+
+A threshold is found without sorting or moving the scores. Floats become integers of the same order; each pass reads
+every score once and counts how many lie above seven candidates. A sorted sample of each layer proposes the first
+candidates, interpolation the next, so that two or three passes leave a few dozen elements between the bounds. One more
+pass then notes the highest and the lowest of these in each row: rows hold one or two, so all are known, and the search
+ends on that small array. Searches of all layers and matrices advance in one loop. Where scores lie in slices on several
+devices, each counts its own and only counts travel.
+
+At most 17 passes are made, whatever the values: after `_GUIDED` of them the bounds (32 bits apart at most) are cut in
+eight. Letters beside those of types.py: Q searches (one for each layer, or one for all), J candidates, M sample,
+R rows of a layer (all its axes but the last).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from compactlm_jax.ops.counting import (
+  INFINITY,
+  LOWEST,
+  count_above,
+  count_equal,
+  count_in_rows,
+  extremes,
+  flat_index,
+  last_tie,
+  to_floats,
+  to_keys,
+)
+from compactlm_jax.types import struct
+
+_SPREAD_J = np.array([[4.0, 2.0, 0.8, 0.0, -0.8, -2.0, -4.0]], np.float32)
+"""Candidates around the expected place, in standard deviations, in ascending order of thresholds."""
+
+_OUTWARD_J = np.array([[1 << bit for bit in (18, 20, 21, 22, 23, 25, 27)]], np.uint32)
+"""Steps beyond the sample, in keys: 2^23 of them double a value."""
+
+_SAMPLE, _FEW_SAMPLES = 4096, 16
+_FEW = 48
+"""So many elements between the bounds are rarely three in one row."""
+
+_GUIDED = 6
+
+
+@struct
+class Cut:
+  """Where each layer is cut: an element is kept iff it is above `threshold`, or equal to it and not after `last`.
+
+  Attributes:
+    threshold: a value of the layer's, or infinite.
+    last: index within the flattened layer, -1 where no element that equals the threshold is kept.
+  """
+
+  threshold: Float[Array, ' N']
+  last: Int[Array, ' N']
+
+
+class _Bounds(NamedTuple):
+  """Keys around each threshold, and how many elements are above them: above_low >= keep >= above_high."""
+
+  low: Int[Array, ' Q']
+  high: Int[Array, ' Q']
+  above_low: Int[Array, ' Q']
+  above_high: Int[Array, ' Q']
+  keep: Int[Array, ' Q']
+
+
+_Count = Callable[[Int[Array, 'Q J']], Int[Array, 'Q J']]
+"""Candidates -> how many elements are above each."""
+
+
+def local_cut(values: Float[Array, 'N ...'], keep: Int[Array, ' N']) -> Cut:
+  """The cut that keeps exactly keep[n] elements of layer n; see `local_cuts`."""
+  return local_cuts({'': values}, {'': keep})['']
+
+
+def local_cuts(leaves: Mapping[str, Float[Array, 'N ...']], keeps: Mapping[str, Int[Array, ' N']]) -> dict[str, Cut]:
+  """The cuts that keep exactly the `keep` highest elements of each layer of each leaf, ties to lower indices.
+
+  Args:
+    leaves: float32. 0.0 and -0.0 are equal; NaN counts as minus infinity. A layer holds fewer than 2^31 elements.
+    keeps: for each leaf and layer, static or traced; below 0 counts as 0, above the size as the size.
+
+  Returns:
+    A cut for each leaf. Layers of which nothing or everything is kept need no pass over the scores.
+  """
+  return _local_cuts(leaves, keeps)[0]
+
+
+def global_cut(leaves: Mapping[str, Float[Array, 'N ...']], keep: Int[Array, '']) -> dict[str, Cut]:
+  """The cuts that keep exactly the `keep` highest elements of all leaves together.
+
+  Ties go to lower indices, lower layers and lower names, in this order of increasing weight.
+
+  Args:
+    leaves: float32, fewer than 2^31 elements in all; as in `local_cuts`.
+    keep: static or traced.
+  """
+  return _global_cut(leaves, keep)[0]
+
+
+def passes(
+  leaves: Mapping[str, Float[Array, 'N ...']], keeps: Mapping[str, Int[Array, ' N']] | Array
+) -> Int[Array, '']:
+  """How many times `local_cuts` (or, given one number, `global_cut`) reads the scores; ties are not counted."""
+  return (_local_cuts(leaves, keeps) if isinstance(keeps, Mapping) else _global_cut(leaves, keeps))[1]
+
+
+def keep_mask(values: Float[Array, 'N ...'], cut: Cut) -> Bool[Array, 'N ...']:
+  """True where an element is kept.
+
+  Args:
+    values: what the cut was made from.
+    cut: of each layer.
+  """
+  keys, axes = to_keys(values), range(1, values.ndim)
+  threshold, last = (jnp.expand_dims(x, axes) for x in (to_keys(cut.threshold), cut.last))
+  return (keys > threshold) | ((keys == threshold) & (flat_index(values.shape[1:]) <= last))
+
+
+def _local_cuts(leaves: Mapping[str, Array], keeps: Mapping[str, Array]) -> tuple[dict[str, Cut], Array]:
+  names, arrays = _sorted(leaves)
+  sizes = [x[0].size for x in arrays]
+  ends = np.cumsum([x.shape[0] for x in arrays])[:-1]
+  wanted = [jnp.broadcast_to(jnp.asarray(keeps[name], jnp.int32), x.shape[:1]) for name, x in zip(names, arrays)]
+  size = np.repeat(np.array(sizes, np.int32), [x.shape[0] for x in arrays])
+  found, count = _solve(
+    arrays,
+    _start(jnp.concatenate(wanted), jnp.asarray(size)),
+    lambda q: jnp.split(q, ends),
+    jnp.concatenate,
+    lambda: _sample_local(arrays),
+  )
+  needs = jnp.split(found.keep - found.above_high, ends)
+  cuts = {}
+  for name, x, high, need, part in zip(
+    names, arrays, jnp.split(found.high, ends), needs, jnp.split(found.above_low - found.above_high, ends)
+  ):
+    cuts[name] = _cut(x, high, need, part)
+  return cuts, count
+
+
+def _global_cut(leaves: Mapping[str, Array], keep: Array) -> tuple[dict[str, Cut], Array]:
+  names, arrays = _sorted(leaves)
+  layers = [x.shape[0] for x in arrays]
+  size = sum(x.size for x in arrays)
+  found, count = _solve(
+    arrays,
+    _start(jnp.asarray(keep, jnp.int32).reshape(1), jnp.full((1,), size, jnp.int32)),
+    lambda q: [jnp.broadcast_to(q, (n, *q.shape[1:])) for n in layers],
+    lambda parts: jnp.stack([part.sum(0, keepdims=True) for part in parts]).sum(0),
+    lambda: jnp.sort(jnp.concatenate([s.reshape(1, -1) for s in _samples(arrays)], 1), axis=1),
+  )
+  high, need, equal = found.high, (found.keep - found.above_high)[0], (found.above_low - found.above_high)[0]
+
+  def shares() -> Array:
+    """How many of the elements that equal the threshold each layer may keep."""
+    each = jnp.concatenate([count_equal(x, jnp.broadcast_to(high, x.shape[:1])) for x in arrays])
+    before = jnp.cumsum(each) - each
+    return jnp.stack([jnp.clip(need - before, 0, each), each])
+
+  every = sum(layers)
+  kept, each = lax.cond(
+    (need > 0) & (need < equal), shares, lambda: jnp.stack([jnp.full(every, x, jnp.int32) for x in (need, equal)])
+  )
+  ends = np.cumsum(layers)[:-1]
+  cuts = {}
+  for name, x, part, of in zip(names, arrays, jnp.split(kept, ends), jnp.split(each, ends)):
+    cuts[name] = _cut(x, jnp.broadcast_to(high, x.shape[:1]), part, of)
+  return cuts, count
+
+
+def _sorted(leaves: Mapping[str, Array]) -> tuple[list[str], list[Array]]:
+  names = sorted(leaves)
+  arrays = [jnp.asarray(leaves[name]) for name in names]
+  return names, [x[:, None] if x.ndim == 1 else x for x in arrays]
+
+
+def _start(keep: Array, size: Array) -> _Bounds:
+  keep = jnp.clip(keep, 0, size)
+  lowest, highest = jnp.full_like(keep, LOWEST), jnp.full_like(keep, INFINITY)
+  # All or nothing is settled from the start.
+  low, high = jnp.where(keep == 0, highest, lowest), jnp.where(keep == size, lowest, highest)
+  return _Bounds(low, high, jnp.where(keep == 0, 0, size), jnp.where(keep == size, size, 0), keep)
+
+
+def _solve(
+  arrays: Sequence[Array],
+  bounds: _Bounds,
+  spread: Callable[[Array], list[Array]],
+  merge: Callable[[list[Array]], Array],
+  sample: Callable[[], Int[Array, 'Q M']],
+) -> tuple[_Bounds, Array]:
+  """Moves the bounds together until they are settled.
+
+  Args:
+    arrays: the scores.
+    bounds: at the start.
+    spread: values of the searches -> for each array, values of its layers.
+    merge: for each array, counts of its layers -> counts of the searches.
+    sample: gives sorted keys of each search.
+  """
+  shape = jax.eval_shape(sample)
+  sample_QM = lax.cond(_settled(bounds).all(), lambda: jnp.zeros(shape.shape, shape.dtype), sample)
+
+  def count(candidates_QJ: Array) -> Array:
+    return merge([count_above(x, t_NJ) for x, t_NJ in zip(arrays, spread(candidates_QJ))])
+
+  def few(b: _Bounds) -> Array:
+    return _settled(b) | (b.above_low - b.above_high <= _FEW)
+
+  def inspect(before: _Bounds) -> tuple[_Bounds, Array]:
+    rows = [extremes(x, low, high) for x, low, high in zip(arrays, spread(before.low), spread(before.high))]
+    known = merge([((r.count_NR > 2) & (r.most_NR != r.least_NR)).sum(1, dtype=jnp.int32) for r in rows]) == 0
+
+    def count_rows(candidates_QJ: Array) -> Array:
+      parts = [count_in_rows(r, t_NJ) for r, t_NJ in zip(rows, spread(candidates_QJ))]
+      return before.above_high[:, None] + merge(parts)
+
+    inner, _ = _search(count_rows, before, sample_QM, lambda b: _settled(b) | ~known, jnp.int32(0))
+    return _chosen(known, inner, before), jnp.int32(1)
+
+  bounds, number = _search(count, bounds, sample_QM, few, jnp.int32(0))
+  bounds, inspected = lax.cond(_settled(bounds).all(), lambda b: (b, jnp.int32(0)), inspect, bounds)
+  bounds, number = _search(count, bounds, sample_QM, _settled, number)
+  return bounds, number + inspected
+
+
+def _settled(b: _Bounds) -> Bool[Array, ' Q']:
+  """Nothing lies between the bounds, or the elements to keep are exactly those above one of them."""
+  return (b.high <= b.low) | (_width(b) == 1)
+
+
+def _chosen(pick: Array, a: _Bounds, b: _Bounds) -> _Bounds:
+  return _Bounds(*(jnp.where(pick, x, y) for x, y in zip(a, b)))
+
+
+def _width(b: _Bounds) -> Array:
+  return b.high.astype(jnp.uint32) - b.low.astype(jnp.uint32)
+
+
+def _search(
+  count: _Count, bounds: _Bounds, sample_QM: Array, done: Callable[[_Bounds], Array], number: Array
+) -> tuple[_Bounds, Array]:
+  """Narrows the bounds until every search is done; also the number of passes made so far."""
+
+  def step(carry: tuple[_Bounds, Array]) -> tuple[_Bounds, Array]:
+    b, number = carry
+    t_QJ = _candidates(b, sample_QM, number)
+    above_QJ, keep_Q1 = count(t_QJ), b.keep[:, None]
+    enough_QJ, not_more_QJ = above_QJ >= keep_Q1, above_QJ <= keep_Q1
+    closer = _Bounds(
+      jnp.maximum(b.low, jnp.where(enough_QJ, t_QJ, b.low[:, None]).max(1)),
+      jnp.minimum(b.high, jnp.where(not_more_QJ, t_QJ, b.high[:, None]).min(1)),
+      jnp.minimum(b.above_low, jnp.where(enough_QJ, above_QJ, b.above_low[:, None]).min(1)),
+      jnp.maximum(b.above_high, jnp.where(not_more_QJ, above_QJ, b.above_high[:, None]).max(1)),
+      b.keep,
+    )
+    return _chosen(_settled(b), b, closer), number + 1
+
+  return lax.while_loop(lambda carry: ~done(carry[0]).all(), step, (bounds, number))
+
+
+def _candidates(b: _Bounds, sample_QM: Array, number: Array) -> Int[Array, 'Q J']:
+  """Ascending keys strictly between the bounds (settled searches get some key)."""
+  inside_QM = (sample_QM > b.low[:, None]) & (sample_QM <= b.high[:, None])
+  first, inside = (sample_QM <= b.low[:, None]).sum(1), inside_QM.sum(1)
+  part = (b.keep - b.above_high) / jnp.maximum(b.above_low - b.above_high, 1)  # of what is inside, from above
+
+  def around(total: Array) -> Array:
+    """Places from above, as fractions of the inside, at which the wanted one of `total` elements is expected."""
+    deviation = jnp.sqrt(part * (1 - part) / total + 0.25 / total**2)
+    return part[:, None] + _SPREAD_J * deviation[:, None]
+
+  sampled = jnp.maximum(inside, 1)
+  place_QJ = first[:, None] + sampled[:, None] * (1 - around(sampled)) - 1
+  place_QJ = jnp.clip(jnp.round(place_QJ).astype(jnp.int32), first[:, None], (first + inside - 1)[:, None])
+  from_sample_QJ = jnp.take_along_axis(sample_QM, jnp.clip(place_QJ, 0, sample_QM.shape[1] - 1), axis=1)
+
+  low, high = to_floats(b.low)[:, None], to_floats(b.high)[:, None]
+  finite_Q1 = (jnp.abs(b.low) < INFINITY)[:, None] & (jnp.abs(b.high) < INFINITY)[:, None]
+  low, high = jnp.where(finite_Q1, low, 0), jnp.where(finite_Q1, high, 0)
+  weight_QJ = jnp.clip(around(jnp.maximum(b.above_low - b.above_high, 1).astype(jnp.float32)), 0, 1)
+  between_QJ = to_keys(low * weight_QJ + high * (1 - weight_QJ))
+
+  width_Q1, low_Q1, high_Q1 = _width(b)[:, None], b.low.astype(jnp.uint32)[:, None], b.high.astype(jnp.uint32)[:, None]
+  j = np.arange(1, 8, dtype=np.uint32)[None]
+  even_QJ = (low_Q1 + width_Q1 // 8 * j + width_Q1 % 8 * j // 8).astype(jnp.int32)
+  out_QJ = jnp.minimum(_OUTWARD_J, width_Q1)
+  tail_QJ = jnp.where((b.high == INFINITY)[:, None], low_Q1 + out_QJ, high_Q1 - out_QJ[:, ::-1]).astype(jnp.int32)
+
+  guess_QJ = jnp.where((inside >= _FEW_SAMPLES)[:, None], from_sample_QJ, jnp.where(finite_Q1, between_QJ, tail_QJ))
+  guess_QJ = jnp.where(number < _GUIDED, guess_QJ, even_QJ)
+  # Where candidates coincide, those just below show whether the value is shared by many elements.
+  columns = [guess_QJ[:, -1]]
+  for i in range(guess_QJ.shape[1] - 2, -1, -1):
+    columns.append(jnp.minimum(guess_QJ[:, i], columns[-1] - 1))
+  return jnp.clip(jnp.stack(columns[::-1], 1), (b.low + 1)[:, None], (b.high - 1)[:, None])
+
+
+def _samples(arrays: Sequence[Array]) -> list[Int[Array, 'N M']]:
+  """Keys of a grid of elements of each layer."""
+  found = []
+  for x in arrays:
+    matrix = x.ndim > 2
+    stride = x[0].size / _SAMPLE
+    stride = max(1, round(math.sqrt(stride) if matrix else stride))
+    grid = x[..., ::stride, ::stride] if matrix else x[..., ::stride]
+    found.append(to_keys(grid).reshape(x.shape[0], -1))
+  return found
+
+
+def _sample_local(arrays: Sequence[Array]) -> Int[Array, 'Q M']:
+  """Sorted samples of all layers; short ones are filled up by repeating their elements."""
+  samples = _samples(arrays)
+  longest = max(s.shape[1] for s in samples)
+  index = [np.arange(longest) * s.shape[1] // longest for s in samples]
+  return jnp.sort(jnp.concatenate([s[:, i] for s, i in zip(samples, index)]), axis=1)
+
+
+def _cut(x: Array, high: Array, need: Array, equal: Array) -> Cut:
+  """The cut at key `high`, of whose `equal` elements `need` are kept."""
+  size = x[0].size
+  torn = (need > 0) & (need < equal)
+  last = lax.cond(torn.any(), lambda: last_tie(x, high, need), lambda: jnp.zeros_like(need))
+  everything = high == LOWEST
+  last = jnp.where(torn, last, jnp.where((need > 0) | everything, size - 1, -1)).astype(jnp.int32)
+  return Cut(jnp.where(everything, -jnp.inf, to_floats(high)), last)
