@@ -12,6 +12,7 @@ import safetensors.numpy
 from absl import logging
 from etils import epath
 
+from compactlm_jax.compress.shrink import padded
 from compactlm_jax.config import EncoderConfig
 from compactlm_jax.errors import ConfigError
 from compactlm_jax.interop import custom, hf_config, names
@@ -130,14 +131,17 @@ def export_files(
     logging.warning('%s: exported without a tokenizer; whoever loads it must bring the right one', folder)
   config = matched(config, bundle.tokenizer)
   classes = bundle.params['classifier']['bias'].shape[-1] if 'classifier' in heads else 0
-  code = not native and custom.needed(config)
+  code = not native and layout == 'auto' and custom.needed(config)
   if native:
     described = hf_config.to_native(config)
   else:
     described = hf_config.to_hf(config, heads, classes, bundle.labels, code=code)
   described |= also or {}
-  code = code and SPARSE_KEY not in described  # transformers does not read that format at all
-  extra = [] if native else hf_config.unread_heads(config, heads, classes)
+  ours_alone = native or SPARSE_KEY in described  # transformers reads nothing of it
+  if ours_alone:
+    described.pop('auto_map', None)
+  code = code and not ours_alone
+  extra = [] if ours_alone else hf_config.unread_heads(config, heads, classes)
   if extra:
     logging.warning('%s: transformers will ignore %s; from_pretrained reads it back', folder, ', '.join(extra))
   if code:
@@ -162,8 +166,6 @@ def _laid_out(bundle: Bundle, layout: str) -> Bundle:
     raise ConfigError(f"layout {layout!r}: unknown; use 'auto' or 'padded'")
   if layout == 'auto' or not custom.needed(bundle.config):
     return bundle
-  from compactlm_jax.compress.shrink import padded
-
   params, config = padded(bundle.params, bundle.config)
   return dataclasses.replace(bundle, params=params, config=config)
 

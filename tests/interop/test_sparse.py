@@ -65,11 +65,13 @@ def _logits(bundle):
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_float32_comes_back_exactly_with_the_same_logits(kind, tmp_path):
+def test_float32_comes_back_exactly_with_the_same_logits(kind, tmp_path, caplog):
   """Mutation: swap two values of a matrix; forget the prefix 'bert.' that a head brings."""
   bundle = _bundle(kind, classes=3)
   save_sparse(bundle, tmp_path / 'e')
   back = from_pretrained(tmp_path / 'e')
+  assert 'auto_map' not in json.loads((tmp_path / 'e/config.json').read_text())
+  assert not list((tmp_path / 'e').glob('*.py*')) and 'transformers' not in caplog.text
   assert (back.config, back.labels) == (bundle.config, bundle.labels)
   expected, found = named_leaves(bundle.params), named_leaves(back.params)
   assert list(found) == list(expected)
