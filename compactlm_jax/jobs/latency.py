@@ -40,7 +40,7 @@ class Timing:
     batch: rows computed together.
     engine: 'jax' or 'onnxruntime'.
     milliseconds: median time of a call.
-    ratio: of that time to the first model's, same batch and engine.
+    ratio: of that time to the first model's, same batch and engine; None where that engine does not run it.
     rounds: how many calls the median is of.
   """
 
@@ -48,7 +48,7 @@ class Timing:
   batch: int
   engine: str
   milliseconds: float
-  ratio: float
+  ratio: float | None
   rounds: int
 
 
@@ -115,9 +115,8 @@ def measure(
     times = timed(runs, rounds, seconds)
     medians = {key: 1e3 * float(np.median(values)) for key, values in times.items()}
     for engine, name in sorted(runs, key=lambda key: key[0]):
-      base = medians.get((engine, next(iter(models))), float('nan'))
-      took = medians[engine, name]
-      found.append(Timing(name, size, engine, took, took / base, len(times[engine, name])))
+      took, base = medians[engine, name], medians.get((engine, next(iter(models))))
+      found.append(Timing(name, size, engine, took, base and took / base, len(times[engine, name])))
   return Latencies(tuple(found), seq_len, jax.devices()[0].device_kind, notes)
 
 
@@ -127,7 +126,8 @@ def timed(
   """Seconds of calls, interleaved; see `measure`."""
   for run in runs.values():
     run()  # compiles
-  keys, out, start = list(runs), {key: [] for key in runs}, clock()
+  keys, start = list(runs), clock()
+  out: dict[Any, list[float]] = {key: [] for key in keys}
   for turn in range(rounds):
     if turn >= _FEWEST and clock() - start > seconds:
       break
@@ -150,7 +150,7 @@ def as_table(found: Latencies) -> str:
     line = [name, str(batch)]
     for engine in engines:
       row = cells.get((batch, name, engine))
-      line += [f'{row.milliseconds:.2f}', f'{row.ratio:.2f}'] if row else ['', '']
+      line += [f'{row.milliseconds:.2f}', '' if row.ratio is None else f'{row.ratio:.2f}'] if row else ['', '']
     lines.append(line)
   told = [f'Median time of one call, {found.seq_len} tokens a row, {found.device}; ratio to the first model.']
   return '\n'.join([*(f'| {" | ".join(line)} |' for line in lines), '', *told, *found.notes])

@@ -137,13 +137,13 @@ def test_the_table():
   rows = (
     Timing('dense', 1, 'jax', 30.0, 1.0, 9),
     Timing('small', 1, 'jax', 10.0, 1 / 3, 9),
-    Timing('dense', 1, 'onnxruntime', 20.0, 1.0, 9),
+    Timing('dense', 1, 'onnxruntime', 20.0, None, 9),
   )
   table = as_table(Latencies(rows, 128, 'cpu', ('A note.',)))
   assert table.splitlines() == [
     '| model | batch | jax ms | jax ratio | onnxruntime ms | onnxruntime ratio |',
     '| --- | ---: | ---: | ---: | ---: | ---: |',
-    '| dense | 1 | 30.00 | 1.00 | 20.00 | 1.00 |',
+    '| dense | 1 | 30.00 | 1.00 | 20.00 |  |',
     '| small | 1 | 10.00 | 0.33 |  |  |',
     '',
     'Median time of one call, 128 tokens a row, cpu; ratio to the first model.',
