@@ -8,6 +8,7 @@ and biases that it covers.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from compactlm_jax.compress.schedule import cubic_schedule, kept
-from compactlm_jax.compress.structure import expand, score_shapes
+from compactlm_jax.compress.structure import acting_masks, expand, score_shapes
 from compactlm_jax.config import EncoderConfig, PruneConfig
 from compactlm_jax.config.prune import SCORED
 from compactlm_jax.ops.masks import hard_concrete, masked_weight, soft_mask
@@ -91,11 +92,13 @@ class Masks:
 
   def kept_fraction(self, step: jax.Array | int) -> jax.Array:
     """Exact share of entries that ranking keeps at a step (floors included)."""
-    total = sum(int(np.prod(shape)) for shape in self.shapes.values())
-    counts = [
-      kept(self.densities, int(np.prod(shape[1:]))).astype(np.float64) * shape[0] for shape in self.shapes.values()
-    ]
-    return jnp.asarray(np.sum(counts, axis=0) / total, jnp.float32)[step]
+    sizes = {name: math.prod(shape) for name, shape in self.shapes.items()}
+    if self.config.scope == 'global':
+      groups = [(1, sum(sizes[name] for name in names)) for names in self._kinds()]
+    else:
+      groups = [(shape[0], math.prod(shape[1:])) for shape in self.shapes.values()]
+    counts = [number * kept(self.densities, size).astype(np.float64) for number, size in groups]
+    return jnp.asarray(np.sum(counts, axis=0) / sum(sizes.values()), jnp.float32)[step]
 
   def top(self, values: Leaves, step: jax.Array | int, spread: Spread) -> Leaves:
     """Masks (0 or 1) of the highest entries at a step, exact counts; counted on slices."""
@@ -115,18 +118,23 @@ class Masks:
     return {name: keep_mask(leaf, cuts[name]).astype(leaf.dtype) for name, leaf in values.items()}
 
   def global_threshold(self, values: Leaves, step: jax.Array | int) -> jax.Array:
-    """The value below the int(density * size) + 1 highest of all, which the original keeps (`--global_topk`)."""
-    size = sum(leaf.size for leaf in values.values())
+    """The highest score that is not kept, where the original's `--global_topk` keeps the int(density * size) + 1 highest.
+
+    It is a score itself, not any number below those that are kept: scores move on while the threshold stays.
+    """
+    values, size = jax.lax.stop_gradient(values), sum(leaf.size for leaf in values.values())
     keep = np.minimum(kept(self.densities, size) + 1, size - 1)
-    cuts = global_cut(jax.lax.stop_gradient(values), jnp.asarray(keep)[step])
-    return next(iter(cuts.values())).threshold[0]
+    cuts = global_cut(values, jnp.asarray(keep)[step])
+    rest = [jnp.where(keep_mask(leaf, cuts[name]), -jnp.inf, leaf).max() for name, leaf in values.items()]
+    return jnp.stack(rest).max()
 
   def above(self, values: Leaves, step: jax.Array | int) -> Leaves:
     """Masks of soft movement at a step's threshold."""
-    tau = jnp.asarray(self.thresholds, jnp.float32)[step]
-    return {
-      name: soft_mask(leaf, tau, on=self.config.threshold_on, floor=self.config.floor) for name, leaf in values.items()
-    }
+    return self.over(values, jnp.asarray(self.thresholds, jnp.float32)[step], self.config.threshold_on)
+
+  def over(self, values: Leaves, tau: jax.Array, on: str) -> Leaves:
+    """Masks of what is above a threshold, and of the least that is kept of each matrix."""
+    return {name: soft_mask(leaf, tau, on=on, floor=self.config.floor) for name, leaf in values.items()}
 
   def gates(self, values: Leaves, key: jax.Array | None) -> Leaves:
     """L0's gates: drawn with a key, as evaluated without."""
@@ -143,20 +151,25 @@ class Masks:
       return self.gates(values, None)
     if method == 'soft_movement':
       return self.above(values, self.last)
+    if self.config.threshold_every > 1 and self.densities[-1] < 1:
+      return self.over(values, self.global_threshold(values, self.last), 'scores')
     return self.top(values, self.last, lambda tree: tree)
 
-  def apply(self, params: Params, masks: Mapping[str, jax.Array], *, straight_through: bool) -> Params:
+  def apply(
+    self, params: Params, masks: Mapping[str, jax.Array], *, straight_through: bool, baked: bool = False
+  ) -> Params:
     """The tree without what only pruning reads, its weights multiplied by the masks.
 
     Args:
       params: the whole tree.
       masks: by name of scores.
       straight_through: pass dL/dW' * W on to the scores (`ops.masks.masked_weight`); else masks are differentiated.
+      baked: of the finished model, see `structure.acting_masks`.
     """
     leaves = {name: leaf for name, leaf in named_leaves(params).items() if name.split('/')[0] not in OWN}
     scores = named_leaves(params.get('scores', {}))
     for name, mask in masks.items():
-      wide = expand(self.encoder, name, mask)
+      wide = acting_masks(self.encoder, name, mask, baked=baked)
       own = expand(self.encoder, name, scores[name]) if straight_through else {}
       for covered, array in wide.items():
         if straight_through:

@@ -99,7 +99,7 @@ def bake(params: Params, encoder: EncoderConfig, config: PruneConfig) -> Params:
   """
   masks = final_masks(encoder, config)
   final = masks.final(params)
-  return without_own(params) if final is None else masks.apply(params, final, straight_through=False)
+  return without_own(params) if final is None else masks.apply(params, final, straight_through=False, baked=True)
 
 
 def _trainable(base: Trainable, config: PruneConfig) -> Trainable:
@@ -137,7 +137,10 @@ class _Pruning:
     out: Params = {'scores': nested(self.masks.init_scores(key))} if has_scores(self.config) else {}
     control: Params = {}
     if self.cached:
-      control['threshold'] = jnp.float32(_LOWEST)
+      whole = self.masks.densities[0] == 1
+      control['threshold'] = (
+        jnp.float32(_LOWEST) if whole else self.masks.global_threshold(named_leaves(out['scores']), 0)
+      )
     if self.controller is not None:
       control |= self.controller.init(named_leaves(out.get('scores', {})))
     return {**out, 'control': control} if control else out
@@ -160,8 +163,7 @@ class _Pruning:
       if self.config.penalised:
         penalty = weight * soft_penalty(on_slices(values, spread), self.config.penalty)
     elif self.cached:
-      threshold = params['control']['threshold']
-      found = {name: (leaf > threshold).astype(leaf.dtype) for name, leaf in values.items()}
+      found = masks.over(values, params['control']['threshold'], 'scores')
     else:
       found = masks.top(values, step, spread)
     metrics['density'] = self._density(found, step, spread)
@@ -203,10 +205,10 @@ class _Pruning:
   def _threshold(self, params: Params, step: jax.Array, spread: Spread) -> jax.Array:
     """The global threshold of this step: found anew when it is due, and when pruning begins."""
     config, known = self.config, params['control']['threshold']
-    density = jnp.asarray(self.masks.densities, jnp.float32)[step]
     due = ((step + config.first_step) % config.threshold_every == 0) | (known == _LOWEST)
     found = self.masks.global_threshold(on_slices(self.masks.ranked(params), spread), step)
-    return jnp.where(density == 1, _LOWEST, jnp.where(due, found, known))
+    whole = jnp.asarray(self.masks.densities == 1)[step]
+    return jnp.where(whole, _LOWEST, jnp.where(due, found, known))
 
   def _density(self, found: Leaves, step: jax.Array, spread: Spread) -> jax.Array:
     if self.config.method in ('soft_movement', 'l0') or self.cached:
