@@ -118,7 +118,7 @@ class Masks:
     return {name: keep_mask(leaf, cuts[name]).astype(leaf.dtype) for name, leaf in values.items()}
 
   def global_threshold(self, values: Leaves, step: jax.Array | int) -> jax.Array:
-    """The highest score that is not kept, where the original's `--global_topk` keeps the int(density * size) + 1 highest.
+    """The highest score below those that the original's `--global_topk` keeps: the int(density * size) + 1 highest.
 
     It is a score itself, not any number below those that are kept: scores move on while the threshold stays.
     """

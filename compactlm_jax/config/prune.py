@@ -35,7 +35,8 @@ class PruneConfig:
     threshold: final tau of 'soft_movement'.
     initial_threshold: tau at the start.
     threshold_on: compare tau with 'sigmoid' of the scores, or with the 'scores' themselves.
-    floor: 'soft_movement' never keeps less than this fraction of a matrix.
+    floor: 'soft_movement', and 'hard_movement' with a threshold that stays, never keep less than this fraction of a
+      matrix.
     initial_warmup: multiple of the optimiser's warm-up during which the schedule stays at its first value; after it the
       schedule is cubic.
     final_warmup: multiple of the warm-up, at the end of the run, during which it stays at its last value.
