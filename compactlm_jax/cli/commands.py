@@ -91,11 +91,22 @@ def _report(values: flags.FlagValues) -> str:
 
 
 def _export(values: flags.FlagValues) -> str:
+  from compactlm_jax.cpu import keep_memory
   from compactlm_jax.jobs import run_export
+  from compactlm_jax.jobs.export_tables import as_text, check_report, write_report
 
-  bundle = run_export(values.checkpoint, values.output)
-  cfg = bundle.config
-  return f'{values.output}: {cfg.architecture}, {cfg.num_layers} layers, {cfg.hidden_size} wide'
+  keep_memory()
+  check_report(values.report)
+  done = run_export(
+    values.checkpoint,
+    values.output,
+    format=values.format,
+    layout=values.layout,
+    values=values.values,
+    latency=values.latency,
+  )
+  write_report(done, values.report)
+  return as_text(done)
 
 
 def _plan(values: flags.FlagValues) -> str:
@@ -293,12 +304,27 @@ COMMANDS = {
     arguments='runs',
   ),
   'export': Command(
-    'Write a trained model as a Hugging Face folder.',
+    'Write a trained model as a Hugging Face folder, packed, or as ONNX; tell what pruning saved.',
     'compactlm export --checkpoint=runs/tiny --output=exported',
     all_of(
       text('checkpoint', None, 'Run directory or model folder.'),
       text('output', None, 'Folder to write.'),
-      choice('format', ['hf'], "'hf': config.json, model.safetensors and tokenizer for transformers."),
+      choice(
+        'format',
+        ['hf', 'sparse', 'onnx'],
+        "'hf': config.json, model.safetensors and tokenizer for transformers, without heads and neurons that pruning "
+        "removed; 'sparse': zeros take next to no room, for from_pretrained; 'onnx': model.onnx for onnxruntime.",
+      ),
+      choice('layout', ['auto', 'padded'], "'padded' keeps the sizes of the dense model, with zeros; for --format=hf."),
+      choice(
+        'values',
+        ['float32', 'bfloat16', 'int8'],
+        "How --format=sparse stores weights: 'float32' exactly, 'bfloat16' rounded, 'int8' with a scale for each row.",
+      ),
+      lambda values: flags.DEFINE_bool(
+        'latency', True, 'Time a pruned model here, beside the dense one; takes up to two minutes.', flag_values=values
+      ),
+      text('report', '', 'JSON file for the zeros, bytes and milliseconds that are printed.'),
     ),
     ('checkpoint', 'output'),
     _export,

@@ -12,12 +12,10 @@ import numpy as np
 from compactlm_jax.config import RunConfig
 from compactlm_jax.data.batches import Batches, by_length, eval_batches
 from compactlm_jax.errors import ConfigError
-from compactlm_jax.interop.bundle import Bundle, save_pretrained
-from compactlm_jax.interop.pretrained import save_pretraining
 from compactlm_jax.jobs.data import EvalSet
 from compactlm_jax.jobs.distill import distill_job
 from compactlm_jax.jobs.finetune import finetune_job
-from compactlm_jax.jobs.models import is_run, load_model, load_towers, params_digest
+from compactlm_jax.jobs.models import params_digest
 from compactlm_jax.jobs.pretrain import electra_job, lm_job, mlm_job
 from compactlm_jax.train.evaluate import Evaluation
 from compactlm_jax.train.loop import Job, train
@@ -35,19 +33,6 @@ _BUILDERS = {
 def run_train(config: RunConfig, workdir: str, **options: Any) -> dict[str, Any]:
   """Builds the job of a configuration and runs it; see `train.loop.train`."""
   return train(build_job(config), workdir, **options)
-
-
-def run_export(checkpoint: str, output: str) -> Bundle:
-  """Writes the model of a run, or of a folder, as a Hugging Face folder; returns what was written.
-
-  A replaced-token run gives the discriminator in `output` and the generator in `output`/generator.
-  """
-  bundle, generator = load_towers(checkpoint) if is_run(checkpoint) else (load_model(checkpoint), None)
-  if generator is None:
-    save_pretrained(bundle, output)
-  else:
-    save_pretraining(bundle, generator, output)
-  return bundle
 
 
 def build_job(config: RunConfig) -> Job:

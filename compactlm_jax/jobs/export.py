@@ -1,0 +1,165 @@
+"""`compactlm export`: a trained model as a folder for others, and what pruning it was worth."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from etils import epath
+
+from compactlm_jax.compress.density import densities
+from compactlm_jax.compress.shrink import padded, shrink
+from compactlm_jax.config import EncoderConfig
+from compactlm_jax.errors import ConfigError
+from compactlm_jax.interop import names
+from compactlm_jax.interop.bundle import Bundle, save_pretrained
+from compactlm_jax.interop.folder import WEIGHTS
+from compactlm_jax.interop.onnx_export import export_onnx
+from compactlm_jax.interop.pretrained import save_pretraining
+from compactlm_jax.interop.sparse import SizeReport, save_sparse
+from compactlm_jax.jobs.latency import Latencies, measure
+from compactlm_jax.jobs.models import is_run, load_model, load_towers
+
+FORMATS = ('hf', 'sparse', 'onnx')
+LAYOUTS = ('auto', 'padded')
+VALUES = ('float32', 'bfloat16', 'int8')
+BATCH_SIZES = (1, 32)
+SEQ_LEN = 128
+"""Tokens of a row whose latency is measured, if the model has so many positions."""
+
+_SECONDS = 30.0
+"""For each batch size, after which no more is timed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+  """What was written. The three numbers of a pruned model stand apart: zeros, bytes, milliseconds.
+
+  Attributes:
+    bundle: the model as it was written, smaller than trained if heads or neurons were removed.
+    output: the folder.
+    format: 'hf', 'sparse' or 'onnx'.
+    dense_config: of a pruned model before anything was removed; None without zeros.
+    zeros: of a pruned model `compress.density.densities`, before anything was removed; None without zeros.
+    bytes: of the file of weights.
+    dense_bytes: of the model.safetensors that the same weights take if nothing is removed or packed.
+    sparse: sizes by tensor, of the format 'sparse'.
+    latency: of the model 'dense' and, if heads or neurons were removed, of 'exported'; None if not measured.
+  """
+
+  bundle: Bundle
+  output: str
+  format: str
+  dense_config: EncoderConfig | None = None
+  zeros: Mapping[str, Any] | None = None
+  bytes: int = 0
+  dense_bytes: int = 0
+  sparse: SizeReport | None = None
+  latency: Latencies | None = None
+
+
+def run_export(
+  checkpoint: str,
+  output: str,
+  *,
+  format: str = 'hf',
+  layout: str = 'auto',
+  values: str = 'float32',
+  latency: bool = False,
+) -> Export:
+  """Writes the model of a run, or of a folder, whole or not at all; measures what is left of a pruned one.
+
+  A replaced-token run gives the discriminator in `output` and, in the format 'hf', the generator in
+  `output`/generator. Of a model without zeros nothing is measured, and its files are what they always were.
+
+  Args:
+    checkpoint: run directory or model folder.
+    output: folder to write.
+    format: 'hf' for transformers, without the heads and neurons that are all zero; 'sparse' for `from_pretrained`,
+      zeros packed; 'onnx' for onnxruntime, smaller as with 'hf'.
+    layout: 'padded' keeps the stock sizes, zeros and all ('hf' only).
+    values: how weights are stored in the format 'sparse': 'float32', 'bfloat16' or 'int8'.
+    latency: measure a pruned model on this device, beside the dense one of the same weights.
+
+  Returns:
+    What was written.
+
+  Raises:
+    ConfigError: options that do not go together, a model without zeros in the format 'sparse', or one that the format
+      cannot hold; see also `save_pretrained`.
+    DataError, NumericsError, StorageError: see `load_model` and `save_pretrained`.
+  """
+  _check_options(format, layout, values)
+  dense, generator = load_towers(checkpoint) if is_run(checkpoint) else (load_model(checkpoint), None)
+  zeros = densities(dense.params, dense.config)
+  pruned = zeros['nonzero'] < zeros['weights']
+  if format == 'sparse' and not pruned:
+    raise ConfigError(
+      f'--format=sparse: {checkpoint} has no zeros in the matrices of its encoder, it was not trained with masks; '
+      "prune it (task 'prune', configs/prune.py), or use --format=hf"
+    )
+  written, sizes = dense, None
+  if pruned and format != 'sparse' and layout == 'auto':
+    params, config = shrink(dense.params, dense.config)
+    written = dataclasses.replace(dense, params=params, config=config)
+  if format == 'sparse':
+    sizes = save_sparse(written, output, values)
+  elif format == 'onnx':
+    export_onnx(written, output)
+  elif generator is None:
+    save_pretrained(written, output, layout)
+  else:
+    save_pretraining(written, generator, output)
+  done = Export(written, output, format)
+  return _measured(done, _stock(dense), zeros, sizes, latency) if pruned else done
+
+
+def _check_options(format: str, layout: str, values: str) -> None:
+  for flag, value, allowed in (('format', format, FORMATS), ('layout', layout, LAYOUTS), ('values', values, VALUES)):
+    if value not in allowed:
+      raise ConfigError(f'--{flag}={value}: use one of {", ".join(allowed)}')
+  if layout != 'auto' and format != 'hf':
+    raise ConfigError(
+      f'--layout={layout}: is for --format=hf; sparse folders keep the stock sizes and ONNX needs none: leave it out'
+    )
+  if values != 'float32' and format != 'sparse':
+    raise ConfigError(f'--values={values}: is for --format=sparse; --format={format} holds float32: leave it out')
+
+
+def _stock(bundle: Bundle) -> Bundle:
+  """The model before anything was removed: of a folder with layers of their own sizes the padded one."""
+  if not bundle.config.ragged:
+    return bundle
+  params, config = padded(bundle.params, bundle.config)
+  return dataclasses.replace(bundle, params=params, config=config)
+
+
+def _measured(done: Export, dense: Bundle, zeros: Mapping[str, Any], sizes: SizeReport | None, latency: bool) -> Export:
+  timings = None
+  if latency:
+    smaller = done.bundle.config != dense.config  # zeros alone are multiplied like any other number
+    models = {'dense': dense, **({'exported': done.bundle} if smaller else {})}
+    timings = measure(models, BATCH_SIZES, min(SEQ_LEN, dense.config.max_positions), seconds=_SECONDS)
+  return dataclasses.replace(
+    done,
+    dense_config=dense.config,
+    zeros=zeros,
+    bytes=_weights_in(done.output) if sizes is None else sizes.bytes,
+    dense_bytes=_dense_bytes(dense),
+    sparse=sizes,
+    latency=timings,
+  )
+
+
+def _weights_in(folder: str) -> int:
+  """Bytes of the file of weights in a folder of the format 'hf' or 'onnx'."""
+  return sum(p.stat().length for p in epath.Path(folder).iterdir() if p.name == WEIGHTS or p.suffix == '.onnx')
+
+
+def _dense_bytes(bundle: Bundle) -> int:
+  """Length of the model.safetensors that the bundle takes as it is."""
+  tensors = {name: np.asarray(leaf) for name, leaf in names.export_tensors(bundle.params, bundle.config).items()}
+  return len(safetensors.numpy.save(tensors, metadata={'format': 'pt'}))

@@ -1,0 +1,135 @@
+"""What an export was worth, for people and for programs: zeros, bytes and milliseconds, kept apart."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from compactlm_jax.config import runs
+from compactlm_jax.errors import ConfigError, StorageError
+from compactlm_jax.jobs.export import Export
+from compactlm_jax.jobs.latency import as_table
+
+
+def as_text(export: Export) -> str:
+  """What `compactlm export` prints: one line on the model, and for a pruned one a table for each number.
+
+  Args:
+    export: what was written.
+  """
+  cfg = export.bundle.config
+  parts = [f'{export.output}: {cfg.architecture}, {cfg.num_layers} layers, {cfg.hidden_size} wide']
+  if export.zeros is not None:
+    parts += [_zeros(export.zeros), *_sizes(export), _bytes(export)]
+  if export.latency is not None:
+    parts.append('Latency\n\n' + as_table(export.latency))
+    if len({row.name for row in export.latency.rows}) == 1:
+      parts.append(
+        'The exported model has the shapes of the dense one: its zeros are multiplied, and save no time here.'
+      )
+  return '\n\n'.join(parts)
+
+
+def as_dict(export: Export) -> dict[str, Any]:
+  """The same as JSON-able numbers; 'zeros', 'bytes' and 'latency' are null for a model without zeros.
+
+  Args:
+    export: what was written.
+  """
+  cfg = export.bundle.config
+  pruned = export.zeros is not None
+  own: dict[str, Any] = {'file': export.bytes, 'dense_file': export.dense_bytes}
+  if export.sparse is not None:
+    own |= {'layers': export.sparse.layers.bytes, 'dense_layers': export.sparse.layers.dense_bytes}
+  return {
+    'output': export.output,
+    'format': export.format,
+    'architecture': cfg.architecture,
+    'heads_per_layer': [heads for heads, _ in _per_layer(export)],
+    'neurons_per_layer': [neurons for _, neurons in _per_layer(export)],
+    'zeros': dict(export.zeros) if export.zeros is not None else None,
+    'bytes': own if pruned else None,
+    'latency': dataclasses.asdict(export.latency) if export.latency is not None else None,
+  }
+
+
+def check_report(path: str) -> None:
+  """Raises ConfigError unless `path` is '' or a file can be written there."""
+  if path and (pathlib.Path(path).is_dir() or not pathlib.Path(path).absolute().parent.is_dir()):
+    raise ConfigError(f'--report={path}: is a folder, or in one that is not there; name a file as export.json')
+
+
+def write_report(export: Export, path: str) -> None:
+  """Writes `as_dict` to a file; '' writes nothing.
+
+  Raises:
+    StorageError: the file cannot be written.
+  """
+  if not path:
+    return
+  try:
+    pathlib.Path(path).write_text(json.dumps(as_dict(export), indent=2, allow_nan=False) + '\n', encoding='utf-8')
+  except OSError as e:
+    raise StorageError(f'{path}: cannot be written ({e.strerror}); free space or fix permissions') from e
+
+
+def _zeros(zeros: Any) -> str:
+  matrices, layers = zeros['by_matrix'], len(zeros['by_layer'])
+  short = [name.removeprefix('attention/') for name in matrices]
+  gone = zeros['weights'] - zeros['nonzero']
+  rows = [
+    (str(i + 1), *(_percent(1 - matrices[name][i]) for name in matrices), _percent(1 - zeros['by_layer'][i]))
+    for i in range(layers)
+  ]
+  means = (_percent(1 - sum(matrices[name]) / layers) for name in matrices)
+  rows.append(('all', *means, _percent(1 - zeros['density'])))
+  said = (
+    f"Zeros: {gone:,} of {zeros['weights']:,} weights in the encoder's matrices ({_percent(1 - zeros['density'])} %; "
+    f'{zeros["nonzero"]:,} remain), in % of each:'
+  )
+  return said + '\n\n' + _table(('layer', *short, 'all'), rows)
+
+
+def _sizes(export: Export) -> list[str]:
+  """What is left of each layer, if anything was removed."""
+  dense = export.dense_config
+  if dense is None or dense == export.bundle.config:
+    return []
+  rows = [(str(i + 1), str(heads), str(neurons)) for i, (heads, neurons) in enumerate(_per_layer(export))]
+  head = f'Heads (of {dense.num_heads}) and neurons (of {dense.intermediate_size}) that are left:'
+  return [head + '\n\n' + _table(('layer', 'heads', 'neurons'), rows)]
+
+
+def _bytes(export: Export) -> str:
+  rows = [('file of weights', export.bytes, export.dense_bytes)]
+  if export.sparse is not None:
+    rows.append(("encoder's layers", export.sparse.layers.bytes, export.sparse.layers.dense_bytes))
+  cells = [(what, f'{own:,}', f'{whole:,}', f'{100 * own / whole:.1f} %') for what, own, whole in rows]
+  return 'Bytes on disk\n\n' + _table(('', 'exported', 'dense', 'of dense'), cells)
+
+
+def _per_layer(export: Export) -> list[tuple[int, int]]:
+  """(heads, neurons) of each layer."""
+  return [
+    (run.num_heads, run.intermediate_size)
+    for start, stop, run in runs(export.bundle.config)
+    for _ in range(start, stop)
+  ]
+
+
+def _percent(share: float) -> str:
+  return f'{100 * share:.2f}'
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+  """Columns of equal width, numbers to the right."""
+  widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+  lines = [
+    '| ' + ' | '.join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))) + ' |'
+    for row in (head, *rows)
+  ]
+  rule = '|' + '|'.join(('-' * (w + 1) + ':') if i else '-' * (w + 2) for i, w in enumerate(widths)) + '|'
+  return '\n'.join([lines[0], rule, *lines[1:]])
