@@ -6,7 +6,7 @@ one-hot tricks do not count. Table look-ups, LayerNorms and softmax count nothin
 
 from __future__ import annotations
 
-from compactlm_jax.config import EncoderConfig
+from compactlm_jax.config import EncoderConfig, runs
 from compactlm_jax.nn.span import HIDDEN as SPAN_HIDDEN
 
 
@@ -14,7 +14,7 @@ def layer_flops(config: EncoderConfig, seq_len: int) -> float:
   """Forward FLOPs of one layer for one token: attention, convolution branch and feed-forward.
 
   Args:
-    config: the encoder.
+    config: the encoder, or one of its `runs` if its layers differ.
     seq_len: length of its row.
   """
   return attention_flops(config, seq_len) + conv_branch_flops(config) + feed_forward_flops(config)
@@ -39,7 +39,7 @@ def attention_flops(config: EncoderConfig, seq_len: int) -> float:
 
 def conv_branch_flops(config: EncoderConfig) -> float:
   """Forward FLOPs of the convolution branch of one layer for one token, with its rows of the output projection."""
-  if not config.conv_kernel_size:
+  if not config.conv_kernel_size or not config.num_heads:
     return 0.0
   return conv_flops(config) + 2.0 * config.num_heads * config.head_size * config.hidden_size
 
@@ -58,7 +58,8 @@ def feed_forward_flops(config: EncoderConfig) -> float:
 
 def encoder_flops(config: EncoderConfig, seq_len: int) -> float:
   """Forward FLOPs of an encoder for one token, without pooler and heads."""
-  return embedding_flops(config) + config.num_layers * layer_flops(config, seq_len)
+  layers = sum((stop - start) * layer_flops(run, seq_len) for start, stop, run in runs(config))
+  return embedding_flops(config) + layers
 
 
 def embedding_flops(config: EncoderConfig) -> float:
