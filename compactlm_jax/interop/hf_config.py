@@ -88,6 +88,38 @@ def from_hf(raw: Mapping[str, Any], *, pooler: bool = False) -> EncoderConfig:
       f'config.json: model_type {kind!r} is not supported; BERT, ELECTRA and ConvBERT are '
       f'({", ".join(map(repr, DEFAULTS))})'
     )
+  _refuse(raw, kind)
+
+  def number(key: str) -> Any:
+    value, default = raw.get(key, DEFAULTS[kind][key]), DEFAULTS[kind][key]
+    if key == 'pad_token_id' and value is None:
+      return 0
+    if isinstance(value, bool) or not isinstance(value, (int, float) if isinstance(default, float) else int):
+      raise ConfigError(f'config.json: {key} {value!r} must be of type {type(default).__name__}')
+    return type(default)(value)
+
+  fields: dict[str, Any] = {ours: number(theirs) for ours, theirs in _FIELDS}
+  for ours, theirs in _FIELDS:
+    if fields[ours] < 0 or (isinstance(fields[ours], int) and fields[ours] < 1):
+      raise ConfigError(f'config.json: {theirs} {fields[ours]} must be positive')
+  fields['pad_token_id'] = number('pad_token_id')
+  if not 0 <= fields['pad_token_id'] < fields['vocab_size']:
+    raise ConfigError(f'config.json: pad_token_id {fields["pad_token_id"]} is outside the vocabulary')
+  fields['causal'] = bool(raw.get('is_decoder'))
+  fields['embedding_size'] = number('embedding_size') if kind != 'bert' else fields['hidden_size']
+  fields['num_heads'] = number('num_attention_heads')
+  if kind == 'convbert':
+    fixed = raw.get('head_size') is not None
+    fields.update(_mixed_heads(fields['hidden_size'], fields['num_heads'], number('head_ratio'), fixed))
+    fields.update(conv_kernel_size=number('conv_kernel_size'), num_groups=number('num_groups'), conv_sees_padding=True)
+    if fields['conv_kernel_size'] < 1:
+      raise ConfigError(f'config.json: conv_kernel_size {fields["conv_kernel_size"]} must be positive and odd')
+  fields |= custom.sizes(raw, fields)
+  return EncoderConfig(architecture=kind, pooler=pooler, **{**fields, **_local_fields(raw)})
+
+
+def _refuse(raw: Mapping[str, Any], kind: str) -> None:
+  """What a model of this kind may not ask for."""
   for key, fine, reason in _REFUSED:
     if raw.get(key) is not None and raw[key] not in fine:
       raise ConfigError(f'config.json: {key} {raw[key]!r}: {reason}')
@@ -105,33 +137,6 @@ def from_hf(raw: Mapping[str, Any], *, pooler: bool = False) -> EncoderConfig:
   activation = raw.get('hidden_act', 'gelu')
   if activation not in ('gelu', 'gelu_python'):
     raise ConfigError(f"config.json: hidden_act {activation!r}; only the exact (erf) 'gelu' is implemented")
-
-  def number(key: str) -> Any:
-    value, default = raw.get(key, DEFAULTS[kind][key]), DEFAULTS[kind][key]
-    if key == 'pad_token_id' and value is None:
-      return 0
-    if isinstance(value, bool) or not isinstance(value, (int, float) if isinstance(default, float) else int):
-      raise ConfigError(f'config.json: {key} {value!r} must be of type {type(default).__name__}')
-    return type(default)(value)
-
-  fields: dict[str, Any] = {ours: number(theirs) for ours, theirs in _FIELDS}
-  for ours, theirs in _FIELDS:
-    if fields[ours] < 0 or (isinstance(fields[ours], int) and fields[ours] < 1):
-      raise ConfigError(f'config.json: {theirs} {fields[ours]} must be positive')
-  fields['pad_token_id'] = number('pad_token_id')
-  if not 0 <= fields['pad_token_id'] < fields['vocab_size']:
-    raise ConfigError(f'config.json: pad_token_id {fields["pad_token_id"]} is outside the vocabulary')
-  fields['causal'] = bool(causal)
-  fields['embedding_size'] = number('embedding_size') if kind != 'bert' else fields['hidden_size']
-  fields['num_heads'] = number('num_attention_heads')
-  if kind == 'convbert':
-    fixed = raw.get('head_size') is not None
-    fields.update(_mixed_heads(fields['hidden_size'], fields['num_heads'], number('head_ratio'), fixed))
-    fields.update(conv_kernel_size=number('conv_kernel_size'), num_groups=number('num_groups'), conv_sees_padding=True)
-    if fields['conv_kernel_size'] < 1:
-      raise ConfigError(f'config.json: conv_kernel_size {fields["conv_kernel_size"]} must be positive and odd')
-  fields |= custom.sizes(raw, fields)
-  return EncoderConfig(architecture=kind, pooler=pooler, **{**fields, **_local_fields(raw)})
 
 
 def _mixed_heads(hidden: int, heads: int, ratio: int, fixed: bool) -> dict[str, int]:
