@@ -20,7 +20,7 @@ from compactlm_jax.compress.schedule import cubic_schedule, kept
 from compactlm_jax.compress.structure import acting_masks, expand, score_shapes
 from compactlm_jax.config import EncoderConfig, PruneConfig
 from compactlm_jax.config.prune import SCORED
-from compactlm_jax.ops.masks import hard_concrete, masked_weight, soft_mask
+from compactlm_jax.ops.masks import hard_concrete, masked_weight, soft_cuts
 from compactlm_jax.ops.threshold import global_cut, keep_mask, local_cuts
 from compactlm_jax.tree import named_leaves, nested, overlaid
 from compactlm_jax.types import Params, Spread
@@ -30,6 +30,10 @@ OWN = ('scores', 'control')
 
 Leaves = dict[str, jax.Array]
 """Name of scores -> array [N, ...]."""
+
+
+def _as_it_is(tree: Params) -> Params:
+  return tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,13 +132,15 @@ class Masks:
     rest = [jnp.where(keep_mask(leaf, cuts[name]), -jnp.inf, leaf).max() for name, leaf in values.items()]
     return jnp.stack(rest).max()
 
-  def above(self, values: Leaves, step: jax.Array | int) -> Leaves:
+  def above(self, values: Leaves, step: jax.Array | int, spread: Spread = _as_it_is) -> Leaves:
     """Masks of soft movement at a step's threshold."""
-    return self.over(values, jnp.asarray(self.thresholds, jnp.float32)[step], self.config.threshold_on)
+    return self.over(values, jnp.asarray(self.thresholds, jnp.float32)[step], self.config.threshold_on, spread)
 
-  def over(self, values: Leaves, tau: jax.Array, on: str) -> Leaves:
-    """Masks of what is above a threshold, and of the least that is kept of each matrix."""
-    return {name: soft_mask(leaf, tau, on=on, floor=self.config.floor) for name, leaf in values.items()}
+  def over(self, values: Leaves, tau: jax.Array, on: str, spread: Spread = _as_it_is) -> Leaves:
+    """Masks of what is above a threshold, and of the least that is kept of each matrix; counted on slices."""
+    values = jax.lax.stop_gradient(values)
+    cuts = soft_cuts(on_slices(values, spread), tau, on=on, floor=self.config.floor)
+    return {name: keep_mask(leaf, cuts[name]).astype(leaf.dtype) for name, leaf in values.items()}
 
   def gates(self, values: Leaves, key: jax.Array | None) -> Leaves:
     """L0's gates: drawn with a key, as evaluated without."""

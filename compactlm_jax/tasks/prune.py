@@ -156,14 +156,14 @@ class _Pruning:
     values = masks.ranked(params)
     if method == 'l0':
       found = masks.gates(values, key)
-      penalty = weight * l0_penalty(on_slices(values, spread), self.config.penalty)
+      penalty = weight * self._penalty(l0_penalty, values, spread)
     elif method == 'soft_movement':
-      found = masks.above(values, step)
+      found = masks.above(values, step, spread)
       metrics['threshold'] = jnp.asarray(masks.thresholds, jnp.float32)[step]
       if self.config.penalised:
-        penalty = weight * soft_penalty(on_slices(values, spread), self.config.penalty)
+        penalty = weight * self._penalty(soft_penalty, values, spread)
     elif self.cached:
-      found = masks.over(values, params['control']['threshold'], 'scores')
+      found = masks.over(values, params['control']['threshold'], 'scores', spread)
     else:
       found = masks.top(values, step, spread)
     metrics['density'] = self._density(found, step, spread)
@@ -171,6 +171,22 @@ class _Pruning:
       metrics |= {'penalty': penalty, 'regularization': weight}
     read = masks.apply(params, found, straight_through=method in ('hard_movement', 'soft_movement'))
     return read, penalty, jax.lax.stop_gradient(metrics)
+
+  def _penalty(self, function: Callable[..., jax.Array], values: Leaves, spread: Spread) -> jax.Array:
+    """A penalty whose value is added up on slices, while every device makes the gradient of the scores that it holds.
+
+    Differentiated through slices, gradients would have to be gathered.
+    """
+
+    @jax.custom_vjp
+    def penalty(values: Leaves) -> jax.Array:
+      return function(on_slices(values, spread), self.config.penalty)
+
+    def backward(values: Leaves, g: jax.Array) -> tuple[Leaves]:
+      return (jax.grad(lambda leaves: g * function(leaves, self.config.penalty))(values),)
+
+    penalty.defvjp(lambda values: (penalty(values), values), backward)
+    return penalty(values)
 
   def weight(self, params: Params, step: jax.Array) -> jax.Array:
     """lambda_t: coupled to the threshold for soft movement (lambda * tau_t / tau), constant otherwise."""
