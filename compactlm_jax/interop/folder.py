@@ -17,7 +17,7 @@ from etils import epath
 from compactlm_jax.errors import DataError
 
 WEIGHTS, INDEX, MANIFEST = 'model.safetensors', 'model.safetensors.index.json', 'manifest.json'
-SPARSE_WEIGHTS = 'model.sparse.safetensors'
+SPARSE_WEIGHTS, ONNX = 'model.sparse.safetensors', 'model.onnx'
 EXPORT_FORMAT = 'compactlm-jax export'
 """Value of 'format' in our manifest.json."""
 
@@ -191,6 +191,8 @@ def _parse(data: bytes, where: str) -> dict[str, np.ndarray]:
 def _no_weights(folder: Folder) -> str:
   if folder.has(SPARSE_WEIGHTS):
     return f'{folder.path / SPARSE_WEIGHTS}: config.json does not describe it; it is not the one of this folder'
+  if folder.has(ONNX):
+    return f'{folder.path / ONNX}: a graph for onnxruntime, not read here; export the run again with --format=hf'
   foreign = sorted(p.name for p in folder.path.iterdir() if p.suffix in _FOREIGN)
   if not foreign:
     return f'{folder.path / WEIGHTS}: missing; the folder holds no weights'

@@ -12,13 +12,11 @@ from compactlm_jax.config import EncoderConfig
 from compactlm_jax.errors import ConfigError
 from compactlm_jax.interop import hf_config, names
 from compactlm_jax.interop.bundle import Bundle
+from compactlm_jax.interop.folder import ONNX
 from compactlm_jax.interop.tokenizer_files import matched
 from compactlm_jax.interop.writing import json_bytes, write_export
 from compactlm_jax.tree import named_leaves
 from compactlm_jax.types import Params
-
-MODEL = 'model.onnx'
-"""File name of the graph with its weights."""
 
 MAX_BYTES = (1 << 31) - (1 << 24)
 """Most weights in one file: protobuf ends at 2 GiB, and nodes and names take room too."""
@@ -56,9 +54,9 @@ def export_onnx(bundle: Bundle, folder: epath.PathLike) -> None:
     logging.warning('%s: left out of the graph: %s; the default format keeps it', folder, ', '.join(left))
   model = onnx_model(bundle)
   outputs = {output.name: _shape(output) for output in model.graph.output}
-  described = _described(config, bundle, heads) | {'onnx': {'file': MODEL, 'outputs': outputs}}
+  described = _described(config, bundle, heads) | {'onnx': {'file': ONNX, 'outputs': outputs}}
   files = {
-    MODEL: model.SerializeToString(deterministic=True),
+    ONNX: model.SerializeToString(deterministic=True),
     'config.json': json_bytes(described),
     'README.md': _card(config, names.count_parameters(_read(bundle)), outputs, bundle).encode(),
     **(bundle.tokenizer.files if bundle.tokenizer else {}),
