@@ -89,8 +89,7 @@ def test_models_are_measured_through_both_engines():
   pytest.importorskip('onnxruntime')
   models = {
     'dense': _bundle('classifier'),
-    'pruned': _bundle('classifier', heads_per_layer=(0,), neurons_per_layer=(4,)),
-    'span': _bundle('span'),
+    'pruned': _bundle('span', heads_per_layer=(0,), neurons_per_layer=(4,)),
     'causal': _bundle(causal=True),
   }
   found = measure(models, batch_sizes=(1, 2), seq_len=5, rounds=3)
