@@ -159,7 +159,7 @@ def test_faults_in_a_configuration_file_are_told_with_their_line(text, message, 
 def test_unexpected_errors_have_their_codes(error, code, message, capsys, monkeypatch):
   """Mutation: call every OSError a full disk, or hide the traceback of a bug."""
 
-  def fail(*args):
+  def fail(*args, **options):
     raise error
 
   monkeypatch.setattr(jobs, 'run_export', fail)

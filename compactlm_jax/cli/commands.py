@@ -304,7 +304,7 @@ COMMANDS = {
     arguments='runs',
   ),
   'export': Command(
-    'Write a trained model as a Hugging Face folder, packed, or as ONNX; tell what pruning saved.',
+    'Write a trained model for transformers, packed, or as ONNX; tell what pruning saved.',
     'compactlm export --checkpoint=runs/tiny --output=exported',
     all_of(
       text('checkpoint', None, 'Run directory or model folder.'),
