@@ -23,6 +23,8 @@ _SHAPES = (
   'type_vocab_size',
   'conv_kernel_size',
   'num_groups',
+  'heads_per_layer',
+  'neurons_per_layer',
 )
 
 
@@ -52,8 +54,10 @@ def take_layers(encoder: Params, layers: tuple[int, ...]) -> Params:
     layers: 1-based layer numbers; one may repeat.
 
   Raises:
-    ConfigError: a number outside the stack.
+    ConfigError: a number outside the stack, or layers of different sizes.
   """
+  if 'layers' not in encoder:
+    raise ConfigError(f'layers {layers}: cannot be chosen from layers of different sizes; use the padded export of it')
   depth = jax.tree.leaves(encoder['layers'])[0].shape[0]
   wrong = [layer for layer in layers if not 1 <= layer <= depth]
   if wrong or not layers:

@@ -143,6 +143,11 @@ def check_distill(student: EncoderConfig, teacher: EncoderConfig, config: Distil
         f'config.{side}.self_attention: relations compare queries, keys and values, and with False there are no keys '
         'and values; use an encoder with self-attention'
       )
+    if encoder.ragged:
+      raise ConfigError(
+        f'config.{side}: its layers differ in size (heads_per_layer, neurons_per_layer), and relations compare heads '
+        'of equal number; export it with --layout=padded and use that'
+      )
   if config.layers == 'uniform' and student.num_layers > (config.teacher_layer or teacher.num_layers):
     raise ConfigError(
       f"config.distill.layers: 'uniform' needs at least as many taught layers as the student's {student.num_layers}; "

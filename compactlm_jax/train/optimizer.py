@@ -98,12 +98,14 @@ def scale_layers(config: OptimizerConfig) -> optax.GradientTransformation:
 
   def scale(updates: Any) -> Any:
     leaves = named_leaves(updates)
-    layers = next((leaf.shape[0] for name, leaf in leaves.items() if _part(name) == 'layers'), 0)
-    top = layers + (2 if config.layer_decay_rule == 'published' else 1)
+    depths = {_part(name): leaf.shape[0] for name, leaf in leaves.items() if _part(name).startswith('layers')}
+    top = sum(depths.values()) + (2 if config.layer_decay_rule == 'published' else 1)
+    order = sorted(depths, key=lambda stack: int('0' + stack.removeprefix('layers').removeprefix('_')))
+    below = {stack: sum(depths[other] for other in order[:i]) for i, stack in enumerate(order)}
 
     def scaled(name: str, update: jax.Array) -> jax.Array:
-      if _part(name) == 'layers':
-        powers = top - 1 - jnp.arange(layers)
+      if (stack := _part(name)) in below:
+        powers = top - 1 - jnp.arange(below[stack], below[stack] + depths[stack])
         rates = jnp.asarray(config.layer_decay**powers, update.dtype)
         return update * rates.reshape((-1,) + (1,) * (update.ndim - 1))
       return update * (config.layer_decay**top if _part(name) == 'embeddings' else 1.0)
@@ -114,9 +116,9 @@ def scale_layers(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def _part(name: str) -> str:
-  """'layers' or 'embeddings' of the encoder; '' for heads and the pooler, which learn at the full rate."""
+  """'layers' (a run's: 'layers_0', ...) or 'embeddings'; '' for heads and the pooler, which learn at the full rate."""
   owner, part, *_ = [*name.split('/'), '']
-  return part if owner == 'encoder' and part in ('layers', 'embeddings') else ''
+  return part if owner == 'encoder' and re.fullmatch(r'layers(_\d+)?|embeddings', part) else ''
 
 
 def make_optimizer(

@@ -70,6 +70,7 @@ def test_tree_is_the_students_tree(teacher_params, pooler):
     ({'num_layers': 2}, (3, 7), 'init_layers'),
     ({'vocab_size': 21}, (), 'vocab_size=20'),
     ({'conv_kernel_size': 3}, (), 'conv_kernel_size=0'),
+    ({'heads_per_layer': (2, 2, 2, 2, 2, 1)}, (), 'heads_per_layer'),
   ],
 )
 def test_what_does_not_fit_is_refused(teacher_params, changes, layers, message):
@@ -82,3 +83,9 @@ def test_layers_outside_the_stack_are_refused(teacher_params):
   for layers in ((0,), (7,), ()):
     with pytest.raises(ConfigError, match='from 1 to 6'):
       take_layers(teacher_params['encoder'], layers)
+
+
+def test_layers_of_different_sizes_are_refused():
+  params = init_encoder(dataclasses.replace(TEACHER, heads_per_layer=(1, 1, 2, 2, 2, 2)), jax.random.key(0))
+  with pytest.raises(ConfigError, match='different sizes'):
+    take_layers(params['encoder'], (1, 2))

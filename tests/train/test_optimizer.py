@@ -209,3 +209,16 @@ def test_learning_rates_fall_from_the_head_down(rule, wanted):
   np.testing.assert_allclose(ratios['encoder/layers/ffn_in/kernel'][:, 0, 0], wanted['layers'], rtol=1e-4)
   np.testing.assert_allclose(ratios['classifier/kernel'], wanted['classifier'], rtol=1e-4)
   np.testing.assert_allclose(ratios['encoder/pooler/kernel'], wanted['pooler'], rtol=1e-4)
+
+
+@pytest.mark.parametrize('rule', ['published', 'corrected'])
+def test_layers_of_different_sizes_decay_by_their_place(rule):
+  """Mutation: count layers from the start of each run."""
+  stack = {'encoder': {'layers': {'b': np.ones(12, np.float32)}, 'embeddings': {'w': np.ones(1, np.float32)}}}
+  parts = {f'layers_{i}': {'b': np.ones(1, np.float32)} for i in range(12)}
+  runs = {'encoder': {**parts, 'embeddings': {'w': np.ones(1, np.float32)}}}
+  fields = {**PLAIN, 'layer_decay': 0.5, 'layer_decay_rule': rule}
+  config = OptimizerConfig(**fields)
+  one, many = (trajectory(config, tree, [jax.tree.map(np.ones_like, tree)])[0][0]['encoder'] for tree in (stack, runs))
+  np.testing.assert_array_equal(one['layers']['b'], np.concatenate([many[f'layers_{i}']['b'] for i in range(12)]))
+  np.testing.assert_array_equal(one['embeddings']['w'], many['embeddings']['w'])
