@@ -67,6 +67,7 @@ def from_pretrained(folder: epath.PathLike) -> Bundle:
     config = dataclasses.replace(config, pooler=True)
   tokenizer = read_tokenizer(source)
   config = matched(config, tokenizer)
+  tensors = custom.without_empty(tensors) if config.ragged else tensors
   params = names.import_tensors(tensors, config)
   outputs = params['classifier']['bias'].shape[0] if 'classifier' in params else 0
   labels = hf_config.labels_of(raw) if outputs > 1 else ()
@@ -152,6 +153,7 @@ def export_files(
       custom.FILE,
     )
   tensors = names.export_tensors(bundle.params, config)
+  tensors = custom.with_empty(tensors, config) if code else tensors
   return {
     WEIGHTS: safetensors.numpy.save(tensors, metadata={'format': 'pt'}),
     'config.json': json_bytes(described),

@@ -11,6 +11,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from compactlm_jax.config import EncoderConfig
 from compactlm_jax.errors import ConfigError
 
@@ -67,6 +69,30 @@ def described(config: EncoderConfig, stock: Mapping[str, Any]) -> dict[str, Any]
     if getattr(config, field):
       out[field] = list(getattr(config, field))
   return out
+
+
+def with_empty(tensors: Mapping[str, np.ndarray], config: EncoderConfig) -> dict[str, np.ndarray]:
+  """Adds empty output weights [D, 0] where a layer lost all heads or neurons.
+
+  Without them a stock class of transformers would load the folder, with random weights in their place and no more than
+  a warning; so it raises an error about shapes. `without_empty` is the inverse.
+
+  Args:
+    tensors: what is exported, by name.
+    config: the encoder.
+  """
+  out = dict(tensors)
+  lost = {'attention.output.dense': config.heads_per_layer, 'output.dense': config.neurons_per_layer}
+  for part, sizes in lost.items():
+    for layer in (i for i, size in enumerate(sizes) if not size):
+      (bias,) = (name for name in tensors if name.endswith(f'encoder.layer.{layer}.{part}.bias'))
+      out[f'{bias.removesuffix("bias")}weight'] = np.zeros((config.hidden_size, 0), np.float32)
+  return out
+
+
+def without_empty(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """The tensors that have elements."""
+  return {name: tensor for name, tensor in tensors.items() if tensor.size}
 
 
 def read_by(auto_map: Any) -> bool:

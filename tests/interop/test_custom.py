@@ -3,7 +3,9 @@
 import ast
 import dataclasses
 import json
+import pathlib
 import sys
+import tomllib
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +66,8 @@ def test_the_file_is_small_and_has_the_classes_that_config_json_names():
     assert {f'CompactBert{cls}'.replace('Bert', name, 1) for cls in classes} <= found
   imported = {node.module.split('.')[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
   assert imported == {'torch', 'transformers'}
+  project = tomllib.loads((pathlib.Path(__file__).parents[2] / 'pyproject.toml').read_text())
+  assert f'{custom.FILE}.txt' in project['tool']['setuptools']['package-data']['compactlm_jax.interop']  # in the wheel
   lines = custom.source().decode().splitlines()
   assert len(lines) <= 200 and max(map(len, lines)) <= 120
 
@@ -258,6 +262,19 @@ def test_transformers_computes_the_same_and_trains(kind, head, tools, hub, tmp_p
   again = _load(auto, tmp_path / 'theirs', trust_remote_code=True)
   for new, old in zip(_theirs(again.eval(), batch), expected):
     np.testing.assert_allclose(new.detach().numpy(), old, rtol=0, atol=1e-6)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+  'sizes',
+  [dict(heads_per_layer=(4, 0, 4, 4)), dict(neurons_per_layer=(24, 24, 0, 24)), dict(heads_per_layer=(4, 4, 3, 4))],
+)
+@pytest.mark.parametrize('kind', KINDS)
+def test_stock_classes_refuse_the_folder(kind, sizes, hub, tmp_path):
+  """AutoModel without trust_remote_code takes them without a word. Mutation: write no empty weights."""
+  save_pretrained(_bundle(kind, 'classifier', **sizes), tmp_path / 'm')
+  with pytest.raises(RuntimeError, match='ignore_mismatched_sizes'):
+    getattr(hub, AUTO['classifier']).from_pretrained(tmp_path / 'm')
 
 
 @pytest.mark.torch
