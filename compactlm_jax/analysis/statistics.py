@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from compactlm_jax.analysis.concentration import RADIUS, attention_probabilities, near_and_far, require_attention
 from compactlm_jax.analysis.similarity import Moments, entropy, linear_cka, moments, pairwise_kl
 from compactlm_jax.config import EncoderConfig
-from compactlm_jax.errors import DataError
+from compactlm_jax.errors import ConfigError, DataError
 from compactlm_jax.nn.encoder import encode
 from compactlm_jax.types import QKV, Params, struct
 
@@ -95,9 +95,14 @@ def analysed(params: Params, config: EncoderConfig) -> Model:
   are batched.
 
   Raises:
-    ConfigError: the encoder has no self-attention.
+    ConfigError: the encoder has no self-attention, or layers of different sizes.
   """
   require_attention(config)
+  if config.ragged:
+    raise ConfigError(
+      'config.encoder.heads_per_layer, neurons_per_layer: layers of different sizes cannot be compared head by head; '
+      'analyse the run itself, or its export with --layout=padded, where removed heads are zeros and attend evenly'
+    )
   return Model(params, dataclasses.replace(config, conv_sees_padding=False, scan_unroll=1, remat=False))
 
 

@@ -135,6 +135,8 @@ def test_value_relation_of_a_causal_model_reads_no_later_position():
 def test_refusals(models):
   with pytest.raises(ConfigError, match='self_attention'):
     analysed({}, dataclasses.replace(MIXED, self_attention=False))
+  with pytest.raises(ConfigError, match='--layout=padded'):
+    analysed({}, dataclasses.replace(MIXED, heads_per_layer=(1,) * MIXED.num_layers))
   nothing = (np.zeros((2, 8), np.int32),) * 2
   for batches in ([], [nothing]):
     with pytest.raises(DataError, match='no tokens'):
