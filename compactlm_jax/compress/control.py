@@ -1,8 +1,10 @@
 """The weight of a penalty that ends a run at a given density.
 
-Soft movement and L0 keep what lies above a fixed value, and their penalty moves all scores towards it at a speed that
-Adam limits to about the learning rate. What is steered is therefore the place of one score: the one above which the
-asked density lies. It is led to the fixed value along a line over the learning rate that is still to come.
+Soft movement and L0 keep what lies above a fixed value. Their penalty moves all scores towards it, at a speed that Adam
+limits to about the learning rate; the density stays at 1 until they are there. What is steered is therefore the place
+of one score, the one above which the asked density lies: it is led to the fixed value along a line over the learning
+rate that is still to come, and arrives slowly. The weight may become negative, as a multiplier of an equality may.
+RPP zeroes weights directly: there the weight that leaves the scheduled density follows from each step's weights.
 """
 
 from __future__ import annotations
@@ -21,16 +23,26 @@ from compactlm_jax.errors import ConfigError
 from compactlm_jax.ops.threshold import global_cut
 from compactlm_jax.types import Params, Spread
 
-_HORIZON = 10.0
-"""Steps in which an error of place is to be made up: Adam's first moment remembers as many."""
+_HORIZON = 6.0
+"""Steps in which an error of place is to be made up."""
 
-_MOST = 0.95
-"""The highest speed that is asked for, in learning rates per step."""
+_DAMPING = 0.5
+"""Weight of an error of speed."""
+
+_FASTEST = 0.95
+"""Highest speed that is asked for, in learning rates per step; Adam's own limit is about 1."""
 
 _ADAPT = 0.3
+"""How fast the scale of the weight follows what it brings about."""
+
 _MEMORY = 0.9
-_SPARE = 1.25
-"""So many times the way to go must be possible."""
+"""Of measured speeds; Adam's first moment remembers as long."""
+
+_STEADY = 0.6
+"""Fraction of the way's learning rate that is spent at full speed; after it the speed falls to 0."""
+
+_USABLE = 0.9
+"""Fraction of the highest speed that the line may ask for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,95 +51,143 @@ class Controller:
 
   Attributes:
     masks: of the run.
-    rates: float64 [steps], learning rate of the scores at each step.
-    start: step at which it begins.
-    end: step at which the density is to be reached.
+    rates: float64 [steps + 1], learning rate of the scores at each step, 0 at the end.
+    line: float64 [steps + 1], where the steered score is to be at each step: 0 at the start of its way, 1 at the end.
+    start: step at which the way begins.
   """
 
   masks: Masks
   rates: np.ndarray
+  line: np.ndarray
   start: int
-  end: int
-
-  @property
-  def target(self) -> float:
-    """Scores above this remain in the finished model."""
-    return place_of(self.masks.config)
 
   def init(self, values: Leaves) -> Params:
-    """The state before the first step, float32 scalars."""
+    """The state before the first step: float32 scalars.
+
+    Args:
+      values: the scores.
+    """
     size = sum(leaf.size for leaf in values.values())
-    scale = math.sqrt(size) if self.masks.config.penalty == 'mean' else 1 / math.sqrt(size)
+    usual = math.sqrt(size) / (1 if self.masks.config.penalty == 'mean' else size)
     place = self._place(values)
     return {
-      'regularization': jnp.float32(self.masks.config.regularization),
-      'scale': jnp.float32(self.masks.config.regularization or scale),
-      'place': place,
+      'regularization': jnp.float32(0.0),
+      'scale': jnp.float32(self.masks.config.regularization or usual),
       'begun': place,
+      'place': place,
       'speed': jnp.float32(0.0),
       'asked': jnp.float32(0.0),
     }
 
-  def update(self, control: Params, values: Leaves, step: jax.Array) -> Params:
-    """The state for step `step`, after the scores have moved to `values`."""
-    rates = np.append(self.rates, 0.0).astype(np.float32)
-    ahead = np.append(np.cumsum(self.rates[::-1])[::-1], 0.0)
-    whole = ahead[self.start] - ahead[self.end]
-    progress = np.clip((ahead[self.start] - ahead) / whole, 0, 1).astype(np.float32)
-    place = self._place(values)
-    rate = jnp.asarray(rates)[step - 1]
-    moved = jnp.where(rate > 0, (control['place'] - place) / jnp.maximum(rate, 1e-30), 0.0)
-    speed = _MEMORY * control['speed'] + (1 - _MEMORY) * jnp.clip(moved, -3, 3)
-    asked = control['asked']
-    scale = control['scale'] * jnp.exp(_ADAPT * jnp.clip(asked - speed, -1, 1) * asked)
-    # Of the next step.
-    line = control['begun'] + (self.target - control['begun']) * jnp.asarray(progress)
-    now, then = line[step], line[jnp.minimum(step + 1, len(progress) - 1)]
-    following = jnp.maximum(jnp.asarray(rates)[step], 1e-30)
-    command = (now - then) / following + (place - now) / (following * _HORIZON)
-    command = jnp.where(step < self.start, 0.0, jnp.clip(command, -_MOST, _MOST))
+  def update(self, state: Params, values: Leaves, step: jax.Array) -> Params:
+    """The state for a step.
+
+    Args:
+      state: of the step before.
+      values: the scores after it.
+      step: number of the step to come.
+    """
+    rates, line = jnp.asarray(self.rates, jnp.float32), jnp.asarray(self.line, jnp.float32)
+    place, last = self._place(values), rates[step - 1]
+    moved = jnp.where(last > 0, (state['place'] - place) / jnp.where(last > 0, last, 1.0), 0.0)
+    speed = _MEMORY * state['speed'] + (1 - _MEMORY) * jnp.clip(moved, -3.0, 3.0)
+    # Where less is brought about than was asked for, the same speed needs a larger weight.
+    lacking = jnp.clip(state['asked'] - speed, -1.0, 1.0)
+    scale = jnp.clip(state['scale'] * jnp.exp(_ADAPT * lacking * state['asked']), 1e-12, 1e12)
+    way = target_of(self.masks.config) - state['begun']
+    rate = jnp.where(rates[step] > 0, rates[step], 1.0)
+    planned = way * (line[step] - line[jnp.minimum(step + 1, len(self.line) - 1)]) / rate
+    error = (place - state['begun'] - way * line[step]) / rate
+    asked = jnp.clip(planned + error / _HORIZON - _DAMPING * (speed - planned), -_FASTEST, _FASTEST)
+    asked = jnp.where((step < self.start) | (rates[step] == 0), 0.0, asked)
     return {
-      **control,
-      'regularization': scale * command / jnp.sqrt(1 - command**2),
+      # Adam turns a gradient g among noise of size s into a step of g / sqrt(g^2 + s^2) learning rates.
+      'regularization': scale * asked / jnp.sqrt(1 - asked**2),
       'scale': scale,
+      'begun': state['begun'],
       'place': place,
       'speed': speed,
-      'asked': _MEMORY * asked + (1 - _MEMORY) * command,
+      'asked': _MEMORY * state['asked'] + (1 - _MEMORY) * asked,
     }
 
   def _place(self, values: Leaves) -> jax.Array:
-    """The lowest score that remains if the asked density does."""
+    """The score above which the asked density lies, less what floors keep besides."""
+    config, target = self.masks.config, target_of(self.masks.config)
     size = sum(leaf.size for leaf in values.values())
-    keep = max(1, int(self.masks.config.density * size))
-    return next(iter(global_cut(jax.lax.stop_gradient(values), jnp.int32(keep)).values())).threshold[0]
+    besides = jnp.float32(0.0)
+    if config.method == 'soft_movement':
+      for leaf in values.values():
+        above = (leaf > target).sum(range(1, leaf.ndim), dtype=jnp.int32)
+        besides += jnp.maximum(int(config.floor * leaf[0].size) + 1 - above, 0).sum().astype(jnp.float32)
+    keep = jnp.clip(config.density * size - besides, 1, size).astype(jnp.int32)
+    return next(iter(global_cut(jax.lax.stop_gradient(values), keep).values())).threshold[0]
 
 
-def place_of(config: PruneConfig) -> float:
-  """The score above which an entry remains in the finished model."""
-  if config.method == 'l0':
+def make_controller(masks: Masks, learning_rate: Callable[[jax.Array], jax.Array], warmup: int) -> Controller:
+  """The controller of a run of soft movement or L0.
+
+  Args:
+    masks: of the run.
+    learning_rate: step -> learning rate of the weights, whose shape the scores' has.
+    warmup: warm-up steps.
+
+  Raises:
+    ConfigError: the learning rate of all steps does not take the scores to where they are pruned.
+  """
+  config, steps = masks.config, masks.last
+  with jax.ensure_compile_time_eval():
+    shape = np.asarray(learning_rate(jnp.arange(steps)), np.float64)
+  rates = np.append(config.scores_learning_rate * shape / max(shape.max(), 1e-30), 0.0)
+  start = min(int(config.initial_warmup * warmup), steps - 1)
+  # Also without a cool-down, time is left to correct what is off.
+  end = max(start + 1, min(int(steps - config.final_warmup * warmup), int(0.85 * steps)))
+  spent = np.cumsum(np.append(0.0, rates[:-1]))
+  part = np.clip((spent - spent[start]) / max(spent[end] - spent[start], 1e-30), 0, 1)
+  mean = (1 + _STEADY) / 2
+  line = (part - np.maximum(part - _STEADY, 0) ** 2 / (2 * (1 - _STEADY))) / mean
+  _check_way(config, float(spent[end] - spent[start]) * mean * _USABLE, steps)
+  return Controller(masks, rates, line, start)
+
+
+def _check_way(config: PruneConfig, possible: float, steps: int) -> None:
+  begun = config.scores_scale if config.scores_init == 'constant' else 0.0
+  way = abs(target_of(config) - begun)
+  if possible < way:
+    least = config.scores_learning_rate * way / max(possible, 1e-30)
+    raise ConfigError(
+      f'config.prune.scores_learning_rate: at {config.scores_learning_rate:g} the scores move {possible:.2g} at most '
+      f'in {steps} steps, and are pruned {way:.2g} from where they begin; set it to at least {least:.2g}'
+      if possible
+      else f'config.prune.scores_learning_rate: no step of {steps} moves the scores; raise it'
+    )
+
+
+def target_of(config: PruneConfig) -> float:
+  """The score above which an entry remains in the finished model.
+
+  Args:
+    config: of soft movement or L0.
+  """
+  if config.method == 'l0':  # 1.2 sigma(S) - .1 > 0
     return -math.log(11.0)
   tau = config.threshold
   return tau if config.threshold_on == 'scores' else math.log(tau) - math.log1p(-tau)
 
 
-def make_controller(masks: Masks, learning_rate: Callable[[jax.Array], jax.Array], warmup: int) -> Controller | None:
-  """The controller of a run; None for a method whose weight follows from the step (RPP)."""
-  config, steps = masks.config, masks.last
-  if config.method == 'rpp':
-    return Controller(masks, np.zeros(steps), 0, steps)
-  with jax.ensure_compile_time_eval():
-    shape = np.asarray(learning_rate(jnp.arange(steps)), np.float64)
-  rates = config.scores_learning_rate * shape / max(shape.max(), 1e-30)
-  start = min(int(config.initial_warmup * warmup), steps - 1)
-  end = max(start + 1, int(steps - config.final_warmup * warmup))
-  return Controller(masks, rates, start, end)
+def solved_strength(masks: Masks, kernels: Leaves, before: Leaves, step: jax.Array, spread: Spread) -> jax.Array:
+  """The strength of RPP's proximal step that leaves the density of a step: learning rate times lambda.
 
+  A weight becomes zero where |w| (|w_old| + epsilon) is at most that.
 
-def solved_strength(masks, kernels, before, step, spread):
-  """Threshold of the proximal step that leaves the density of a step."""
+  Args:
+    masks: of the run.
+    kernels: weights after the optimiser's step, by name.
+    before: weights before it.
+    step: number of the step.
+    spread: see `types.Spread`.
+  """
   reach = {name: jnp.abs(leaf) * (jnp.abs(before[name]) + masks.config.rpp_epsilon) for name, leaf in kernels.items()}
   size = sum(leaf.size for leaf in reach.values())
-  keep = jnp.asarray((masks.densities * size).astype(np.int32))[step]
-  drop = {name: -leaf for name, leaf in on_slices(reach, spread).items()}
-  cut = global_cut(drop, size - keep)
+  dropped = jnp.asarray(size - (masks.densities * size).astype(np.int32))[step]
+  cut = global_cut({name: -leaf for name, leaf in on_slices(reach, spread).items()}, dropped)
   return jnp.maximum(0.0, -next(iter(cut.values())).threshold[0])

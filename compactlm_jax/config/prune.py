@@ -137,6 +137,16 @@ class PruneConfig:
       "prune.density exactly: use 'fixed'",
     )
     require(
+      self.control == 'fixed' or self.density < 1,
+      f + 'density',
+      "1.0: nothing is to be pruned, so there is no weight to find; lower it, or use prune.control='fixed'",
+    )
+    require(
+      self.control == 'fixed' or self.method != 'soft_movement' or self.density > self.floor,
+      f + 'density',
+      f'{self.density} cannot be reached: every matrix keeps prune.floor={self.floor} of its entries; lower the floor',
+    )
+    require(
       self.method not in ('rpp',) or self.structure == 'none',
       f + 'structure',
       f"'{self.structure}': reweighted proximal pruning is defined for single weights; use 'none'",

@@ -68,7 +68,8 @@ def make_prune_task(
   if base.finished is not None:
     raise ConfigError('config.finetune.keep_layers: layers are not removed while weights are pruned; leave it empty')
   masks = make_masks(encoder, config, total_steps, warmup)
-  controller = make_controller(masks, learning_rate, warmup) if config.control == 'density' else None
+  steered = config.control == 'density' and config.method != 'rpp'
+  controller = make_controller(masks, learning_rate, warmup) if steered else None
   pruning = _Pruning(masks, learning_rate, controller)
 
   def init(key: jax.Array) -> Params:
@@ -141,6 +142,8 @@ class _Pruning:
       control['threshold'] = (
         jnp.float32(_LOWEST) if whole else self.masks.global_threshold(named_leaves(out['scores']), 0)
       )
+    if self.config.control == 'density':
+      control['regularization'] = jnp.float32(0.0)
     if self.controller is not None:
       control |= self.controller.init(named_leaves(out.get('scores', {})))
     return {**out, 'control': control} if control else out
@@ -202,11 +205,11 @@ class _Pruning:
     control = dict(new.get('control', {}))
     if self.config.method == 'rpp':
       before, kernels, rate = self._kernels(old), self._kernels(new), self.learning_rate(step - 1)
-      if self.controller is None:
+      if self.config.control == 'fixed':
         strength = rate * self.config.regularization
       else:
         strength = solved_strength(self.masks, kernels, before, step - 1, spread)
-        control['regularization'] = strength / jnp.maximum(rate, 1e-30)
+        control['regularization'] = jnp.where(rate > 0, strength / jnp.where(rate > 0, rate, 1.0), 0.0)
       shrunk = {
         name: prox_reweighted_l1(leaf, before[name], strength, self.config.rpp_epsilon)
         for name, leaf in kernels.items()
