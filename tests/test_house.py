@@ -33,7 +33,7 @@ ALLOWED = {
   'train': BASE | {'parallel', 'checkpoint', 'metrics', 'stepdir'},
   'plan': BASE | {'nn', 'compress', 'tasks', 'train', 'parallel', 'interop', 'checkpoint', 'data'},
   'interop': BASE | {'compress', 'nn'},
-  'analysis': BASE | {'nn', 'ops'},
+  'analysis': BASE | {'nn', 'ops', 'compress'},
 }
 ONLY_HERE = {
   'flax': {'nn'},

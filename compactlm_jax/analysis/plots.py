@@ -160,6 +160,44 @@ def cost_picture(models: Mapping[str, Sequence[Component]], title: str) -> bytes
   return done.getvalue()
 
 
+def remaining_picture(share_NM: np.ndarray, matrices: Sequence[str], title: str) -> bytes:
+  """What remains of each matrix, in per cent.
+
+  Args:
+    share_NM: remaining fraction, a row for each layer, a column for each kind of matrix.
+    matrices: kinds, 'attention/query' and so on.
+    title: of the picture.
+  """
+  percent = 100 * share_NM
+  layers, names = [str(i + 1) for i in range(len(share_NM))], [name.removeprefix('attention/') for name in matrices]
+  limits = (0.0, max(float(percent.max()), 1e-3))
+  return _cells(percent, percent, layers, names, ('layer', 'matrix'), title, 'remaining weights (%)', limits, wide=0.85)
+
+
+def survivors_picture(edges: np.ndarray, counts: Mapping[str, np.ndarray], title: str) -> bytes:
+  """Values of the weights that are not zero, counts on a log scale.
+
+  Args:
+    edges: of the bins.
+    counts: name -> weights in each bin.
+    title: of the picture.
+  """
+  with _figure(1, (7.0, 4.0), title) as (figure, (axis, *_), done):
+    for (name, values), color in zip(counts.items(), _COLORS):
+      axis.stairs(np.where(values > 0, values, np.nan), edges, color=color, linewidth=1.4, label=_plain(name))
+      axis.stairs(np.maximum(values, 0.5), edges, baseline=0.5, fill=True, color=color, alpha=0.25)
+    axis.set_yscale('log')
+    axis.set_ylim(0.5, None)
+    axis.set_xlabel('weight', fontsize=9)
+    axis.set_ylabel('weights in the bin', fontsize=9)
+    axis.tick_params(labelsize=8)
+    axis.grid(color='0.9', linewidth=0.6)
+    axis.set_axisbelow(True)
+    axis.spines[['top', 'right']].set_visible(False)
+    figure.legend(loc='outside lower center', ncols=2, fontsize=8, frameon=False)
+  return done.getvalue()
+
+
 def _token_maps(
   panels: Sequence[tuple[str, np.ndarray]], tokens: Sequence[str], title: str, bar: str, vmax: float
 ) -> bytes:
@@ -187,9 +225,10 @@ def _cells(
   title: str,
   bar: str,
   limits: tuple[float, float],
+  wide: float = 0.55,
 ) -> bytes:
   """A heat map with a number in each cell."""
-  size = (max(4.6, 1.9 + 0.55 * len(columns)), max(2.4, 1.5 + 0.4 * len(rows)))
+  size = (max(4.6, 1.9 + wide * len(columns)), max(2.4, 1.5 + 0.4 * len(rows)))
   with _figure(1, size, title) as (figure, (axis, *_), done):
     image = axis.imshow(colors, cmap=_grey_where_missing('viridis'), vmin=limits[0], vmax=limits[1], aspect='auto')
     axis.set_xticks(range(len(columns)), columns, fontsize=8)
@@ -240,6 +279,11 @@ def _grey_where_missing(name: str) -> Any:
   import matplotlib
 
   return matplotlib.colormaps[name].with_extremes(bad='0.75')
+
+
+def _plain(label: str) -> str:
+  """A label without formulas, which matplotlib would set."""
+  return label.replace('$', r'\$')
 
 
 def _labels(tokens: Sequence[str]) -> list[str]:

@@ -13,6 +13,7 @@ from compactlm_jax.analysis import plots
 from compactlm_jax.analysis.components import Component
 from compactlm_jax.analysis.concentration import RADIUS
 from compactlm_jax.analysis.maps import Maps
+from compactlm_jax.analysis.sparsity import Sparsity
 from compactlm_jax.analysis.statistics import Findings, Heads, Model
 
 FORMAT = 'compactlm-analysis'
@@ -28,6 +29,8 @@ KEYS = {
   'query in nats, heads averaged first; cka [M + 1][N + 1] is linear CKA of hidden states, embeddings first',
   'components': 'by role, then by part (all its layers): parameters, flops (counted), xla_flops (by XLA; null where it '
   'does not say), milliseconds (median), for a batch of `rows` x `seq_len` tokens; encoder is all but the heads',
+  'sparsity': "by role (null if no model has a zero in its encoder's matrices): density = nonzero / "
+  'weights, by_matrix [N] and by_layer [N]; edges [K + 1] and counts [K] of the weights that are not zero',
   'sentence': 'the line that is drawn and its tokens; by role: attention [N][H][T][T], values [N][T][T] (value '
   'relations, heads averaged), taps [N][H][T][W] (null: no convolution, or a tap beyond the sentence)',
   'pictures': 'file name: what it shows',
@@ -67,6 +70,7 @@ class Analysis:
     line: number of the drawn sentence among the rows read, from 1.
     tokens: its tokens.
     timed: rows and tokens of the batch whose latency was measured.
+    sparsity: by role what pruning left; empty if nothing was pruned.
   """
 
   subjects: tuple[Subject, ...]
@@ -75,6 +79,7 @@ class Analysis:
   line: int
   tokens: tuple[str, ...]
   timed: tuple[int, int]
+  sparsity: Mapping[str, Sparsity] = dataclasses.field(default_factory=dict)
 
 
 def files_of(analysis: Analysis) -> dict[str, bytes]:
@@ -96,7 +101,7 @@ def draw(analysis: Analysis) -> dict[str, tuple[bytes, str]]:
   heads = (analysis.findings.heads, analysis.findings.other_heads)
   for subject, sums in zip(analysis.subjects, heads):
     pictures |= _draw_subject(subject, sums, analysis.tokens)
-  pictures |= _draw_pairs(analysis)
+  pictures |= _draw_pairs(analysis) | _draw_sparsity(analysis)
   rows, length = analysis.timed
   title = f'Cost of the parts, a batch of {rows} x {length} tokens'
   pictures['components.png'] = (
@@ -159,6 +164,28 @@ def _draw_pairs(analysis: Analysis) -> dict[str, tuple[bytes, str]]:
   }
 
 
+def _draw_sparsity(analysis: Analysis) -> dict[str, tuple[bytes, str]]:
+  names = {s.role: s.name for s in analysis.subjects if s.role in analysis.sparsity}
+  pictures: dict[str, tuple[bytes, str]] = {}
+  for role, name in names.items():
+    one = analysis.sparsity[role]
+    percent = f'{100 * one.found["density"]:.2f} %'
+    if one.found['nonzero'] < one.found['weights']:
+      pictures[f'{role}_remaining.png'] = (
+        plots.remaining_picture(one.by_matrix_NM, one.matrices, f'{name}: weights that are not zero, {percent} of all'),
+        f'Share of the weights of {name} that remain, in each layer and matrix; {percent} in all.',
+      )
+  if names:
+    counts = {name: analysis.sparsity[role].counts for role, name in names.items()}
+    title = 'Values of the weights that are not zero'
+    pictures['surviving_weights.png'] = (
+      plots.survivors_picture(next(iter(analysis.sparsity.values())).edges, counts, title),
+      f'Values of the weights that remain in {" and ".join(counts)}: magnitude pruning leaves none near zero, movement '
+      'pruning does.',
+    )
+  return pictures
+
+
 def describe(analysis: Analysis, captions: Mapping[str, str]) -> dict[str, Any]:
   """The object of analysis.json; see `KEYS`.
 
@@ -191,6 +218,7 @@ def describe(analysis: Analysis, captions: Mapping[str, str]) -> dict[str, Any]:
     'components': {
       s.role: {'rows': rows, 'seq_len': length, 'parts': {c.name: _costs(c) for c in s.components}} for s in subjects
     },
+    'sparsity': {role: _sparsity(one) for role, one in analysis.sparsity.items()} or None,
     'sentence': sentence,
     'pictures': dict(captions),
   }
@@ -236,6 +264,10 @@ def _costs(component: Component) -> dict[str, Any]:
   return {name: value for name, value in dataclasses.asdict(component).items() if name != 'name'}
 
 
+def _sparsity(one: Sparsity) -> dict[str, Any]:
+  return {**one.found, 'edges': _numbers(one.edges, 8), 'counts': one.counts.tolist()}
+
+
 def _numbers(values: Any, digits: int) -> Any:
   """Nested lists of rounded numbers; null for what JSON has no number for."""
   array = np.asarray(values, np.float64)
@@ -264,6 +296,13 @@ def _summary(analysis: Analysis, found: Mapping[str, Any]) -> str:
       xla = '–' if c.xla_flops is None else f'{c.xla_flops / 1e9:.3f}'
       costs = f'{c.parameters:,} | {c.flops / 1e9:.3f} | {xla} | {c.milliseconds:.2f}'
       lines += [f'| {s.name} | {c.name} | {costs} |']
+  for s in (s for s in analysis.subjects if s.role in analysis.sparsity):
+    own = analysis.sparsity[s.role].found
+    share = f'{100 * own["density"]:.2f} %'
+    lines += [
+      '',
+      f'Of the {own["weights"]:,} weights of {s.name} that can be masked {own["nonzero"]:,} remain ({share}).',
+    ]
   drawn = f'Row {analysis.line} of the text is drawn: ' + ' '.join(f'`{token}`' for token in analysis.tokens)
   lines += ['', 'The encoder is all but the heads, timed as a whole.', '', '## Pictures', '', drawn, '']
   lines += [f'- [{name}]({name}): {caption}' for name, caption in found['pictures'].items()]

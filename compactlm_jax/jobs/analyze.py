@@ -16,6 +16,7 @@ from compactlm_jax.analysis.components import components
 from compactlm_jax.analysis.maps import sentence_maps
 from compactlm_jax.analysis.plots import require_matplotlib
 from compactlm_jax.analysis.report import FORMAT, INDEX, SUMMARY, Analysis, Subject, as_json, files_of
+from compactlm_jax.analysis.sparsity import sparsities
 from compactlm_jax.analysis.statistics import Model, Rows, analysed, examine
 from compactlm_jax.data.text import open_text, progress
 from compactlm_jax.data.tokenizer import Tokenizer
@@ -69,7 +70,8 @@ def run_analyze(
   )
   tokens = tuple(tokenizer.backend.id_to_token(i) or str(i) for i in ids)
   about = {'path': text, 'rows': reading.rows, 'tokens': findings.tokens, 'cut_rows': reading.cut, 'seq_len': length}
-  files = files_of(Analysis(subjects, findings, about, line, tokens, (batch, length)))
+  left = sparsities(models)
+  files = files_of(Analysis(subjects, findings, about, line, tokens, (batch, length), left))
   _write(files, output)
   found: dict[str, Any] = json.loads(files[INDEX])
   return found

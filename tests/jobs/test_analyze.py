@@ -91,6 +91,7 @@ def test_everything_is_written_and_listed(compared):
   }  # fmt: skip
   report = (compared / 'report.md').read_text()
   assert all(f'[{name}]({name}): {caption}' in report for name, caption in found['pictures'].items())
+  assert found['sparsity'] is None  # nothing was pruned
   assert '# mixed and plain' in report and '1 of them cut to 16 tokens' in report
 
 

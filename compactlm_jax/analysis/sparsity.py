@@ -1,0 +1,71 @@
+"""What pruning left: remaining weights of each layer and matrix, and the values of those that survived."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from compactlm_jax.analysis.statistics import Model
+from compactlm_jax.compress.density import densities
+from compactlm_jax.compress.structure import maskable
+from compactlm_jax.tree import named_leaves
+
+BINS = 81
+"""Of the histogram; odd, so that one of them has zero in its middle."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sparsity:
+  """Zeros and survivors in the maskable matrices of one encoder.
+
+  Attributes:
+    found: 'density', 'nonzero', 'weights', 'by_matrix' and 'by_layer' of `compress.density.densities`.
+    edges: [BINS + 1] of the histogram, from minus the largest magnitude to the largest; of all models the same.
+    counts: [BINS] of the weights that are not zero, int64.
+  """
+
+  found: Mapping[str, Any]
+  edges: np.ndarray
+  counts: np.ndarray
+
+  @property
+  def matrices(self) -> tuple[str, ...]:
+    """Kinds of matrices, in the order of `by_matrix_NM`."""
+    return tuple(self.found['by_matrix'])
+
+  @property
+  def by_matrix_NM(self) -> np.ndarray:
+    """Remaining fraction, a row for each layer, a column for each kind of matrix."""
+    return np.array(list(self.found['by_matrix'].values())).T
+
+
+def sparsities(models: Mapping[str, Model]) -> dict[str, Sparsity]:
+  """By the same keys what is left of each model; {} if none has a zero in its maskable matrices.
+
+  A dense model beside a pruned one is counted too: the histogram shows which of its weights are no more.
+
+  Args:
+    models: one or more.
+  """
+  found = {key: densities(model.params, model.config) for key, model in models.items()}
+  if all(one['nonzero'] == one['weights'] for one in found.values()):
+    return {}
+  kernels = {key: _kernels(model) for key, model in models.items()}
+  largest = max(float(np.abs(leaf).max(initial=0.0)) for own in kernels.values() for leaf in own)
+  edges = np.linspace(-(largest or 1.0), largest or 1.0, BINS + 1)
+  return {key: Sparsity(found[key], edges, _counts(own, edges)) for key, own in kernels.items()}
+
+
+def _kernels(model: Model) -> list[np.ndarray]:
+  leaves = named_leaves(model.params)
+  return [np.asarray(leaves[name], np.float32) for name in maskable(model.config)]
+
+
+def _counts(kernels: list[np.ndarray], edges: np.ndarray) -> np.ndarray:
+  total = np.zeros(BINS, np.int64)
+  for leaf in kernels:
+    total += np.histogram(leaf[leaf != 0], edges)[0]
+  return total
