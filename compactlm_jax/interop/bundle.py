@@ -142,16 +142,7 @@ def export_files(
   if ours_alone:
     described.pop('auto_map', None)
   code = code and not ours_alone
-  extra = [] if ours_alone else hf_config.unread_heads(config, heads, classes)
-  if extra:
-    logging.warning('%s: transformers will ignore %s; from_pretrained reads it back', folder, ', '.join(extra))
-  if code:
-    logging.warning(
-      '%s: transformers needs trust_remote_code=True to run %s, which is written there: its classes have no layers of '
-      "these sizes (layout='padded' fills them up with zeros, for the stock classes)",
-      folder,
-      custom.FILE,
-    )
+  _warn(folder, [] if ours_alone else hf_config.unread_heads(config, heads, classes), code)
   tensors = names.export_tensors(bundle.params, config)
   tensors = custom.with_empty(tensors, config) if code else tensors
   return {
@@ -161,6 +152,19 @@ def export_files(
     **({custom.FILE: custom.source()} if code else {}),
     **(bundle.tokenizer.files if bundle.tokenizer else {}),
   }
+
+
+def _warn(folder: epath.PathLike, unread: list[str], code: bool) -> None:
+  """Says what transformers does not read of a folder, and what it needs."""
+  if unread:
+    logging.warning('%s: transformers will ignore %s; from_pretrained reads it back', folder, ', '.join(unread))
+  if code:
+    logging.warning(
+      '%s: transformers needs trust_remote_code=True to run %s, which is written there: its classes have no layers of '
+      "these sizes (layout='padded' fills them up with zeros, for the stock classes)",
+      folder,
+      custom.FILE,
+    )
 
 
 def _laid_out(bundle: Bundle, layout: str) -> Bundle:
