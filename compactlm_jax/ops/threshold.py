@@ -1,15 +1,15 @@
 """Exact order statistics of scores by counting: which elements are the `keep` highest.
 
-A threshold is found without sorting or moving the scores. Floats become integers of the same order; each pass reads
-every score once and counts how many lie above seven candidates. A sorted sample of each layer proposes the first
-candidates, interpolation the next, so that two or three passes leave a few dozen elements between the bounds. One more
-pass then notes the highest and the lowest of these in each row: rows hold one or two, so all are known, and the search
-ends on that small array. Searches of all layers and matrices advance in one loop. Where scores lie in slices on several
-devices, each counts its own and only counts travel.
+A threshold is found without sorting or moving the scores. Each pass reads every score once and counts how many lie
+above seven candidates. A sorted sample of each layer proposes the first candidates, interpolation the next, so that
+about three passes leave a few dozen elements between the bounds. One more pass notes the highest and the lowest of
+these in each row: rows hold one or two, so all are known, and the search ends on that small array. Searches of all
+layers and matrices advance in one loop. Where scores lie in slices on several devices, each counts its own and only
+counts and the sample travel.
 
-At most 17 passes are made, whatever the values: after `_GUIDED` of them the bounds (32 bits apart at most) are cut in
-eight. Letters beside those of types.py: Q searches (one for each layer, or one for all), J candidates, M sample,
-R rows of a layer (all its axes but the last).
+Whatever the values, there are at most 17 passes of counting (after `_GUIDED` of them the bounds, which are 32 bits
+apart at most, are cut in eight), one that notes, and two where equal elements are separated by their index. Letters
+beside those of types.py: Q searches (one for each layer, or one for all), J candidates, M sample.
 """
 
 from __future__ import annotations
@@ -26,13 +26,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from compactlm_jax.ops.counting import (
   INFINITY,
-  LOWEST,
   count_above,
   count_equal,
   count_in_rows,
   extremes,
   flat_index,
-  last_tie,
+  nth_equal,
   to_floats,
   to_keys,
 )
@@ -44,7 +43,7 @@ _SPREAD_J = np.array([[4.0, 2.0, 0.8, 0.0, -0.8, -2.0, -4.0]], np.float32)
 _OUTWARD_J = np.array([[1 << bit for bit in (18, 20, 21, 22, 23, 25, 27)]], np.uint32)
 """Steps beyond the sample, in keys: 2^23 of them double a value."""
 
-_SAMPLE, _FEW_SAMPLES = 4096, 16
+_SAMPLE, _FEW_SAMPLES, _ROW_STEP = 4096, 16, 16
 _FEW = 48
 """So many elements between the bounds are rarely three in one row."""
 
@@ -87,7 +86,8 @@ def local_cuts(leaves: Mapping[str, Float[Array, 'N ...']], keeps: Mapping[str, 
   """The cuts that keep exactly the `keep` highest elements of each layer of each leaf, ties to lower indices.
 
   Args:
-    leaves: float32. 0.0 and -0.0 are equal; NaN counts as minus infinity. A layer holds fewer than 2^31 elements.
+    leaves: float32, compared as the device compares: 0.0 and -0.0 are equal, and so are denormals where it flushes them
+      (XLA on a CPU does). NaN and minus infinity are never kept. A layer holds fewer than 2^31 elements.
     keeps: for each leaf and layer, static or traced; below 0 counts as 0, above the size as the size.
 
   Returns:
@@ -122,9 +122,9 @@ def keep_mask(values: Float[Array, 'N ...'], cut: Cut) -> Bool[Array, 'N ...']:
     values: what the cut was made from.
     cut: of each layer.
   """
-  keys, axes = to_keys(values), range(1, values.ndim)
-  threshold, last = (jnp.expand_dims(x, axes) for x in (to_keys(cut.threshold), cut.last))
-  return (keys > threshold) | ((keys == threshold) & (flat_index(values.shape[1:]) <= last))
+  axes = range(1, values.ndim)
+  threshold, last = (jnp.expand_dims(x, axes) for x in (cut.threshold, cut.last))
+  return (values > threshold) | ((values == threshold) & (flat_index(values.shape[1:]) <= last))
 
 
 def _local_cuts(leaves: Mapping[str, Array], keeps: Mapping[str, Array]) -> tuple[dict[str, Cut], Array]:
@@ -164,7 +164,7 @@ def _global_cut(leaves: Mapping[str, Array], keep: Array) -> tuple[dict[str, Cut
 
   def shares() -> Array:
     """How many of the elements that equal the threshold each layer may keep."""
-    each = jnp.concatenate([count_equal(x, jnp.broadcast_to(high, x.shape[:1])) for x in arrays])
+    each = jnp.concatenate([count_equal(x, to_floats(jnp.broadcast_to(high, x.shape[:1]))) for x in arrays])
     before = jnp.cumsum(each) - each
     return jnp.stack([jnp.clip(need - before, 0, each), each])
 
@@ -187,7 +187,7 @@ def _sorted(leaves: Mapping[str, Array]) -> tuple[list[str], list[Array]]:
 
 def _start(keep: Array, size: Array) -> _Bounds:
   keep = jnp.clip(keep, 0, size)
-  lowest, highest = jnp.full_like(keep, LOWEST), jnp.full_like(keep, INFINITY)
+  lowest, highest = jnp.full_like(keep, -INFINITY), jnp.full_like(keep, INFINITY)
   # All or nothing is settled from the start.
   low, high = jnp.where(keep == 0, highest, lowest), jnp.where(keep == size, lowest, highest)
   return _Bounds(low, high, jnp.where(keep == 0, 0, size), jnp.where(keep == size, size, 0), keep)
@@ -278,6 +278,7 @@ def _candidates(b: _Bounds, sample_QM: Array, number: Array) -> Int[Array, 'Q J'
 
   def around(total: Array) -> Array:
     """Places from above, as fractions of the inside, at which the wanted one of `total` elements is expected."""
+    total = total.astype(jnp.float32)
     deviation = jnp.sqrt(part * (1 - part) / total + 0.25 / total**2)
     return part[:, None] + _SPREAD_J * deviation[:, None]
 
@@ -289,7 +290,7 @@ def _candidates(b: _Bounds, sample_QM: Array, number: Array) -> Int[Array, 'Q J'
   low, high = to_floats(b.low)[:, None], to_floats(b.high)[:, None]
   finite_Q1 = (jnp.abs(b.low) < INFINITY)[:, None] & (jnp.abs(b.high) < INFINITY)[:, None]
   low, high = jnp.where(finite_Q1, low, 0), jnp.where(finite_Q1, high, 0)
-  weight_QJ = jnp.clip(around(jnp.maximum(b.above_low - b.above_high, 1).astype(jnp.float32)), 0, 1)
+  weight_QJ = jnp.clip(around(jnp.maximum(b.above_low - b.above_high, 1)), 0, 1)
   between_QJ = to_keys(low * weight_QJ + high * (1 - weight_QJ))
 
   width_Q1, low_Q1, high_Q1 = _width(b)[:, None], b.low.astype(jnp.uint32)[:, None], b.high.astype(jnp.uint32)[:, None]
@@ -308,14 +309,18 @@ def _candidates(b: _Bounds, sample_QM: Array, number: Array) -> Int[Array, 'Q J'
 
 
 def _samples(arrays: Sequence[Array]) -> list[Int[Array, 'N M']]:
-  """Keys of a grid of elements of each layer."""
+  """Keys of a grid of elements of each layer, about `_SAMPLE` of them."""
   found = []
   for x in arrays:
-    matrix = x.ndim > 2
-    stride = x[0].size / _SAMPLE
-    stride = max(1, round(math.sqrt(stride) if matrix else stride))
-    grid = x[..., ::stride, ::stride] if matrix else x[..., ::stride]
-    found.append(to_keys(grid).reshape(x.shape[0], -1))
+    if x.ndim > 2:
+      # Whole rows first, one of `step` each: on a TPU steps along the last axis are dear. No row leaves its device.
+      step = math.gcd(_ROW_STEP, x.shape[-2])
+      while step > 1 and x[0].size < 2 * step * _SAMPLE:
+        step //= 2
+      x = x.reshape(*x.shape[:-2], -1, step, x.shape[-1])[..., 0, :]
+      x = lax.optimization_barrier(x)
+    stride = max(1, round(x[0].size / _SAMPLE))
+    found.append(to_keys(x[..., ::stride]).reshape(x.shape[0], -1))
   return found
 
 
@@ -331,7 +336,7 @@ def _cut(x: Array, high: Array, need: Array, equal: Array) -> Cut:
   """The cut at key `high`, of whose `equal` elements `need` are kept."""
   size = x[0].size
   torn = (need > 0) & (need < equal)
-  last = lax.cond(torn.any(), lambda: last_tie(x, high, need), lambda: jnp.zeros_like(need))
-  everything = high == LOWEST
+  last = lax.cond(torn.any(), lambda: nth_equal(x, to_floats(high), need), lambda: jnp.zeros_like(need))
+  everything = high == -INFINITY
   last = jnp.where(torn, last, jnp.where((need > 0) | everything, size - 1, -1)).astype(jnp.int32)
-  return Cut(jnp.where(everything, -jnp.inf, to_floats(high)), last)
+  return Cut(to_floats(high), last)
