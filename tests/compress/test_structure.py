@@ -1,5 +1,7 @@
 """Pieces: their names and shapes, what each covers, and how gradients come back to them."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -103,23 +105,33 @@ def test_blocks_are_rectangles():
   np.testing.assert_array_equal(wide, np.kron(scores, np.ones((1, 4, 2), np.float32)))
 
 
-def scores_gradient(name, masks, *, acting):
-  """dL/dscores, straight through (`masked_weight`) at the given masks; `acting` as training should, or all covered."""
+@functools.cache
+def straight_through(name):
+  """(scores, masks of parameters) -> dL/dscores, as `masked_weight` passes it on."""
   config, params = dense(name)
-  leaves = named_leaves(params)
 
-  def loss(scores):
-    read = dict(leaves)
+  def loss(scores, masks):
+    read = named_leaves(params)
     for piece, score in scores.items():
-      mask = jnp.asarray(masks[piece], jnp.float32)
-      own = expand(config, piece, score)
-      masked = acting_masks(config, piece, mask, baked=False) if acting else expand(config, piece, mask)
-      for n, array in masked.items():
-        read[n] = masked_weight(read[n], own[n], array)
-    out = run(nested(read), config, IDS, MASK).last_BTD
-    return (out * jnp.sin(jnp.arange(out.size).reshape(out.shape))).sum()
+      for n, own in expand(config, piece, score).items():
+        read[n] = masked_weight(read[n], own, masks[n])
+    return scalar(run(nested(read), config, IDS, MASK).last_BTD)
 
-  return jax.grad(loss)({piece: jnp.zeros(mask.shape) for piece, mask in masks.items()})
+  return jax.jit(jax.grad(loss))
+
+
+def scalar(out_BTD):
+  return (out_BTD * jnp.sin(jnp.arange(out_BTD.size)).reshape(out_BTD.shape)).sum()
+
+
+def scores_gradient(name, masks, *, acting):
+  """dL/dscores at the given masks; `acting` as training has them, or on everything that is covered."""
+  config, _ = dense(name)
+  wide = {}
+  for piece, mask in masks.items():
+    mask = jnp.asarray(mask, jnp.float32)
+    wide |= acting_masks(config, piece, mask, baked=False) if acting else expand(config, piece, mask)
+  return straight_through(name)({piece: jnp.zeros(mask.shape) for piece, mask in masks.items()}, wide)
 
 
 @pytest.mark.parametrize('name', ['bert', 'convbert grouped'])
@@ -143,11 +155,8 @@ def test_the_gradient_of_a_kept_piece_is_the_sum_of_gradient_times_weight():
   config, params = dense('bert')
   got = scores_gradient('bert', {NEURONS: np.ones((3, 6)), HEADS: np.ones((3, 4))}, acting=True)
 
-  def loss(p):
-    out = run(p, config, IDS, MASK).last_BTD
-    return (out * jnp.sin(jnp.arange(out.size).reshape(out.shape))).sum()
-
-  products = jax.tree.map(lambda p, g: np.asarray(p) * np.asarray(g), params, jax.grad(loss)(params))
+  grads = jax.jit(jax.grad(lambda p: scalar(run(p, config, IDS, MASK).last_BTD)))(params)
+  products = jax.tree.map(lambda p, g: np.asarray(p) * np.asarray(g), params, grads)
   layer = products['encoder']['layers']
   want = layer['ffn_in']['kernel'].sum(1) + layer['ffn_in']['bias'] + layer['ffn_out']['kernel'].sum(2)
   np.testing.assert_allclose(got[NEURONS], want, rtol=1e-3, atol=1e-4)
