@@ -29,6 +29,9 @@ _HORIZON = 6.0
 _DAMPING = 0.5
 """Weight of an error of speed."""
 
+_SUSTAINED, _NEAR, _MOST = 0.05, 0.5, 0.3
+"""Weight of errors of place that last, how near the line they are added up, and to what."""
+
 _FASTEST = 0.95
 """Highest speed that is asked for, in learning rates per step; Adam's own limit is about 1."""
 
@@ -77,6 +80,7 @@ class Controller:
       'place': place,
       'speed': jnp.float32(0.0),
       'asked': jnp.float32(0.0),
+      'sustained': jnp.float32(0.0),
     }
 
   def update(self, state: Params, values: Leaves, step: jax.Array) -> Params:
@@ -97,9 +101,12 @@ class Controller:
     way = target_of(self.masks.config) - state['begun']
     rate = jnp.where(rates[step] > 0, rates[step], 1.0)
     planned = way * (line[step] - line[jnp.minimum(step + 1, len(self.line) - 1)]) / rate
-    error = (place - state['begun'] - way * line[step]) / rate
-    asked = jnp.clip(planned + error / _HORIZON - _DAMPING * (speed - planned), -_FASTEST, _FASTEST)
-    asked = jnp.where((step < self.start) | (rates[step] == 0), 0.0, asked)
+    error = (place - state['begun'] - way * line[step]) / rate / _HORIZON
+    near, begun = jnp.abs(error) < _NEAR, (step >= self.start) & (rates[step] > 0)
+    longer = jnp.clip(state['sustained'] + _SUSTAINED * error, -_MOST, _MOST)
+    longer = jnp.where(begun & near, longer, _MEMORY * state['sustained'])
+    asked = jnp.clip(planned + error + longer - _DAMPING * (speed - planned), -_FASTEST, _FASTEST)
+    asked = jnp.where(begun, asked, 0.0)
     return {
       # Adam turns a gradient g among noise of size s into a step of g / sqrt(g^2 + s^2) learning rates.
       'regularization': scale * asked / jnp.sqrt(1 - asked**2),
@@ -108,6 +115,7 @@ class Controller:
       'place': place,
       'speed': speed,
       'asked': _MEMORY * state['asked'] + (1 - _MEMORY) * asked,
+      'sustained': longer,
     }
 
   def _place(self, values: Leaves) -> jax.Array:
