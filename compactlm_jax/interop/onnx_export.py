@@ -28,9 +28,9 @@ def export_onnx(bundle: Bundle, folder: epath.PathLike) -> None:
   """Writes model.onnx, config.json, a model card and the tokenizer; the same bundle always gives the same bytes.
 
   The graph has standard operators only (opset 20), float32 whatever `config.dtype` says, for any batch size and for any
-  length up to the positions of the model. Its outputs are those of `encode` and the head up to rounding; layers that were pruned to sizes of
-  their own, or away, are that small in the graph too. Rows that are too long and ids beyond a table are errors of the
-  runtime; a negative id counts from the table's end, as ONNX defines.
+  length up to the positions of the model. Its outputs are those of `encode` and the head up to rounding; layers that
+  were pruned to sizes of their own, or away, are that small in the graph too. Rows that are too long and ids beyond a
+  table are errors of the runtime; a negative id counts from the table's end, as ONNX defines.
 
   Args:
     bundle: the model. Inputs are input_ids, attention_mask and token_type_ids, int64 [batch, length]. A classifier
