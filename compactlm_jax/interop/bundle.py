@@ -104,7 +104,6 @@ def export_files(
   folder: epath.PathLike,
   *,
   generator: str = '',
-  native: bool = False,
   layout: str = 'auto',
   also: Mapping[str, Any] | None = None,
 ) -> dict[str, bytes]:
@@ -114,7 +113,6 @@ def export_files(
     bundle: the model.
     folder: where they will be written, for messages.
     generator: name of the folder beside them that holds the generator of this discriminator, for the model card.
-    native: write a configuration that only `from_pretrained` reads, for an encoder that transformers cannot express.
     layout: see `save_pretrained`.
     also: further entries of config.json, which the model card knows too.
 
@@ -132,13 +130,9 @@ def export_files(
     logging.warning('%s: exported without a tokenizer; whoever loads it must bring the right one', folder)
   config = matched(config, bundle.tokenizer)
   classes = bundle.params['classifier']['bias'].shape[-1] if 'classifier' in heads else 0
-  code = not native and layout == 'auto' and custom.needed(config)
-  if native:
-    described = hf_config.to_native(config)
-  else:
-    described = hf_config.to_hf(config, heads, classes, bundle.labels, code=code)
-  described |= also or {}
-  ours_alone = native or SPARSE_KEY in described  # transformers reads nothing of it
+  code = layout == 'auto' and custom.needed(config)
+  described = {**hf_config.to_hf(config, heads, classes, bundle.labels, code=code), **(also or {})}
+  ours_alone = SPARSE_KEY in described  # transformers reads nothing of it
   if ours_alone:
     described.pop('auto_map', None)
   code = code and not ours_alone

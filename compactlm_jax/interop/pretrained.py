@@ -17,7 +17,6 @@ from etils import epath
 
 from compactlm_jax.config import SHARED_EMBEDDINGS, EncoderConfig
 from compactlm_jax.errors import ConfigError
-from compactlm_jax.interop import hf_config
 from compactlm_jax.interop.bundle import Bundle, export_files
 from compactlm_jax.interop.names import leaf_shapes
 from compactlm_jax.interop.writing import write_export
@@ -125,9 +124,9 @@ def mlm_start(bundle: Bundle, encoder: EncoderConfig) -> tuple[Params, tuple[str
 def save_pretraining(discriminator: Bundle, generator: Bundle, folder: epath.PathLike) -> None:
   """Writes the discriminator to `folder` and its generator to `folder`/generator, both or neither.
 
-  A generator that transformers has no model for is written for `from_pretrained` alone, with a warning. The one head
-  of ConvBERT-small's is as wide as its hidden size (ConvBERT, `modeling.py: attention_layer`, fewer heads than the
-  head ratio), where transformers makes a head of half that width.
+  The one head of ConvBERT-small's generator is as wide as its hidden size (ConvBERT, `modeling.py: attention_layer`,
+  fewer heads than the head ratio), where transformers makes a head of half that width: its folder has the modelling
+  file of `custom`.
 
   Args:
     discriminator: with 'encoder' and 'rtd_head'.
@@ -137,19 +136,7 @@ def save_pretraining(discriminator: Bundle, generator: Bundle, folder: epath.Pat
   Raises:
     ConfigError, NumericsError, StorageError: see `save_pretrained`.
   """
-  native = False
-  try:
-    hf_config.require_expressible(generator.config)
-  except ConfigError as e:
-    native = True
-    logging.warning(
-      '%s/%s: only compactlm_jax.from_pretrained will read this generator: %s. One of two heads '
-      '(electra.generator_heads=2) transformers can read',
-      folder,
-      GENERATOR,
-      e,
-    )
-  inside = export_files(generator, epath.Path(folder) / GENERATOR, native=native)
+  inside = export_files(generator, epath.Path(folder) / GENERATOR)
   write_export(export_files(discriminator, folder, generator=GENERATOR), folder, {GENERATOR: inside})
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from killing import Kill, killed_at
@@ -15,6 +16,7 @@ from compactlm_jax.interop import names
 from compactlm_jax.interop.bundle import Bundle, from_pretrained, save_pretrained
 from compactlm_jax.interop.hf_config import from_hf
 from compactlm_jax.interop.pretrained import electra_start, mlm_start, save_pretraining
+from compactlm_jax.nn.encoder import encode
 from compactlm_jax.tasks.electra import generator_params
 from compactlm_jax.tree import named_leaves, nested
 
@@ -249,30 +251,32 @@ def test_a_kill_leaves_a_whole_pair_or_none(call, tmp_path, monkeypatch):
   assert sorted(p.name for p in tmp_path.iterdir()) == ['e', 'expected']
 
 
-def test_a_generator_without_a_class_in_transformers_is_read_by_us_alone(tmp_path, caplog):
-  """ConvBERT-small's one head: as wide as the generator, where transformers halves it.
+@pytest.mark.torch
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')
+def test_a_generator_of_one_wide_head_has_a_modelling_file(tmp_path):
+  """ConvBERT-small's: as wide as the generator, where the class of transformers halves it.
 
-  Mutation: write model_type 'convbert' (transformers would read the folder as another model).
+  Mutation: export it without the file (transformers would refuse its shapes).
   """
-  encoder = EncoderConfig.mixed(heads=4, head_ratio=2, embedding_size=8, conv_kernel_size=3, **SMALL)
-  electra = ElectraConfig(generator_size=0.25)
-  discriminator, generator, *configs = _pair(encoder, electra)
+  torch = pytest.importorskip('torch')
+  transformers = pytest.importorskip('transformers')
+  encoder = EncoderConfig.mixed(
+    heads=4, head_ratio=2, embedding_size=8, conv_kernel_size=3, conv_sees_padding=True, **SMALL
+  )
+  discriminator, generator, *configs = _pair(encoder, ElectraConfig(generator_size=0.25))
   assert (generator.config.num_heads, generator.config.head_size, generator.config.hidden_size) == (1, 4, 4)
   save_pretraining(discriminator, generator, tmp_path / 'e')
-  assert 'only compactlm_jax.from_pretrained will read this generator' in caplog.text
-  assert 'electra.generator_heads=2' in caplog.text
-  assert 'from transformers' not in (tmp_path / 'e/generator/README.md').read_text()
   back = from_pretrained(tmp_path / 'e/generator')
   assert back.config == generator.config and _equal(back.params, generator.params)
   _, fresh = electra_start(discriminator, back, *configs, 'embeddings')
   assert fresh == ()
-  transformers = pytest.importorskip('transformers')
-  with pytest.raises(ValueError, match='compactlm'):
-    transformers.AutoConfig.from_pretrained(tmp_path / 'e/generator')
-  caplog.clear()
-  _, generator, *_ = _pair(encoder, dataclasses.replace(electra, generator_heads=2))
-  save_pretraining(discriminator, generator, tmp_path / 'e')
-  assert 'will read this generator' not in caplog.text
+  model = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / 'e/generator', trust_remote_code=True).eval()
+  ids = np.arange(8, dtype=np.int32).reshape(1, 8)
+  with torch.no_grad():
+    theirs = model(torch.tensor(ids, dtype=torch.long), output_hidden_states=True).hidden_states[-1].numpy()
+  ours = encode(jax.tree.map(jnp.asarray, generator.params), generator.config, jnp.asarray(ids)).last_BTD
+  np.testing.assert_allclose(ours, theirs, atol=1e-5)
+  assert not (tmp_path / 'e/modeling_compactlm.py').exists()
 
 
 @pytest.mark.parametrize(
