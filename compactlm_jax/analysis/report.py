@@ -29,8 +29,8 @@ KEYS = {
   'query in nats, heads averaged first; cka [M + 1][N + 1] is linear CKA of hidden states, embeddings first',
   'components': 'by role, then by part (all its layers): parameters, flops (counted), xla_flops (by XLA; null where it '
   'does not say), milliseconds (median), for a batch of `rows` x `seq_len` tokens; encoder is all but the heads',
-  'sparsity': "by role (null if no model has a zero in its encoder's matrices): density = nonzero / "
-  'weights, by_matrix [N] and by_layer [N]; edges [K + 1] and counts [K] of the weights that are not zero',
+  'sparsity': "by role (null if no model has a zero in its encoder's matrices): density = nonzero / weights, by_matrix "
+  '[N] and by_layer [N]; edges [K + 1] and counts [K] of the weights that are not zero, `beyond` of which are larger',
   'sentence': 'the line that is drawn and its tokens; by role: attention [N][H][T][T], values [N][T][T] (value '
   'relations, heads averaged), taps [N][H][T][W] (null: no convolution, or a tap beyond the sentence)',
   'pictures': 'file name: what it shows',
@@ -177,7 +177,8 @@ def _draw_sparsity(analysis: Analysis) -> dict[str, tuple[bytes, str]]:
       )
   if names:
     counts = {name: analysis.sparsity[role].counts for role, name in names.items()}
-    title = 'Values of the weights that are not zero'
+    beyond = sum(one.beyond for one in analysis.sparsity.values())
+    title = 'Values of the weights that are not zero' + (f' ({beyond:,} larger ones are not drawn)' if beyond else '')
     pictures['surviving_weights.png'] = (
       plots.survivors_picture(next(iter(analysis.sparsity.values())).edges, counts, title),
       f'Values of the weights that remain in {" and ".join(counts)}: magnitude pruning leaves none near zero, movement '
@@ -265,7 +266,7 @@ def _costs(component: Component) -> dict[str, Any]:
 
 
 def _sparsity(one: Sparsity) -> dict[str, Any]:
-  return {**one.found, 'edges': _numbers(one.edges, 8), 'counts': one.counts.tolist()}
+  return {**one.found, 'edges': _numbers(one.edges, 8), 'counts': one.counts.tolist(), 'beyond': one.beyond}
 
 
 def _numbers(values: Any, digits: int) -> Any:

@@ -13,8 +13,11 @@ from compactlm_jax.compress.density import densities
 from compactlm_jax.compress.structure import maskable
 from compactlm_jax.tree import named_leaves
 
-BINS = 81
+BINS = 161
 """Of the histogram; odd, so that one of them has zero in its middle."""
+
+_SHOWN = 0.9999
+"""Share of the survivors that the bins cover; a handful of weights of released models is ten times as large."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,13 +26,15 @@ class Sparsity:
 
   Attributes:
     found: 'density', 'nonzero', 'weights', 'by_matrix' and 'by_layer' of `compress.density.densities`.
-    edges: [BINS + 1] of the histogram, from minus the largest magnitude to the largest; of all models the same.
+    edges: [BINS + 1] of the histogram, symmetric; of all models the same.
     counts: [BINS] of the weights that are not zero, int64.
+    beyond: how many of them are larger in magnitude than the last edge.
   """
 
   found: Mapping[str, Any]
   edges: np.ndarray
   counts: np.ndarray
+  beyond: int
 
   @property
   def matrices(self) -> tuple[str, ...]:
@@ -54,14 +59,27 @@ def sparsities(models: Mapping[str, Model]) -> dict[str, Sparsity]:
   if all(one['nonzero'] == one['weights'] for one in found.values()):
     return {}
   kernels = {key: _kernels(model) for key, model in models.items()}
-  largest = max(float(np.abs(leaf).max(initial=0.0)) for own in kernels.values() for leaf in own)
-  edges = np.linspace(-(largest or 1.0), largest or 1.0, BINS + 1)
-  return {key: Sparsity(found[key], edges, _counts(own, edges)) for key, own in kernels.items()}
+  limit = max(map(_limit, kernels.values())) or 1.0
+  edges = np.linspace(-limit, limit, BINS + 1)
+  out = {}
+  for key, own in kernels.items():
+    counts = _counts(own, edges)
+    out[key] = Sparsity(found[key], edges, counts, found[key]['nonzero'] - int(counts.sum()))
+  return out
 
 
 def _kernels(model: Model) -> list[np.ndarray]:
   leaves = named_leaves(model.params)
   return [np.asarray(leaves[name], np.float32) for name in maskable(model.config)]
+
+
+def _limit(kernels: list[np.ndarray]) -> float:
+  """A magnitude that all but one in 1 / (1 - _SHOWN) survivors stay below."""
+  sizes = np.abs(np.concatenate([leaf[leaf != 0] for leaf in kernels] or [np.zeros(0, np.float32)]))
+  if not sizes.size:
+    return 0.0
+  at = min(sizes.size - 1, int(np.ceil(_SHOWN * sizes.size)))
+  return float(np.partition(sizes, at)[at])
 
 
 def _counts(kernels: list[np.ndarray], edges: np.ndarray) -> np.ndarray:

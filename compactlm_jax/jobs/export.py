@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,9 @@ from compactlm_jax.interop.pretrained import save_pretraining
 from compactlm_jax.interop.sparse import SizeReport, save_sparse
 from compactlm_jax.jobs.latency import Latencies, measure
 from compactlm_jax.jobs.models import is_run, load_model, load_towers
+from compactlm_jax.tree import named_leaves
+
+log = logging.getLogger(__name__)
 
 FORMATS = ('hf', 'sparse', 'onnx')
 LAYOUTS = ('auto', 'padded')
@@ -46,7 +50,8 @@ class Export:
     zeros: of a pruned model `compress.density.densities`, before anything was removed; None without zeros.
     bytes: of the file of weights.
     dense_bytes: of the model.safetensors that the same weights take if nothing is removed or packed.
-    sparse: sizes by tensor, of the format 'sparse'.
+    layers: bytes of the encoder's layers therein, without embeddings and heads.
+    dense_layers: the same in the dense file.
     latency: of the model 'dense' and, if heads or neurons were removed, of 'exported'; None if not measured.
   """
 
@@ -57,7 +62,8 @@ class Export:
   zeros: Mapping[str, Any] | None = None
   bytes: int = 0
   dense_bytes: int = 0
-  sparse: SizeReport | None = None
+  layers: int = 0
+  dense_layers: int = 0
   latency: Latencies | None = None
 
 
@@ -140,6 +146,7 @@ def _stock(bundle: Bundle) -> Bundle:
 def _measured(done: Export, dense: Bundle, zeros: Mapping[str, Any], sizes: SizeReport | None, latency: bool) -> Export:
   timings = None
   if latency:
+    log.info('measuring latency here; --nolatency leaves it out')
     smaller = done.bundle.config != dense.config  # zeros alone are multiplied like any other number
     models = {'dense': dense, **({'exported': done.bundle} if smaller else {})}
     timings = measure(models, BATCH_SIZES, min(SEQ_LEN, dense.config.max_positions), seconds=_SECONDS)
@@ -149,7 +156,8 @@ def _measured(done: Export, dense: Bundle, zeros: Mapping[str, Any], sizes: Size
     zeros=zeros,
     bytes=_weights_in(done.output) if sizes is None else sizes.bytes,
     dense_bytes=_dense_bytes(dense),
-    sparse=sizes,
+    layers=_layers(done.bundle) if sizes is None else sizes.layers.bytes,
+    dense_layers=_layers(dense),
     latency=timings,
   )
 
@@ -157,6 +165,12 @@ def _measured(done: Export, dense: Bundle, zeros: Mapping[str, Any], sizes: Size
 def _weights_in(folder: str) -> int:
   """Bytes of the file of weights in a folder of the format 'hf' or 'onnx'."""
   return sum(p.stat().length for p in epath.Path(folder).iterdir() if p.name == WEIGHTS or p.suffix == '.onnx')
+
+
+def _layers(bundle: Bundle) -> int:
+  """Bytes of the parameters of all layers."""
+  leaves = named_leaves(bundle.params['encoder'])
+  return sum(int(leaf.nbytes) for name, leaf in leaves.items() if name.startswith('layers'))
 
 
 def _dense_bytes(bundle: Bundle) -> int:

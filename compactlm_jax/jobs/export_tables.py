@@ -11,7 +11,7 @@ from typing import Any
 from compactlm_jax.config import runs
 from compactlm_jax.errors import ConfigError, StorageError
 from compactlm_jax.jobs.export import Export
-from compactlm_jax.jobs.latency import as_table
+from compactlm_jax.jobs.latency import Latencies
 
 
 def as_text(export: Export) -> str:
@@ -25,11 +25,7 @@ def as_text(export: Export) -> str:
   if export.zeros is not None:
     parts += [_zeros(export.zeros), *_sizes(export), _bytes(export)]
   if export.latency is not None:
-    parts.append('Latency\n\n' + as_table(export.latency))
-    if len({row.name for row in export.latency.rows}) == 1:
-      parts.append(
-        'The exported model has the shapes of the dense one: its zeros are multiplied, and save no time here.'
-      )
+    parts.append(_latency(export.latency))
   return '\n\n'.join(parts)
 
 
@@ -41,9 +37,7 @@ def as_dict(export: Export) -> dict[str, Any]:
   """
   cfg = export.bundle.config
   pruned = export.zeros is not None
-  own: dict[str, Any] = {'file': export.bytes, 'dense_file': export.dense_bytes}
-  if export.sparse is not None:
-    own |= {'layers': export.sparse.layers.bytes, 'dense_layers': export.sparse.layers.dense_bytes}
+  own = {name: getattr(export, name) for name in ('bytes', 'dense_bytes', 'layers', 'dense_layers')}
   return {
     'output': export.output,
     'format': export.format,
@@ -104,11 +98,31 @@ def _sizes(export: Export) -> list[str]:
 
 
 def _bytes(export: Export) -> str:
-  rows = [('file of weights', export.bytes, export.dense_bytes)]
-  if export.sparse is not None:
-    rows.append(("encoder's layers", export.sparse.layers.bytes, export.sparse.layers.dense_bytes))
+  rows = [
+    ('file of weights', export.bytes, export.dense_bytes),
+    ("encoder's layers", export.layers, export.dense_layers),
+  ]
   cells = [(what, f'{own:,}', f'{whole:,}', f'{100 * own / whole:.1f} %') for what, own, whole in rows]
   return 'Bytes on disk\n\n' + _table(('', 'exported', 'dense', 'of dense'), cells)
+
+
+def _latency(found: Latencies) -> str:
+  engines = list(dict.fromkeys(row.engine for row in found.rows))
+  cells = {(row.batch, row.name, row.engine): row for row in found.rows}
+  rows = []
+  for batch, name in dict.fromkeys((row.batch, row.name) for row in found.rows):
+    line = [name, str(batch)]
+    for engine in engines:
+      row = cells.get((batch, name, engine))
+      line.append('-' if row is None else f'{row.milliseconds:.2f}')
+      line.append('-' if row is None or not row.ratio else f'{1 / row.ratio:.2f}')
+    rows.append(line)
+  head = ('model', 'batch', *(f'{engine}{what}' for engine in engines for what in (', ms', ', times as fast')))
+  said = [f'Latency on this device ({found.device}), {found.seq_len} tokens a row, medians of calls made in turns']
+  notes = list(found.notes)
+  if len({row.name for row in found.rows}) == 1:
+    notes.append('The exported model has the shapes of the dense one: its zeros are multiplied, and save no time here.')
+  return '\n\n'.join([*said, _table(head, rows), *notes])
 
 
 def _per_layer(export: Export) -> list[tuple[int, int]]:

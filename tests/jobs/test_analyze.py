@@ -32,10 +32,16 @@ MIXED = EncoderConfig.mixed(
 )
 
 
-def save(config, tokenizer, folder):
+def save(config, tokenizer, folder, pruned=''):
+  """Random weights, negative ones of kernels that end in `pruned` replaced by zeros."""
   rng = np.random.default_rng(0)
   shapes = encoder_shapes(config)
-  params = map_named(lambda _, leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), jnp.float32), shapes)
+
+  def fresh(name, leaf):
+    values = 0.3 * rng.normal(size=leaf.shape)
+    return jnp.asarray(np.maximum(values, 0) if pruned and name.endswith(pruned) else values, jnp.float32)
+
+  params = map_named(fresh, shapes)
   save_pretrained(Bundle(config, params, read_tokenizer(open_folder(tokenizer))), folder)
 
 
@@ -53,7 +59,7 @@ def files(tmp_path_factory):
   for words, tokenizer in (('words', 'tokenizer'), ('others', 'other_tokenizer')):
     train_wordpiece(str(folder / f'{words}.txt'), V, folder / tokenizer)
   save(PLAIN, folder / 'tokenizer', folder / 'plain')
-  save(MIXED, folder / 'tokenizer', folder / 'mixed')
+  save(MIXED, folder / 'tokenizer', folder / 'mixed', pruned='attention/value/kernel')
   save(PLAIN, folder / 'other_tokenizer', folder / 'other')
   return folder
 
@@ -88,10 +94,10 @@ def test_everything_is_written_and_listed(compared):
     'model_attention_layer_01.png', 'model_convolution_layer_01.png', 'model_concentration.png', 'model_values.png',
     'compare_attention_layer_01.png', 'compare_attention_layer_02.png', 'compare_concentration.png',
     'compare_values.png', 'attention_kl.png', 'value_kl.png', 'cka.png', 'components.png',
+    'model_remaining.png', 'surviving_weights.png',
   }  # fmt: skip
   report = (compared / 'report.md').read_text()
   assert all(f'[{name}]({name}): {caption}' in report for name, caption in found['pictures'].items())
-  assert found['sparsity'] is None  # nothing was pruned
   assert '# mixed and plain' in report and '1 of them cut to 16 tokens' in report
 
 
@@ -119,6 +125,17 @@ def test_counts_and_shapes(compared):
   }  # fmt: skip
 
 
+def test_what_pruning_left_is_counted(compared):
+  """One matrix of the first model lost its negative weights. Mutations: the histogram of one model; shares of zeros."""
+  found = strict(compared / 'analysis.json')['sparsity']
+  one, other = found['model'], found['compare']
+  assert other['density'] == 1 and other['nonzero'] == other['weights'] == sum(other['counts']) + other['beyond']
+  assert 0.3 < one['by_matrix']['attention/value'][0] < 0.7 and one['by_matrix']['attention/query'] == [1.0]
+  assert sum(one['counts']) + one['beyond'] == one['nonzero'] < one['weights'] and one['edges'] == other['edges']
+  said = f'that can be masked {one["nonzero"]:,} remain ({100 * one["density"]:.2f} %)'
+  assert said in (compared / 'report.md').read_text()
+
+
 def test_an_earlier_analysis_is_replaced_and_nothing_else(files, compared, tmp_path, capsys):
   """Mutations: leave pictures of the earlier one; overwrite a folder with other files; trust its list of files."""
   output, bystander = tmp_path / 'analysis', tmp_path / 'bystander.png'
@@ -132,6 +149,7 @@ def test_an_earlier_analysis_is_replaced_and_nothing_else(files, compared, tmp_p
   assert call(files, output, '--rows=1', '--sentence=1', model='plain') == 0
   found = strict(output / 'analysis.json')
   assert found['text']['rows'] == 1 and set(found['models']) == {'model'}
+  assert found['sparsity'] is None  # nothing was pruned
   assert {p.name for p in output.iterdir()} == set(found['pictures']) | {'analysis.json', 'report.md'}
   assert bystander.read_text() == 'mine'
   np.testing.assert_allclose(np.diag(found['layer_pairs']['cka']), 1, rtol=1e-3)
