@@ -119,7 +119,13 @@ class PruneConfig:
       'for example 0.1',
     )
     require(
-      not (self.threshold_on == 'scores' and self.threshold == 0 and self.method == 'soft_movement' and self.penalised),
+      self.method != 'soft_movement' or self.threshold < 1 or self.threshold_on == 'scores',
+      f + 'threshold',
+      f'{self.threshold}: no sigmoid is above 1; use for example 0.1',
+    )
+    coupled = self.method == 'soft_movement' and self.control == 'fixed' and self.penalised
+    require(
+      not (self.threshold_on == 'scores' and self.threshold == 0 and coupled),
       f + 'threshold',
       'the weight of the penalty grows as threshold / final threshold; with a final threshold of 0 set '
       'prune.regularization=0',
