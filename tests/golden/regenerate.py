@@ -8,7 +8,7 @@ import os
 import pathlib
 
 HERE = pathlib.Path(__file__).parent
-TASKS = ('mlm', 'electra', 'convbert', 'lm', 'distill', 'finetune')
+TASKS = ('mlm', 'electra', 'convbert', 'lm', 'distill', 'finetune', 'prune')
 STEPS = 50
 
 
