@@ -12,6 +12,7 @@ from compactlm_jax.compress.shrink import shrink
 from compactlm_jax.compress.structure import acting_masks, expand, kernel_shapes, maskable, score_shapes
 from compactlm_jax.config import EncoderConfig
 from compactlm_jax.errors import ConfigError
+from compactlm_jax.nn.encoder import encode
 from compactlm_jax.ops.masks import masked_weight
 from compactlm_jax.tree import named_leaves, nested
 
@@ -183,6 +184,32 @@ def test_gates_act_once_and_stay_what_they_were_when_baked():
     trained['encoder']['layers']['ffn_in']['bias'], params['encoder']['layers']['ffn_in']['bias']
   )
   assert (np.asarray(baked['encoder']['layers']['ffn_in']['bias'])[:, 2] == 0).all()
+
+
+def test_the_view_and_the_masked_module_agree():
+  """Masks on the tree, and `MaskedDense` with a collection of scores: the same output and gradients.
+
+  Mutation: leave the scores of one matrix out of the view.
+  """
+  config, params = dense('convbert')
+  rng = np.random.default_rng(3)
+  shapes = score_shapes(config, 'none')
+  scores = {name: jnp.asarray(rng.standard_normal(shape), jnp.float32) for name, shape in shapes.items()}
+  keep = lambda s: (s > 0).astype(s.dtype)  # noqa: E731
+
+  def by_view(p, s):
+    leaves = named_leaves(p)
+    for name, score in s.items():
+      for n, mask in expand(config, name, keep(score)).items():
+        leaves[n] = masked_weight(leaves[n], expand(config, name, score)[n], mask)
+    return scalar(encode(nested(leaves), config, IDS, MASK).last_BTD)
+
+  def by_module(p, s):
+    return scalar(encode({**p, 'scores': nested(s)}, config, IDS, MASK, mask_fn=keep).last_BTD)
+
+  both = [jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(params, scores) for f in (by_view, by_module)]
+  for a, b in zip(*(jax.tree.leaves(found) for found in both), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_a_shrunk_encoder_has_pieces_of_its_own():
