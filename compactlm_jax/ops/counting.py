@@ -14,10 +14,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-INFINITY = np.int32(0x7F800000)
-"""The key of infinity; that of minus infinity is its negative."""
+_DENORMAL = np.int32(0x7FFFFF)  # bits of the largest one
 
-_LEAST_BITS = np.int32(-(2**31))
+INFINITY = np.int32(0x7F800000 - 0x7FFFFF)
+"""The key of infinity; that of minus infinity is its negative."""
 
 
 class Rows(NamedTuple):
@@ -29,15 +29,17 @@ class Rows(NamedTuple):
 
 
 def to_keys(x: Array) -> Int[Array, '...']:
-  """Integers in the order of the floats; both zeros are 0, NaN is as minus infinity."""
+  """Integers in the order of the floats; zeros and denormals are 0 (devices flush them), NaN is as minus infinity."""
   bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
-  keys = jnp.where(bits < 0, _LEAST_BITS - bits, bits)
-  return jnp.where(jnp.abs(keys) > INFINITY, -INFINITY, keys)
+  size = jnp.maximum((bits & np.int32(0x7FFFFFFF)) - _DENORMAL, 0)
+  return jnp.where((bits < 0) | (size > INFINITY), -jnp.minimum(size, INFINITY), size)
 
 
 def to_floats(keys: Array) -> Float[Array, '...']:
   """The inverse of `to_keys`."""
-  return lax.bitcast_convert_type(jnp.where(keys < 0, _LEAST_BITS - keys, keys), jnp.float32)
+  size = jnp.abs(keys)
+  sign = jnp.where(keys < 0, np.int32(-(2**31)), 0)
+  return lax.bitcast_convert_type(jnp.where(size > 0, size + _DENORMAL, 0) | sign, jnp.float32)
 
 
 def count_above(x: Float[Array, 'N ...'], candidates_NJ: Int[Array, 'N J']) -> Int[Array, 'N J']:

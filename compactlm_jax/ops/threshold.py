@@ -7,9 +7,10 @@ these in each row: rows hold one or two, so all are known, and the search ends o
 layers and matrices advance in one loop. Where scores lie in slices on several devices, each counts its own and only
 counts and the sample travel.
 
-Whatever the values, there are at most 17 passes of counting (after `_GUIDED` of them the bounds, which are 32 bits
-apart at most, are cut in eight), one that notes, and two where equal elements are separated by their index. Letters
-beside those of types.py: Q searches (one for each layer, or one for all), J candidates, M sample.
+Whatever the values, there are at most 22 passes of counting: after `_GUIDED` = 6 of them each also divides the bounds,
+which are less than 2^32 apart, by four. Noting follows `_ROUND` of them at most, and equal elements that an index must
+separate cost two passes more. Letters beside those of types.py: Q searches (one for each layer, or one for all), J
+candidates, M sample.
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ from compactlm_jax.types import struct
 _SPREAD_J = np.array([[4.0, 2.0, 0.8, 0.0, -0.8, -2.0, -4.0]], np.float32)
 """Candidates around the expected place, in standard deviations, in ascending order of thresholds."""
 
+_WIDE_J = np.array([[20.0, 5.0, 1.0, 0.0, -1.0, -5.0, -20.0]], np.float32)
+"""The same in the sample: scores of a row or a column resemble each other, so that it holds less than its size says."""
+
 _OUTWARD_J = np.array([[1 << bit for bit in (18, 20, 21, 22, 23, 25, 27)]], np.uint32)
 """Steps beyond the sample, in keys: 2^23 of them double a value."""
 
@@ -47,7 +51,7 @@ _SAMPLE, _FEW_SAMPLES, _ROW_STEP = 4096, 16, 16
 _FEW = 48
 """So many elements between the bounds are rarely three in one row."""
 
-_GUIDED = 6
+_GUIDED, _ROUND = 6, 4
 
 
 @struct
@@ -86,8 +90,8 @@ def local_cuts(leaves: Mapping[str, Float[Array, 'N ...']], keeps: Mapping[str, 
   """The cuts that keep exactly the `keep` highest elements of each layer of each leaf, ties to lower indices.
 
   Args:
-    leaves: float32, compared as the device compares: 0.0 and -0.0 are equal, and so are denormals where it flushes them
-      (XLA on a CPU does). NaN and minus infinity are never kept. A layer holds fewer than 2^31 elements.
+    leaves: float32. 0.0, -0.0 and denormals are equal (XLA flushes denormals on a CPU and a TPU). NaN and minus
+      infinity are never kept. A layer holds fewer than 2^31 elements.
     keeps: for each leaf and layer, static or traced; below 0 counts as 0, above the size as the size.
 
   Returns:
@@ -138,7 +142,7 @@ def _local_cuts(leaves: Mapping[str, Array], keeps: Mapping[str, Array]) -> tupl
     _start(jnp.concatenate(wanted), jnp.asarray(size)),
     lambda q: jnp.split(q, ends),
     jnp.concatenate,
-    lambda: _sample_local(arrays),
+    lambda: sample_local(arrays),
   )
   needs = jnp.split(found.keep - found.above_high, ends)
   cuts = {}
@@ -216,7 +220,7 @@ def _solve(
     return merge([count_above(x, t_NJ) for x, t_NJ in zip(arrays, spread(candidates_QJ))])
 
   def few(b: _Bounds) -> Array:
-    return _settled(b) | (b.above_low - b.above_high <= _FEW)
+    return (_settled(b) | (b.above_low - b.above_high <= _FEW)).all()
 
   def inspect(before: _Bounds) -> tuple[_Bounds, Array]:
     rows = [extremes(x, low, high) for x, low, high in zip(arrays, spread(before.low), spread(before.high))]
@@ -226,13 +230,19 @@ def _solve(
       parts = [count_in_rows(r, t_NJ) for r, t_NJ in zip(rows, spread(candidates_QJ))]
       return before.above_high[:, None] + merge(parts)
 
-    inner, _ = _search(count_rows, before, sample_QM, lambda b: _settled(b) | ~known, jnp.int32(0))
+    inner, _ = _search(count_rows, before, sample_QM, jnp.int32(0), lambda b, made: (_settled(b) | ~known).all())
     return _chosen(known, inner, before), jnp.int32(1)
 
-  bounds, number = _search(count, bounds, sample_QM, few, jnp.int32(0))
-  bounds, inspected = lax.cond(_settled(bounds).all(), lambda b: (b, jnp.int32(0)), inspect, bounds)
-  bounds, number = _search(count, bounds, sample_QM, _settled, number)
-  return bounds, number + inspected
+  def one_round(carry: tuple[_Bounds, Array, Array]) -> tuple[_Bounds, Array, Array]:
+    bounds, number, noted = carry
+    # At least one pass: where few elements were left but three in one row, noting them again would not help.
+    bounds, number = _search(count, bounds, sample_QM, number, lambda b, made: ((made > 0) & few(b)) | (made >= _ROUND))
+    bounds, one = lax.cond(_settled(bounds).all(), lambda b: (b, jnp.int32(0)), inspect, bounds)
+    return bounds, number, noted + one
+
+  start = (bounds, jnp.int32(0), jnp.int32(0))
+  bounds, number, noted = lax.while_loop(lambda carry: ~_settled(carry[0]).all(), one_round, start)
+  return bounds, number + noted
 
 
 def _settled(b: _Bounds) -> Bool[Array, ' Q']:
@@ -249,9 +259,10 @@ def _width(b: _Bounds) -> Array:
 
 
 def _search(
-  count: _Count, bounds: _Bounds, sample_QM: Array, done: Callable[[_Bounds], Array], number: Array
+  count: _Count, bounds: _Bounds, sample_QM: Array, number: Array, done: Callable[[_Bounds, Array], Array]
 ) -> tuple[_Bounds, Array]:
-  """Narrows the bounds until every search is done; also the number of passes made so far."""
+  """Narrows the bounds until done(bounds, passes made here); also the number of passes made so far."""
+  first = number
 
   def step(carry: tuple[_Bounds, Array]) -> tuple[_Bounds, Array]:
     b, number = carry
@@ -267,7 +278,7 @@ def _search(
     )
     return _chosen(_settled(b), b, closer), number + 1
 
-  return lax.while_loop(lambda carry: ~done(carry[0]).all(), step, (bounds, number))
+  return lax.while_loop(lambda carry: ~done(carry[0], carry[1] - first), step, (bounds, number))
 
 
 def _candidates(b: _Bounds, sample_QM: Array, number: Array) -> Int[Array, 'Q J']:
@@ -276,31 +287,32 @@ def _candidates(b: _Bounds, sample_QM: Array, number: Array) -> Int[Array, 'Q J'
   first, inside = (sample_QM <= b.low[:, None]).sum(1), inside_QM.sum(1)
   part = (b.keep - b.above_high) / jnp.maximum(b.above_low - b.above_high, 1)  # of what is inside, from above
 
-  def around(total: Array) -> Array:
+  def around(total: Array, spread_J: np.ndarray) -> Array:
     """Places from above, as fractions of the inside, at which the wanted one of `total` elements is expected."""
     total = total.astype(jnp.float32)
     deviation = jnp.sqrt(part * (1 - part) / total + 0.25 / total**2)
-    return part[:, None] + _SPREAD_J * deviation[:, None]
+    return part[:, None] + spread_J * deviation[:, None]
 
   sampled = jnp.maximum(inside, 1)
-  place_QJ = first[:, None] + sampled[:, None] * (1 - around(sampled)) - 1
+  place_QJ = first[:, None] + sampled[:, None] * (1 - around(sampled, _WIDE_J)) - 1
   place_QJ = jnp.clip(jnp.round(place_QJ).astype(jnp.int32), first[:, None], (first + inside - 1)[:, None])
   from_sample_QJ = jnp.take_along_axis(sample_QM, jnp.clip(place_QJ, 0, sample_QM.shape[1] - 1), axis=1)
 
   low, high = to_floats(b.low)[:, None], to_floats(b.high)[:, None]
   finite_Q1 = (jnp.abs(b.low) < INFINITY)[:, None] & (jnp.abs(b.high) < INFINITY)[:, None]
   low, high = jnp.where(finite_Q1, low, 0), jnp.where(finite_Q1, high, 0)
-  weight_QJ = jnp.clip(around(jnp.maximum(b.above_low - b.above_high, 1)), 0, 1)
+  weight_QJ = jnp.clip(around(jnp.maximum(b.above_low - b.above_high, 1), _SPREAD_J), 0, 1)
   between_QJ = to_keys(low * weight_QJ + high * (1 - weight_QJ))
 
   width_Q1, low_Q1, high_Q1 = _width(b)[:, None], b.low.astype(jnp.uint32)[:, None], b.high.astype(jnp.uint32)[:, None]
-  j = np.arange(1, 8, dtype=np.uint32)[None]
-  even_QJ = (low_Q1 + width_Q1 // 8 * j + width_Q1 % 8 * j // 8).astype(jnp.int32)
+  j = np.arange(1, 4, dtype=np.uint32)[None]
+  even_QJ = (low_Q1 + width_Q1 // 4 * j + width_Q1 % 4 * j // 4).astype(jnp.int32)
   out_QJ = jnp.minimum(_OUTWARD_J, width_Q1)
   tail_QJ = jnp.where((b.high == INFINITY)[:, None], low_Q1 + out_QJ, high_Q1 - out_QJ[:, ::-1]).astype(jnp.int32)
 
   guess_QJ = jnp.where((inside >= _FEW_SAMPLES)[:, None], from_sample_QJ, jnp.where(finite_Q1, between_QJ, tail_QJ))
-  guess_QJ = jnp.where(number < _GUIDED, guess_QJ, even_QJ)
+  safe_QJ = jnp.sort(jnp.concatenate([guess_QJ[:, 1:3], guess_QJ[:, 4:6], even_QJ], 1), axis=1)
+  guess_QJ = jnp.where(number < _GUIDED, guess_QJ, safe_QJ)
   # Where candidates coincide, those just below show whether the value is shared by many elements.
   columns = [guess_QJ[:, -1]]
   for i in range(guess_QJ.shape[1] - 2, -1, -1):
@@ -324,7 +336,7 @@ def _samples(arrays: Sequence[Array]) -> list[Int[Array, 'N M']]:
   return found
 
 
-def _sample_local(arrays: Sequence[Array]) -> Int[Array, 'Q M']:
+def sample_local(arrays: Sequence[Array]) -> Int[Array, 'Q M']:
   """Sorted samples of all layers; short ones are filled up by repeating their elements."""
   samples = _samples(arrays)
   longest = max(s.shape[1] for s in samples)
