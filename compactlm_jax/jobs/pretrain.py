@@ -32,11 +32,25 @@ def electra_job(config: RunConfig) -> tuple[Task, JobData]:
   data, special = _rows(config)
   found, encoder = _encoder(config, data)
   generator = load_generator(config.electra.generator) if config.electra.generator else None
+  _check_words(generator, data, config.electra.generator)
   small = config.electra.generator_encoder(encoder)
   start, fresh = electra_start(found, generator, encoder, small, config.electra.sharing)
   if found or generator:
     _report(fresh)
   return make_electra_task(encoder, config.electra, config.mask, special, start), data
+
+
+def _check_words(generator: Bundle | None, data: JobData, folder: str) -> None:
+  """Raises ConfigError if a generator's tokenizer gives tokens other ids than that of the rows."""
+  if generator is None or generator.tokenizer is None or data.tokenizer is None:
+    return
+  theirs, ours = generator.tokenizer.vocab, data.tokenizer.vocab
+  if theirs != ours:
+    token = min((token for token in {*theirs, *ours} if theirs.get(token) != ours.get(token)), key=str)
+    raise ConfigError(
+      f'config.electra.generator: the tokenizer in {folder} is another one than that of the rows ({token!r} has id '
+      f'{theirs.get(token)} there and {ours.get(token)} here); take the generator that was trained with it'
+    )
 
 
 def mlm_job(config: RunConfig) -> tuple[Task, JobData]:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import shutil
 
 import jax
 import numpy as np
@@ -87,6 +88,20 @@ def test_continuing_from_both_models_starts_nothing_fresh(files, exported, caplo
   jax.tree.map(np.testing.assert_array_equal, start['generator']['mlm_head'], small['mlm_head'])
   build_job(config(files, model=str(hf)))
   assert 'starting fresh: generator' in caplog.text
+
+
+def test_a_generator_of_another_vocabulary_is_refused(files, exported, tmp_path):
+  """Two words change places: sizes fit, meanings do not. Mutation: compare the number of tokens only."""
+  hf = tmp_path / 'hf'
+  shutil.copytree(exported[1], hf)
+  for name in ('tokenizer.json', 'vocab.txt'):
+    path = hf / 'generator' / name
+    if path.exists():
+      path.write_text(path.read_text().replace('river', 'RIVER').replace('house', 'river').replace('RIVER', 'house'))
+  (hf / 'generator' / 'manifest.json').unlink()  # it was changed on purpose
+  both = config(files, model=str(exported[1]), electra=ElectraConfig(generator_size=0.5, generator=str(hf)))
+  with pytest.raises(ConfigError, match=r'electra\.generator: the tokenizer in .* has id \d+ there and \d+ here'):
+    build_job(both)
 
 
 def test_mlm_starts_from_an_encoder(files, exported, caplog):
