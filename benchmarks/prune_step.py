@@ -2,7 +2,8 @@
 
 TPU (--only=tpu): the whole step compiled for a v3-8, as `compactlm plan` does (libtpu, no TPU needed; bfloat16);
 estimates of the compiler, not measurements. 'masks' is the step minus the same step with masks that cost nothing to
-find (a comparison of the scores with a constant). The search for thresholds is a loop, whose body the compiler counts once:
+find (a comparison of the scores with a constant). The search for thresholds is a loop, whose body the compiler counts
+once:
 benchmarks/prune_masks.py says what a pass costs and how many there are.
 CPU (--only=cpu): measured in float32, steps take turns with the dense one, the quickest of each counts.
 
