@@ -8,7 +8,7 @@ are not run again; the table is printed after each, and written to RUNS/prune.js
 
 All runs have equal steps, batches and learning rates (weights 1e-4, scores 1e-2, L0's scores 1e-1 as published). Hard
 movement and magnitude end at the asked density; of soft movement and L0 the weight of the penalty is controlled so that
-they do (prune.control='density'). The dense run has the same steps; with `--teacher=1` it teaches (weights .1 and .9).
+they do (prune.control='density'). `--methods='heads and neurons' --densities=.2` prunes those. The dense run has the same steps; with `--teacher=1` it teaches (weights .1 and .9).
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ METHODS: dict[str, dict[str, Any]] = {
   'hard movement': {'method': 'hard_movement'},
   'soft movement': {'method': 'soft_movement', 'control': 'density'},
 }
+STRUCTURED = {'heads and neurons': {'method': 'hard_movement', 'structure': 'heads+neurons'}}
+"""Run only if asked for: their density is one of heads and neurons."""
 
 
 def split(table: pathlib.Path, folder: pathlib.Path) -> tuple[str, str]:
@@ -74,7 +76,7 @@ def dense(args: argparse.Namespace, train: str, dev: str) -> RunConfig:
 
 def pruned(base: RunConfig, method: str, density: float, teacher: str) -> RunConfig:
   """The run of a method."""
-  fields = {'density': density, **METHODS[method]}
+  fields = {'density': density, **{**METHODS, **STRUCTURED}[method]}
   return dataclasses.replace(base, task='prune', teacher=teacher, prune=PruneConfig(**fields))
 
 
