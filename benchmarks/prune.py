@@ -8,7 +8,8 @@ are not run again; the table is printed after each, and written to RUNS/prune.js
 
 All runs have equal steps, batches and learning rates (weights 1e-4, scores 1e-2, L0's scores 1e-1 as published). Hard
 movement and magnitude end at the asked density; of soft movement and L0 the weight of the penalty is controlled so that
-they do (prune.control='density'). `--methods='heads and neurons' --densities=.2` prunes those. The dense run has the same steps; with `--teacher=1` it teaches (weights .1 and .9).
+they do (prune.control='density'). `--methods='heads and neurons' --densities=.2` prunes those. The dense run has the
+same steps; with `--teacher=1` it teaches (weights .1 and .9).
 """
 
 from __future__ import annotations
