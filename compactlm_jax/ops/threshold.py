@@ -38,17 +38,18 @@ from compactlm_jax.ops.counting import (
 )
 from compactlm_jax.types import struct
 
-_SPREAD_J = np.array([[4.0, 2.0, 0.8, 0.0, -0.8, -2.0, -4.0]], np.float32)
+_SPREAD_J = np.array([[5.0, 3.0, 0.9, 0.0, -0.9, -3.0, -5.0]], np.float32)
 """Candidates around the expected place, in standard deviations, in ascending order of thresholds."""
 
-_WIDE_J = np.array([[20.0, 5.0, 1.0, 0.0, -1.0, -5.0, -20.0]], np.float32)
-"""The same in the sample: scores of a row or a column resemble each other, so that it holds less than its size says."""
+_RING_J = np.array([[0.45, 0.04, 0.0, 0.0, 0.0, -0.04, -0.45]], np.float32)
+"""And further out by these parts of the way to the bound: scores of a row resemble each other, so that a sample says
+less than its size, and between two bounds the density may vary."""
 
 _OUTWARD_J = np.array([[1 << bit for bit in (18, 20, 21, 22, 23, 25, 27)]], np.uint32)
 """Steps beyond the sample, in keys: 2^23 of them double a value."""
 
-_SAMPLE, _FEW_SAMPLES, _ROW_STEP = 4096, 16, 16
-_FEW = 48
+_SAMPLE, _FEW_SAMPLES, _ROW_STEP = 4096, 128, 16
+_FEW = 64
 """So many elements between the bounds are rarely three in one row."""
 
 _GUIDED, _ROUND = 6, 4
@@ -287,21 +288,22 @@ def _candidates(b: _Bounds, sample_QM: Array, number: Array) -> Int[Array, 'Q J'
   first, inside = (sample_QM <= b.low[:, None]).sum(1), inside_QM.sum(1)
   part = (b.keep - b.above_high) / jnp.maximum(b.above_low - b.above_high, 1)  # of what is inside, from above
 
-  def around(total: Array, spread_J: np.ndarray) -> Array:
+  def around(total: Array) -> Array:
     """Places from above, as fractions of the inside, at which the wanted one of `total` elements is expected."""
     total = total.astype(jnp.float32)
     deviation = jnp.sqrt(part * (1 - part) / total + 0.25 / total**2)
-    return part[:, None] + spread_J * deviation[:, None]
+    way_QJ = jnp.where(_RING_J > 0, (1 - part)[:, None], part[:, None])
+    return part[:, None] + _SPREAD_J * deviation[:, None] + _RING_J * way_QJ
 
   sampled = jnp.maximum(inside, 1)
-  place_QJ = first[:, None] + sampled[:, None] * (1 - around(sampled, _WIDE_J)) - 1
+  place_QJ = first[:, None] + sampled[:, None] * (1 - around(sampled)) - 1
   place_QJ = jnp.clip(jnp.round(place_QJ).astype(jnp.int32), first[:, None], (first + inside - 1)[:, None])
   from_sample_QJ = jnp.take_along_axis(sample_QM, jnp.clip(place_QJ, 0, sample_QM.shape[1] - 1), axis=1)
 
   low, high = to_floats(b.low)[:, None], to_floats(b.high)[:, None]
   finite_Q1 = (jnp.abs(b.low) < INFINITY)[:, None] & (jnp.abs(b.high) < INFINITY)[:, None]
   low, high = jnp.where(finite_Q1, low, 0), jnp.where(finite_Q1, high, 0)
-  weight_QJ = jnp.clip(around(jnp.maximum(b.above_low - b.above_high, 1), _SPREAD_J), 0, 1)
+  weight_QJ = jnp.clip(around(jnp.maximum(b.above_low - b.above_high, 1)), 0, 1)
   between_QJ = to_keys(low * weight_QJ + high * (1 - weight_QJ))
 
   width_Q1, low_Q1, high_Q1 = _width(b)[:, None], b.low.astype(jnp.uint32)[:, None], b.high.astype(jnp.uint32)[:, None]
