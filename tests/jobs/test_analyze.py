@@ -132,6 +132,8 @@ def test_what_pruning_left_is_counted(compared):
   assert other['density'] == 1 and other['nonzero'] == other['weights'] == sum(other['counts']) + other['beyond']
   assert 0.3 < one['by_matrix']['attention/value'][0] < 0.7 and one['by_matrix']['attention/query'] == [1.0]
   assert sum(one['counts']) + one['beyond'] == one['nonzero'] < one['weights'] and one['edges'] == other['edges']
+  pictures = strict(compared / 'analysis.json')['pictures']
+  assert 'in mixed and plain' in pictures['surviving_weights.png']
   said = f'that can be masked {one["nonzero"]:,} remain ({100 * one["density"]:.2f} %)'
   assert said in (compared / 'report.md').read_text()
 

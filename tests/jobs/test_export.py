@@ -75,7 +75,7 @@ def test_a_model_without_zeros_gives_the_files_it_always_gave(folders, tmp_path,
 
 @pytest.mark.parametrize('name', ['heads', 'even'])
 def test_zeros_of_whole_heads_and_neurons_are_removed(name, folders, tmp_path, measured):
-  """The outputs stay. Mutations: export the dense model; time the small one twice."""
+  """The outputs stay. Mutations: export the dense model; time one of them twice; count heads of the small model."""
   found = run_export(str(folders / name), str(tmp_path / 'out'), latency=True)
   dense, small = load_model(folders / name), from_pretrained(tmp_path / 'out')
   assert_same(outputs(small.params, small.config), outputs(dense.params, dense.config))
@@ -86,6 +86,7 @@ def test_zeros_of_whole_heads_and_neurons_are_removed(name, folders, tmp_path, m
   assert found.bytes == (tmp_path / 'out' / 'model.safetensors').stat().st_size
   assert found.dense_bytes == (folders / name / 'model.safetensors').stat().st_size > found.bytes
   ((models, batches, length),) = measured
+  assert 'Heads (of 2) and neurons (of 6) that are left' in as_text(found)
   assert batches == (1, 32) and length == 8 and list(models) == ['dense', 'exported']
   assert models['dense'].config == CONFIG and models['exported'].config == small.config == found.bundle.config
 
@@ -153,7 +154,7 @@ def test_options_that_do_not_go_together_are_refused(name, options, message, fol
 
 
 def test_the_tables_hold_what_numpy_counts(folders, tmp_path, measured):
-  """Mutations: what remains for what is gone; layers for matrices; heads of the small model as the stock number."""
+  """Mutations: what remains for what is gone; the slower engine as the faster one."""
   found = run_export(str(folders / 'heads'), str(tmp_path / 'out'), latency=True)
   text = as_text(found)
   leaves = {n: np.asarray(a) for n, a in named_leaves(load_model(folders / 'heads').params).items()}
@@ -163,11 +164,12 @@ def test_the_tables_hold_what_numpy_counts(folders, tmp_path, measured):
   tables = [[[c.strip() for c in line[1:-1].split('|')] for line in block.splitlines()] for block in text.split('\n\n')]
   zeros = next(t for t in tables if t[0][0] == 'layer' and t[0][-1] == 'all')
   assert zeros[0] == ['layer', 'query', 'key', 'value', 'output', 'ffn_in', 'ffn_out', 'all'] and len(zeros) == 6
-  query = kernels['encoder/layers/attention/query/kernel']
-  assert zeros[3][:2] == ['2', f'{100 * np.mean(query[1] == 0):.2f}'] and zeros[-1][-1] == f'{100 * gone / whole:.2f}'
+  for column, matrix in ((1, 'attention/query'), (5, 'ffn_in')):
+    shares = [f'{100 * np.mean(layer == 0):.2f}' for layer in kernels[f'encoder/layers/{matrix}/kernel']]
+    assert [row[column] for row in zeros[2:5]] == shares
+  assert [row[0] for row in zeros[2:]] == ['1', '2', '3', 'all'] and zeros[-1][-1] == f'{100 * gone / whole:.2f}'
   sizes = next(t for t in tables if t[0] == ['layer', 'heads', 'neurons'])
   assert sizes[2:] == [[str(i), str(h), str(n)] for i, (h, n) in enumerate(zip(HEADS, NEURONS), 1)]
-  assert 'Heads (of 2) and neurons (of 6)' in text
   disk = next(t for t in tables if t[0][1:] == ['exported', 'dense', 'of dense'])
   share = f'{100 * found.bytes / found.dense_bytes:.1f} %'
   assert disk[2] == ['file of weights', f'{found.bytes:,}', f'{found.dense_bytes:,}', share]
