@@ -1,0 +1,72 @@
+"""Runs of task 'prune': resumed bit for bit, and finished as one model that evaluation, export and loading share."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+from tiny import ENCODER, tiny_config
+
+from compactlm_jax.config import OptimizerConfig, PruneConfig
+from compactlm_jax.errors import ConfigError
+from compactlm_jax.jobs import build_job, load_model, params_digest, run_train
+from compactlm_jax.jobs.evaluate import run_evaluate
+from compactlm_jax.tree import named_leaves
+
+CONTROLLED = PruneConfig(
+  method='soft_movement', density=0.3, control='density', threshold=0.4, scores_learning_rate=0.3, initial_warmup=0
+)
+OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_fraction=0.1)
+
+
+def config_of(prune, **changes):
+  # Dropout: a resumed run draws the same.
+  return tiny_config('prune', **{'prune': prune, 'optimizer': OPTIMIZER, 'encoder': ENCODER, **changes})
+
+
+def test_a_resumed_run_has_the_same_bits_and_results_have_the_density(tmp_path):
+  """With a controller's state. What is loaded is what was evaluated: masks baked in, no scores.
+
+  Mutations: keep the controller's place outside the state; bake with the masks of the last step; leave `density` out.
+  """
+  config = config_of(CONTROLLED, eval_every=5)
+  whole, cut = tmp_path / 'whole', tmp_path / 'cut'
+  results = run_train(config, str(whole))
+  shutil.copytree(whole, cut)
+  newest = max((cut / 'checkpoints').iterdir(), key=lambda path: path.name)
+  shutil.rmtree(newest)
+  (cut / 'results.json').unlink()
+  again = run_train(config, str(cut))
+  assert again['metrics'] == results['metrics'] and again['density'] == results['density']
+  bundle, other = load_model(str(whole)), load_model(str(cut))
+  assert params_digest(bundle.params) == params_digest(other.params)
+  assert set(bundle.params) == {'encoder', 'classifier'}
+  kernels = [leaf for name, leaf in named_leaves(bundle.params).items() if '/layers/' in name and 'kernel' in name]
+  share = sum(int((leaf != 0).sum()) for leaf in kernels) / sum(leaf.size for leaf in kernels)
+  assert results['density'] == pytest.approx(share, abs=1e-6) and 0 < share < 1
+  assert json.loads((whole / 'results.json').read_text())['density'] == results['density']
+  assert {'by_matrix', 'by_layer'} <= set(results)
+  found = run_evaluate(config, str(whole))
+  scores = {name: value for name, value in found.items() if name in results['metrics']} or found.get('metrics', {})
+  assert scores
+  for name, value in scores.items():
+    assert value == pytest.approx(results['metrics'][name], abs=1e-6), name
+
+
+@pytest.mark.parametrize(
+  ('prune', 'optimizer', 'message'),
+  [
+    (PruneConfig(), OptimizerConfig(warmup_steps=4), 'warmup_steps to at most 3'),
+    (
+      dataclasses.replace(CONTROLLED, scores_learning_rate=0.01),
+      OPTIMIZER,
+      'prune.scores_learning_rate',
+    ),
+    (PruneConfig(structure='block', block=(5, 5)), OPTIMIZER, 'block'),
+  ],
+  ids=['schedule', 'scores that cannot get there', 'block'],
+)
+def test_runs_that_cannot_work_are_refused_before_training(prune, optimizer, message):
+  """Mutation: leave the checks to the first step."""
+  with pytest.raises(ConfigError, match=message):
+    build_job(config_of(prune, optimizer=optimizer))
