@@ -339,11 +339,11 @@ def _samples(arrays: Sequence[Array]) -> list[Int[Array, 'N M']]:
 
 
 def sample_local(arrays: Sequence[Array]) -> Int[Array, 'Q M']:
-  """Sorted samples of all layers; short ones are filled up by repeating their elements."""
+  """Sorted samples of all layers, of one length: the ends of long ones are left out, short ones repeat elements."""
   samples = _samples(arrays)
-  longest = max(s.shape[1] for s in samples)
-  index = [np.arange(longest) * s.shape[1] // longest for s in samples]
-  return jnp.sort(jnp.concatenate([s[:, i] for s, i in zip(samples, index)]), axis=1)
+  length = min(_SAMPLE, max(s.shape[1] for s in samples))
+  samples = [s[:, :length] if s.shape[1] >= length else s[:, np.arange(length) * s.shape[1] // length] for s in samples]
+  return jnp.sort(jnp.concatenate(samples), axis=1)
 
 
 def _cut(x: Array, high: Array, need: Array, equal: Array) -> Cut:

@@ -134,7 +134,7 @@ def test_soft_cuts_of_a_tree_are_those_of_its_leaves():
 @pytest.mark.torch
 @pytest.mark.parametrize('kind', ['top', 'soft'])
 def test_gradients_are_those_of_a_mask_taken_for_the_identity(kind):
-  """A PyTorch layer whose mask hands its gradient on unchanged: mask, dL/dW, dL/dS. Mutation: times sigma(S)."""
+  """A PyTorch layer whose mask hands its gradient on unchanged: mask, dL/dW, dL/dS. Mutation: half of dL/dS."""
   torch = pytest.importorskip('torch')
   rng = np.random.default_rng(2)
   w, s, x = (rng.normal(size=shape).astype(np.float32) for shape in ((1, 6, 8), (1, 6, 8), (5, 6)))
