@@ -26,7 +26,7 @@ def original(step, total, warmup, first, last, initial_warmup, final_warmup):
 
 
 def test_published_numbers():
-  """papers.md 4.2: T = 54,000, w = 5,400, 1 -> .15. Mutation: a square in place of the cube; `<` for `<=`."""
+  """papers.md 4.2: T = 54,000, w = 5,400, 1 -> .15. Mutation: a square in place of the cube."""
   values = cubic_schedule(1.0, 0.15, 54_000, 5_400, PUBLISHED)
   assert len(values) == 54_001
   for step, expected in {5_400: 1.0, 10_000: 0.7259, 20_000: 0.3465, 30_000: 0.1862}.items():
@@ -52,7 +52,7 @@ def test_squads_script_is_one_step_ahead():
   first_step=st.integers(0, 1),
 )
 def test_every_step_is_the_originals(total, warmup, multiples, ends, first_step):
-  """Soft movement's thresholds rise by the same function. Mutation: `>=` for `>`."""
+  """Soft movement's thresholds rise by the same function. Mutation: both multiples exchanged."""
   config = PruneConfig(initial_warmup=multiples[0], final_warmup=multiples[1], first_step=first_step)
   if total <= sum(multiples) * warmup:
     with pytest.raises(ConfigError, match='warmup_steps'):
