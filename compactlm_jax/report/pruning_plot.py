@@ -32,7 +32,8 @@ _LOGGED = {
 """Metrics of pruning in metrics.jsonl, and what they are called in a picture."""
 
 _MARKERS = 'osD^vP*X'
-_TICKS = (0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 20, 30, 50, 100)
+_TICKS = (0.01, 0.03, 0.1, 0.2, 0.5, 1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100)
+_LEAST = 0.01  # per cent; a log scale has no place for encoders that lost everything
 
 
 def has_pruned(report: Report) -> bool:
@@ -148,20 +149,19 @@ def _panel(ax: Any, groups: Sequence[Group], lines: Sequence[Line], metric: str)
     having = [group for group in line.groups if group.values(metric)]
     if not having:
       continue
-    x = [100 * remaining_of(group) for group in having]
+    x = [max(100 * remaining_of(group), _LEAST) for group in having]
     found = [summarize(group.values(metric), metric) for group in having]
     spread = [s.std or 0.0 for s in found]
     label = f'{line.label} (n={_counts([s.n for s in found])})'
     ax.errorbar(x, [s.mean for s in found], yerr=spread, color=colour, linestyle=dash, marker=marker, markersize=5,
                 capsize=3, linewidth=1.5, elinewidth=1.1, label=label)  # fmt: skip
     for group in having:
-      seeds = [
-        (100 * run.remaining, run.scores[metric]) for run in group.runs if run.remaining and metric in run.scores
-      ]
+      runs = [run for run in group.runs if metric in run.scores]
+      seeds = [(max(100 * (run.remaining or 0.0), _LEAST), run.scores[metric]) for run in runs]
       ax.plot(*zip(*seeds), 'o', color=colour, alpha=0.35, markersize=3.5, markeredgewidth=0)
       shares += [share for share, _ in seeds]
       nonzero = nonzero_of(group)
-      ratios += [] if nonzero is None else [nonzero / (100 * remaining_of(group))]
+      ratios += [nonzero / (100 * remaining_of(group))] if nonzero else []
   for i, group in enumerate(group for group in dense_groups(groups) if group.values(metric)):
     s = summarize(group.values(metric), metric)
     dashes = (0, (5, 2 + 2 * i))

@@ -188,6 +188,14 @@ def test_encoders_of_different_sizes_have_no_common_scale(tmp_path):
   assert not draw_pruning(gather(one, two)).axes[0].child_axes
 
 
+def test_an_encoder_that_lost_everything_is_drawn(tmp_path):
+  """At the end of the scale. Mutation: take the logarithm of 0."""
+  report = gather(pruned(tmp_path / 'a', SOFT, [0.0, 0.0], [0.5, 0.5]))
+  (ax,) = draw_pruning(report).axes
+  assert ax.containers[0][0].get_xdata().tolist() == [0.01] and ax.get_xlim()[0] > 0
+  assert draw_schedules(report).axes[0].get_ylim()[0] > 0
+
+
 def test_schedules_show_the_median_over_steps(report):
   """Mutations: the mean; fractions for per cent; a panel for what nobody logged."""
   figure = draw_schedules(report)
