@@ -70,7 +70,7 @@ def draw_pruning(report: Report) -> Any:
   columns = min(2, len(panels))
   rows = -(-len(panels) // columns)
   entries = max(len(lines) + len(dense_groups(groups)) for _, groups, lines, _ in panels)
-  figure = new_figure((max(7.5, 6.2 * columns + 0.4), 4.6 * rows + 0.22 * -(-entries // 3)))
+  figure = new_figure((max(8.2, 6.2 * columns + 0.4), 4.6 * rows + 0.22 * -(-entries // 3)))
   axes = list(figure.subplots(rows, columns, squeeze=False).flat)
   for ax, (subject, groups, lines, metric) in zip(axes, panels):
     _panel(ax, groups, lines, metric)
@@ -104,7 +104,7 @@ def draw_schedules(report: Report) -> Any:
       drawn += [(subject, name, curves)] if curves else []
   columns = min(2, len(drawn))
   rows = -(-len(drawn) // columns)
-  figure = new_figure((max(7.5, 6.2 * columns + 0.4), 3.5 * rows + 0.22 * -(-sum(map(len, styled.values())) // 3)))
+  figure = new_figure((max(8.2, 6.2 * columns + 0.4), 3.5 * rows + 0.22 * -(-sum(map(len, styled.values())) // 3)))
   axes = list(figure.subplots(rows, columns, squeeze=False).flat)
   for ax, (subject, name, curves) in zip(axes, drawn):
     _schedule_panel(ax, name, curves)
