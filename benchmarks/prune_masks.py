@@ -144,7 +144,7 @@ def tpu_table(topology: str, number: int) -> None:
   from compactlm_jax.plan.program import Overflow
   from compactlm_jax.plan.topology import parse_topology
 
-  devices = tpu_devices(parse_topology(topology))
+  chip, devices = parse_topology(topology).chip, tpu_devices(parse_topology(topology))
   mesh = jax.make_mesh((len(devices),), ('data',), axis_types=(AxisType.Auto,), devices=devices)
   everywhere, slices = NamedSharding(mesh, P()), NamedSharding(mesh, P(None, 'data'))
 
@@ -177,7 +177,7 @@ def tpu_table(topology: str, number: int) -> None:
     assert not isinstance(program, Overflow)
     found[name] = program.optimal_seconds * 1e3
     print(
-      f'| {name} | {found[name]:.3f} | {program.cycles / 940e3:.3f} | {program.bytes_accessed / 1e6:.0f} '
+      f'| {name} | {found[name]:.3f} | {program.cycles / (chip.clock or float("nan")) * 1e3:.3f} | {program.bytes_accessed / 1e6:.0f} '
       f'| {sum(each.bytes for each in program.collectives) / 1e6:.2f} |',
       flush=True,
     )
