@@ -65,12 +65,16 @@ def ours(config, finetune, teacher):
   tx = make_optimizer(OPTIMIZER, STEPS, task.trainable, task.groups)
   params = jax.jit(task.init)(jax.random.key(SEED))
   state = TrainState(np.int32(0), params, jax.jit(tx.init)(params))
-  step = jax.jit(make_train_step(task, tx, SEED))
-  view = jax.jit(lambda params, key, step: task.view(params, key, step, lambda tree: tree)[0])
+  train_step = make_train_step(task, tx, SEED)
+
+  @jax.jit
+  def step(state, frozen, batch):
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(SEED), state.step), 2**31 - 1)
+    return train_step(state, frozen, batch), task.view(state.params, key, state.step, lambda tree: tree)[0]
+
   record = []
-  for index, batch in enumerate(batches()):
-    read = view(state.params, jax.random.fold_in(key_of(index), 2**31 - 1), index)
-    after, metrics = step(state, task.frozen, batch)
+  for batch in batches():
+    (after, metrics), read = step(state, task.frozen, batch)
     record.append((state, after, metrics, named_leaves(read)))
     state = after
   return task, record, state
@@ -283,10 +287,15 @@ def teacher_of():
   return {'encoder': params['encoder'], 'classifier': head}
 
 
-CASES = [(name, False) for name in METHODS] + [(name, True) for name in TAUGHT]
+# Compiling takes most of the time: what a taught run covers, and forms of one mask, run with -m slow.
+LONGER = (*TAUGHT, 'soft, scores', 'post hoc', 'random')
+CASES = [
+  *(pytest.param(name, False, id=name, marks=[pytest.mark.slow] if name in LONGER else []) for name in METHODS),
+  *(pytest.param(name, True, id=f'{name}, taught') for name in TAUGHT),
+]
 
 
-@pytest.mark.parametrize(('name', 'taught'), CASES, ids=[n + (', taught' if t else '') for n, t in CASES])
+@pytest.mark.parametrize(('name', 'taught'), CASES)
 def test_a_whole_run_equals_the_published_one(name, taught):
   """Masks, threshold, lambda, penalty, loss and gradients of every step, final weights, evaluation at mid-training.
 
