@@ -176,8 +176,9 @@ def tpu_table(topology: str, number: int) -> None:
     program = compile_program(jax.jit(fn, out_shardings=everywhere), *shapes)
     assert not isinstance(program, Overflow)
     found[name] = program.optimal_seconds * 1e3
+    cycles = program.cycles / chip.clock * 1e3 if chip.clock else float('nan')
     print(
-      f'| {name} | {found[name]:.3f} | {program.cycles / (chip.clock or float("nan")) * 1e3:.3f} | {program.bytes_accessed / 1e6:.0f} '
+      f'| {name} | {found[name]:.3f} | {cycles:.3f} | {program.bytes_accessed / 1e6:.0f} '
       f'| {sum(each.bytes for each in program.collectives) / 1e6:.2f} |',
       flush=True,
     )
