@@ -42,7 +42,7 @@ class PruneConfig:
     final_warmup: multiple of the warm-up, at the end of the run, during which it stays at its last value.
     first_step: what the schedule calls the first step: 0 (the original's GLUE script) or 1 (its SQuAD script).
     regularization: final weight lambda of the penalty of 'soft_movement', 'l0' and 'rpp'; with `control` 'density'
-      the weight to begin with, 0 for a usual one.
+      the scale to begin with, 0 for a usual one (of 'rpp' it follows from each step's weights).
     penalty: 'mean' of the means of all matrices (the original's code) or 'sum' over all entries (the paper).
     control: 'fixed' follows `regularization`; 'density' adjusts the weight so that the run ends at `density`.
     scores_learning_rate: of scores, which share the warm-up and decay of the weights and have no weight decay.
