@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from compactlm_jax.compress.schedule import cubic_schedule, kept
-from compactlm_jax.compress.structure import acting_masks, expand, score_shapes
+from compactlm_jax.compress.structure import acting_masks, expand, maskable, score_shapes
 from compactlm_jax.config import EncoderConfig, PruneConfig
 from compactlm_jax.config.prune import SCORED
 from compactlm_jax.ops.masks import hard_concrete, masked_weight, soft_cuts
-from compactlm_jax.ops.threshold import global_cut, keep_mask, local_cuts
+from compactlm_jax.ops.threshold import Cut, global_cut, keep_mask, local_cuts
 from compactlm_jax.tree import named_leaves, nested, overlaid
 from compactlm_jax.types import Params, Spread
 
@@ -30,10 +30,6 @@ OWN = ('scores', 'control')
 
 Leaves = dict[str, jax.Array]
 """Name of scores -> array [N, ...]."""
-
-
-def _as_it_is(tree: Params) -> Params:
-  return tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,11 +69,20 @@ class Masks:
       out[name] = jnp.full(shape, scale) if how == 'constant' and method != 'random' else bound * draw
     return out
 
-  def ranked(self, params: Params) -> Leaves:
-    """What entries are kept by: their scores, or for magnitude the mean absolute weight, without a gradient."""
+  def ranked(self, params: Params, spread: Spread | None = None) -> Leaves:
+    """What entries are kept by: their scores, or for magnitude the mean absolute weight, without a gradient.
+
+    Args:
+      params: the whole tree.
+      spread: to have it in slices over all devices, for counting. Slices are made of the parameters themselves: of
+        anything computed from them the compiler would cut the computation too, and gather its other uses.
+    """
     if 'scores' in params:
-      return named_leaves(params['scores'])
-    leaves = named_leaves(params)
+      scores = {'scores': params['scores']}
+      return named_leaves((spread(scores) if spread else scores)['scores'])
+    leaves = {name: leaf for name, leaf in named_leaves(params).items() if name.endswith('/kernel')}
+    leaves = {name: leaf for name, leaf in leaves.items() if name in maskable(self.encoder)}
+    leaves = named_leaves(spread(nested(leaves))) if spread else leaves
     out = {}
     for name, shape in self.shapes.items():
       spec = jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -104,10 +109,10 @@ class Masks:
     counts = [number * kept(self.densities, size).astype(np.float64) for number, size in groups]
     return jnp.asarray(np.sum(counts, axis=0) / sum(sizes.values()), jnp.float32)[step]
 
-  def top(self, values: Leaves, step: jax.Array | int, spread: Spread) -> Leaves:
-    """Masks (0 or 1) of the highest entries at a step, exact counts; counted on slices."""
+  def top(self, values: Leaves, step: jax.Array | int, slices: Leaves | None = None) -> Leaves:
+    """Masks (0 or 1) of the highest entries at a step, exact counts; `slices` are the values to count, if others."""
     values = jax.lax.stop_gradient(values)
-    slices = on_slices(values, spread)
+    slices = values if slices is None else jax.lax.stop_gradient(slices)
     if self.config.scope == 'local':
       keeps = {
         name: jnp.full(leaf.shape[0], jnp.asarray(kept(self.densities, leaf[0].size))[step])
@@ -119,7 +124,7 @@ class Masks:
       for names in self._kinds():
         size = sum(values[name].size for name in names)
         cuts |= global_cut({name: slices[name] for name in names}, jnp.asarray(kept(self.densities, size))[step])
-    return {name: keep_mask(leaf, cuts[name]).astype(leaf.dtype) for name, leaf in values.items()}
+    return self.over(values, cuts)
 
   def global_threshold(self, values: Leaves, step: jax.Array | int) -> jax.Array:
     """The highest score below those that the original's `--global_topk` keeps: the int(density * size) + 1 highest.
@@ -132,14 +137,20 @@ class Masks:
     rest = [jnp.where(keep_mask(leaf, cuts[name]), -jnp.inf, leaf).max() for name, leaf in values.items()]
     return jnp.stack(rest).max()
 
-  def above(self, values: Leaves, step: jax.Array | int, spread: Spread = _as_it_is) -> Leaves:
-    """Masks of soft movement at a step's threshold."""
-    return self.over(values, jnp.asarray(self.thresholds, jnp.float32)[step], self.config.threshold_on, spread)
+  def tau(self, step: jax.Array | int) -> jax.Array:
+    """The threshold of soft movement at a step."""
+    return jnp.asarray(self.thresholds, jnp.float32)[step]
 
-  def over(self, values: Leaves, tau: jax.Array, on: str, spread: Spread = _as_it_is) -> Leaves:
-    """Masks of what is above a threshold, and of the least that is kept of each matrix; counted on slices."""
-    values = jax.lax.stop_gradient(values)
-    cuts = soft_cuts(on_slices(values, spread), tau, on=on, floor=self.config.floor)
+  def above(self, values: Leaves, step: jax.Array | int) -> Leaves:
+    """Masks of soft movement at a step's threshold."""
+    return self.over(values, self.cuts_over(values, self.tau(step), self.config.threshold_on))
+
+  def cuts_over(self, slices: Leaves, tau: jax.Array, on: str) -> dict[str, Cut]:
+    """Cuts that keep what is above a threshold, and never less of a matrix than the floor."""
+    return soft_cuts(jax.lax.stop_gradient(slices), tau, on=on, floor=self.config.floor)
+
+  def over(self, values: Leaves, cuts: Mapping[str, Cut]) -> Leaves:
+    """Masks (0 or 1) of what cuts keep."""
     return {name: keep_mask(leaf, cuts[name]).astype(leaf.dtype) for name, leaf in values.items()}
 
   def gates(self, values: Leaves, key: jax.Array | None) -> Leaves:
@@ -158,8 +169,8 @@ class Masks:
     if method == 'soft_movement':
       return self.above(values, self.last)
     if self.config.threshold_every > 1 and self.densities[-1] < 1:
-      return self.over(values, self.global_threshold(values, self.last), 'scores')
-    return self.top(values, self.last, lambda tree: tree)
+      return self.over(values, self.cuts_over(values, self.global_threshold(values, self.last), 'scores'))
+    return self.top(values, self.last)
 
   def apply(
     self, params: Params, masks: Mapping[str, jax.Array], *, straight_through: bool, baked: bool = False

@@ -156,40 +156,46 @@ class _Pruning:
       if method == 'rpp':
         metrics = {'density': share(on_slices(self._kernels(params), spread)), 'regularization': weight}
       return without_own(params), penalty, metrics
-    values = masks.ranked(params)
+    values, slices = masks.ranked(params), masks.ranked(params, spread)
     if method == 'l0':
       found = masks.gates(values, key)
-      penalty = weight * self._penalty(l0_penalty, values, spread)
+      penalty = weight * self._penalty(l0_penalty, values, slices)
+      metrics['density'] = share(masks.gates(slices, None))
     elif method == 'soft_movement':
-      found = masks.above(values, step, spread)
-      metrics['threshold'] = jnp.asarray(masks.thresholds, jnp.float32)[step]
+      cuts = masks.cuts_over(slices, masks.tau(step), self.config.threshold_on)
+      found = masks.over(values, cuts)
+      metrics |= {'threshold': masks.tau(step), 'density': share(masks.over(slices, cuts))}
       if self.config.penalised:
-        penalty = weight * self._penalty(soft_penalty, values, spread)
+        penalty = weight * self._penalty(soft_penalty, values, slices)
     elif self.cached:
-      found = masks.over(values, params['control']['threshold'], 'scores', spread)
+      cuts = masks.cuts_over(slices, params['control']['threshold'], 'scores')
+      found = masks.over(values, cuts)
+      metrics['density'] = share(masks.over(slices, cuts))
     else:
-      found = masks.top(values, step, spread)
-    metrics['density'] = self._density(found, step, spread)
+      found = masks.top(values, step, slices)
+      metrics['density'] = masks.kept_fraction(step)
     if self.config.penalised:
       metrics |= {'penalty': penalty, 'regularization': weight}
     read = masks.apply(params, found, straight_through=method in ('hard_movement', 'soft_movement'))
     return read, penalty, jax.lax.stop_gradient(metrics)
 
-  def _penalty(self, function: Callable[..., jax.Array], values: Leaves, spread: Spread) -> jax.Array:
+  def _penalty(self, function: Callable[..., jax.Array], values: Leaves, slices: Leaves) -> jax.Array:
     """A penalty whose value is added up on slices, while every device makes the gradient of the scores that it holds.
 
     Differentiated through slices, gradients would have to be gathered.
     """
 
     @jax.custom_vjp
-    def penalty(values: Leaves) -> jax.Array:
-      return function(on_slices(values, spread), self.config.penalty)
+    def penalty(values: Leaves, slices: Leaves) -> jax.Array:
+      return function(slices, self.config.penalty)
 
-    def backward(values: Leaves, g: jax.Array) -> tuple[Leaves]:
-      return (jax.grad(lambda leaves: g * function(leaves, self.config.penalty))(values),)
+    def backward(values: Leaves, g: jax.Array) -> tuple[Leaves, Leaves]:
+      return jax.grad(lambda leaves: g * function(leaves, self.config.penalty))(values), jax.tree.map(
+        jnp.zeros_like, values
+      )
 
-    penalty.defvjp(lambda values: (penalty(values), values), backward)
-    return penalty(values)
+    penalty.defvjp(lambda values, slices: (function(slices, self.config.penalty), values), backward)
+    return penalty(values, jax.lax.stop_gradient(slices))
 
   def weight(self, params: Params, step: jax.Array) -> jax.Array:
     """lambda_t: coupled to the threshold for soft movement (lambda * tau_t / tau), constant otherwise."""
@@ -216,7 +222,7 @@ class _Pruning:
       }
       new = overlaid(new, nested(shrunk))
     elif self.controller is not None:
-      control = self.controller.update(control, on_slices(self.masks.ranked(new), spread), step)
+      control = self.controller.update(control, self.masks.ranked(new, spread), step)
     if self.cached:
       control['threshold'] = self._threshold(new, step, spread)
     return {**new, 'control': control} if control else new
@@ -225,14 +231,9 @@ class _Pruning:
     """The global threshold of this step: found anew when it is due, and when pruning begins."""
     config, known = self.config, params['control']['threshold']
     due = ((step + config.first_step) % config.threshold_every == 0) | (known == _LOWEST)
-    found = self.masks.global_threshold(on_slices(self.masks.ranked(params), spread), step)
+    found = self.masks.global_threshold(self.masks.ranked(params, spread), step)
     whole = jnp.asarray(self.masks.densities == 1)[step]
     return jnp.where(whole, _LOWEST, jnp.where(due, found, known))
-
-  def _density(self, found: Leaves, step: jax.Array, spread: Spread) -> jax.Array:
-    if self.config.method in ('soft_movement', 'l0') or self.cached:
-      return share(on_slices(jax.lax.stop_gradient(found), spread))
-    return self.masks.kept_fraction(step)
 
   def _kernels(self, params: Params) -> Leaves:
     leaves = named_leaves(params)

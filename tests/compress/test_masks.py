@@ -20,10 +20,6 @@ ENCODER = EncoderConfig(
 QUERY = 'encoder/layers/attention/query/kernel'
 
 
-def same(tree):
-  return tree
-
-
 def drawn(masks, seed=0, scale=1.0):
   """A tree of kernels, biases and scores."""
   random = np.random.default_rng(seed)
@@ -46,7 +42,7 @@ def test_counts_are_exact_at_every_step(scope, ties):
   values = named_leaves(drawn(masks)['scores'])
   if ties:
     values = {name: jnp.round(leaf) for name, leaf in values.items()}
-  run = jax.jit(lambda values, step: (masks.top(values, step, same), masks.kept_fraction(step)))
+  run = jax.jit(lambda values, step: (masks.top(values, step), masks.kept_fraction(step)))
   size = sum(leaf.size for leaf in values.values())
   for step in (0, 4, 5, 11, 20, 39, 40):
     found, fraction = run(values, step)
@@ -124,7 +120,7 @@ def test_the_view_of_a_tree_is_the_layer_that_masks_by_itself():
     return (layer.apply({'params': {'kernel': kernel, 'bias': bias}, 'scores': {'kernel': scores}}, x) ** 2).sum()
 
   def by_view(tree):
-    read = masks.apply(tree, masks.top(named_leaves(tree['scores']), 40, same), straight_through=True)
+    read = masks.apply(tree, masks.top(named_leaves(tree['scores']), 40), straight_through=True)
     assert set(read) == {'encoder'}
     return ((x @ named_leaves(read)[QUERY][0] + bias[None]) ** 2).sum()
 
