@@ -315,7 +315,11 @@ COMMANDS = {
         "'hf': config.json, model.safetensors and tokenizer for transformers, without heads and neurons that pruning "
         "removed; 'sparse': zeros take next to no room, for from_pretrained; 'onnx': model.onnx for onnxruntime.",
       ),
-      choice('layout', ['auto', 'padded'], "'padded' keeps the sizes of the dense model, with zeros; for --format=hf."),
+      choice(
+        'layout',
+        ['auto', 'shrunk', 'padded'],
+        "'padded' keeps the sizes of the dense model, with zeros, 'shrunk' none that can go; for --format=hf.",
+      ),
       choice(
         'values',
         ['float32', 'bfloat16', 'int8'],

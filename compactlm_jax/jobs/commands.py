@@ -17,6 +17,7 @@ from compactlm_jax.jobs.distill import distill_job
 from compactlm_jax.jobs.finetune import finetune_job
 from compactlm_jax.jobs.models import params_digest
 from compactlm_jax.jobs.pretrain import electra_job, lm_job, mlm_job
+from compactlm_jax.jobs.prune import pruned
 from compactlm_jax.train.evaluate import Evaluation
 from compactlm_jax.train.loop import Job, train
 
@@ -50,8 +51,6 @@ def build_job(config: RunConfig) -> Job:
       f'{config.optimizer.warmup_steps}; lower it, or use optimizer.warmup_fraction'
     )
   if config.task == 'prune':
-    from compactlm_jax.jobs.prune import pruned
-
     task = pruned(task, config, steps)
   identity = {'data': data.identity, 'tokenizer': data.train.fingerprint}
   if task.frozen is not None:

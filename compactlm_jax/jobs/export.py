@@ -15,7 +15,7 @@ from compactlm_jax.compress.density import densities
 from compactlm_jax.compress.shrink import padded, shrink
 from compactlm_jax.config import EncoderConfig
 from compactlm_jax.errors import ConfigError
-from compactlm_jax.interop import names
+from compactlm_jax.interop import custom, names
 from compactlm_jax.interop.bundle import Bundle, save_pretrained
 from compactlm_jax.interop.folder import WEIGHTS
 from compactlm_jax.interop.onnx_export import export_onnx
@@ -28,11 +28,14 @@ from compactlm_jax.tree import named_leaves
 log = logging.getLogger(__name__)
 
 FORMATS = ('hf', 'sparse', 'onnx')
-LAYOUTS = ('auto', 'padded')
+LAYOUTS = ('auto', 'shrunk', 'padded')
 VALUES = ('float32', 'bfloat16', 'int8')
 BATCH_SIZES = (1, 32)
 SEQ_LEN = 128
 """Tokens of a row whose latency is measured, if the model has so many positions."""
+
+_WORTH = 0.1
+"""Share of the layers' parameters from which on 'auto' gives up the stock sizes."""
 
 _SECONDS = 30.0
 """For each batch size, after which no more is timed."""
@@ -86,7 +89,10 @@ def run_export(
     output: folder to write.
     format: 'hf' for transformers, without the heads and neurons that are all zero; 'sparse' for `from_pretrained`,
       zeros packed; 'onnx' for onnxruntime, smaller as with 'hf'.
-    layout: 'padded' keeps the stock sizes, zeros and all ('hf' only).
+    layout: of the format 'hf': 'shrunk' removes heads and neurons wherever that changes nothing, 'padded' keeps the
+      stock sizes, zeros and all; 'auto' removes them if transformers has the model that is left, or if a tenth of the
+      layers' parameters goes: a few dead neurons of a model that was pruned weight by weight are not worth a modelling
+      file.
     values: how weights are stored in the format 'sparse': 'float32', 'bfloat16' or 'int8'.
     latency: measure a pruned model on this device, beside the dense one of the same weights.
 
@@ -108,19 +114,24 @@ def run_export(
       "prune it (task 'prune', configs/prune.py), or use --format=hf"
     )
   written, sizes = dense, None
-  if pruned and format != 'sparse' and layout == 'auto':
+  if pruned and format != 'sparse' and layout != 'padded':
     params, config = shrink(dense.params, dense.config)
-    written = dataclasses.replace(dense, params=params, config=config)
+    smaller = dataclasses.replace(dense, params=params, config=config)
+    written = smaller if layout == 'shrunk' or format == 'onnx' or _is_worth_it(dense, smaller) else dense
   if format == 'sparse':
     sizes = save_sparse(written, output, values)
   elif format == 'onnx':
     export_onnx(written, output)
   elif generator is None:
-    save_pretrained(written, output, layout)
+    save_pretrained(written, output, 'padded' if layout == 'padded' else 'auto')
   else:
     save_pretraining(written, generator, output)
   done = Export(written, output, format)
   return _measured(done, _stock(dense), zeros, sizes, latency) if pruned else done
+
+
+def _is_worth_it(dense: Bundle, smaller: Bundle) -> bool:
+  return dense.config.ragged or not custom.needed(smaller.config) or _layers(smaller) <= (1 - _WORTH) * _layers(dense)
 
 
 def _check_options(format: str, layout: str, values: str) -> None:

@@ -21,6 +21,7 @@ from compactlm_jax.interop.folder import open_folder
 from compactlm_jax.interop.pretrained import GENERATOR
 from compactlm_jax.interop.tokenizer_files import read_tokenizer
 from compactlm_jax.tasks.electra import generator_params
+from compactlm_jax.tasks.prune import bake
 from compactlm_jax.tree import named_leaves
 from compactlm_jax.types import Params
 
@@ -69,9 +70,8 @@ def load_towers(run: epath.PathLike) -> tuple[Bundle, Bundle | None]:
     params = {**params, 'encoder': take_layers(params['encoder'], tuple(kept))}
     encoder = dataclasses.replace(encoder, num_layers=len(kept))
   if 'prune' in model:
-    from compactlm_jax.tasks.prune import bake
-
-    params = bake(params, encoder, from_config_dict(PruneConfig, model['prune'], 'prune.'))
+    pruning = from_config_dict(PruneConfig, model['prune'], 'prune.')
+    params = jax.jit(lambda tree: bake(tree, encoder, pruning))(params)
   trained = {name: tree for name, tree in params.items() if name != GENERATOR}
   bundle = _in_units_of_labels(Bundle(encoder, trained, tokenizer, tuple(model.get('classes', ()))), model)
   # In a bundle a classifier reads the pooler if there is one; this run's reads the first token itself, and answers

@@ -29,6 +29,7 @@ from compactlm_jax.tasks.electra import make_electra_task
 from compactlm_jax.tasks.finetune import make_finetune_task
 from compactlm_jax.tasks.lm import make_lm_task
 from compactlm_jax.tasks.mlm import make_mlm_task
+from compactlm_jax.tasks.prune import make_prune_task
 from compactlm_jax.tasks.span import make_span_task
 from compactlm_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from compactlm_jax.train.step import compile_step, make_train_step
@@ -158,8 +159,6 @@ def make_task(plan: Plan, teacher_params: Params | None) -> Task:
     assert plan.teacher is not None and teacher_params is not None
     return make_distill_task(config.encoder, plan.teacher, teacher_params, config.distill)
   if config.task == 'prune':
-    from compactlm_jax.tasks.prune import make_prune_task
-
     steps = _steps(config)
     return make_prune_task(
       _labelled_task(plan, teacher_params),

@@ -69,11 +69,6 @@ def make_span_task(
   shallow, finished = kept_layers(encoder, config)
   head = _joint_head(encoder, span, version) if span.head == 'joint' else _independent_head(encoder, span)
 
-  def init(key: jax.Array) -> Params:
-    encoder_key, head_key = jax.random.split(key)
-    base = start['encoder'] if start else init_encoder(encoder, encoder_key)['encoder']
-    return {'encoder': jax.tree.map(jnp.asarray, base), 'span': head.init(head_key)}
-
   def loss(params: Params, frozen: Any, batch: Batch, key: jax.Array, step: jax.Array) -> tuple[jax.Array, Metrics]:
     x_BTD = _hidden(params, encoder, batch, key)
     losses_B, logged = head.losses(params['span'], batch, x_BTD)
@@ -90,7 +85,7 @@ def make_span_task(
 
   return Task(
     name='finetune',
-    init=init,
+    init=lambda key: _init(encoder, head, start, key),
     loss=loss,
     evaluate=evaluate,
     frozen=None if teacher is None else {name: teacher[0][name] for name in ('encoder', 'span')},
@@ -98,6 +93,12 @@ def make_span_task(
     finished=finished,
     model={'encoder': to_json(encoder), 'span': to_json(span), 'finetune': to_json(config), 'version': version},
   )
+
+
+def _init(encoder: EncoderConfig, head: _Head, start: Params | None, key: jax.Array) -> Params:
+  encoder_key, head_key = jax.random.split(key)
+  base = start['encoder'] if start else init_encoder(encoder, encoder_key)['encoder']
+  return {'encoder': jax.tree.map(jnp.asarray, base), 'span': head.init(head_key)}
 
 
 def _hidden(params: Params, encoder: EncoderConfig, batch: Batch, key: jax.Array | None = None) -> jax.Array:

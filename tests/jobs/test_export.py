@@ -63,6 +63,18 @@ def measured(monkeypatch):
   return calls
 
 
+def test_a_few_dead_neurons_leave_the_stock_sizes(tmp_path, measured):
+  """One neuron of 3 layers is not worth a modelling file; 'shrunk' removes it all the same. Mutation: no least share."""
+  wide = dataclasses.replace(CONFIG, intermediate_size=200)
+  tree = masked(random_tree(wide), wide, masks_of(wide, (wide.num_heads,) * 3, (200, 199, 200)))
+  save_pretrained(Bundle(wide, tree), tmp_path / 'model')
+  auto = run_export(str(tmp_path / 'model'), str(tmp_path / 'auto'))
+  assert auto.bundle.config == wide and not (tmp_path / 'auto' / 'modeling_compactlm.py').exists()
+  shrunk = run_export(str(tmp_path / 'model'), str(tmp_path / 'shrunk'), layout='shrunk')
+  assert shrunk.bundle.config.neurons_per_layer == (200, 199, 200)
+  assert from_pretrained(tmp_path / 'shrunk').config == shrunk.bundle.config
+
+
 def test_a_model_without_zeros_gives_the_files_it_always_gave(folders, tmp_path, measured):
   """Nothing is counted or timed. Mutations: shrink always; count a dense model as pruned."""
   found = run_export(str(folders / 'dense'), str(tmp_path / 'out'), latency=True)
@@ -142,7 +154,7 @@ def test_onnx_is_smaller_too(folders, tmp_path):
     ('weights', {'layout': 'padded', 'format': 'onnx'}, '--layout=padded: is for --format=hf'),
     ('weights', {'layout': 'padded', 'format': 'sparse'}, '--layout=padded: is for --format=hf'),
     ('weights', {'format': 'tf'}, '--format=tf: use one of hf, sparse, onnx'),
-    ('weights', {'layout': 'wide'}, '--layout=wide: use one of auto, padded'),
+    ('weights', {'layout': 'wide'}, '--layout=wide: use one of auto, shrunk, padded'),
     ('weights', {'format': 'sparse', 'values': 'int4'}, '--values=int4: use one of float32, bfloat16, int8'),
   ],
 )
