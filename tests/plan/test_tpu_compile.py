@@ -13,7 +13,7 @@ import pytest
 from tiny import ENCODER, tiny_config
 
 from compactlm_jax import cli
-from compactlm_jax.config import DataConfig, DistillConfig, MeshConfig
+from compactlm_jax.config import DataConfig, DistillConfig, MeshConfig, PruneConfig
 from compactlm_jax.parallel import make_mesh
 from compactlm_jax.plan.abstract import abstract_step, resolve
 from compactlm_jax.plan.compile import QUICK, compile_program, tpu_devices
@@ -36,6 +36,11 @@ CHANGES = {
   'lm': {'encoder': dataclasses.replace(CONVBERT, causal=True)},
   'distill': {'encoder': BERT, 'distill': DistillConfig(relations=('qq', 'vv'), relation_heads=4)},
   'finetune': {'encoder': BERT},
+}
+PRUNE = {
+  'hard': PruneConfig(initial_density=0.5),
+  'l0': PruneConfig(method='l0', regularization=1.0, scores_scale=2.197),
+  'magnitude': PruneConfig(method='magnitude', initial_density=0.5),
 }
 
 
@@ -80,6 +85,24 @@ def test_every_task_compiles_and_reduces_its_gradients_once(task):
   for leaf in jax.tree.leaves((state.params, frozen)):
     assert f'f32[{",".join(map(str, leaf.shape))}]' in given
   assert found.peak_bytes < 2**30 and found.flops > 0 and found.costly
+
+
+@pytest.mark.parametrize('method', PRUNE)
+def test_pruning_sums_the_gradient_of_its_masked_weights_and_no_more(method):
+  """Scores get theirs from it on each core; beside it only counts and samples travel, which are integers.
+
+  Mutation: count on slices of |W| instead of on |slices of W|: the compiler cuts |W| and gathers its other use.
+  """
+  plan = resolve(
+    tiny_config('prune', batch_size=ROWS, data=DataConfig(seq_len=LENGTH), encoder=BERT, prune=PRUNE[method])
+  )
+  step, arguments = abstract_step(plan, make_mesh(WHOLE, tpu_devices(parse_topology('v3-8'))))
+  found = compile_program(step, *arguments, effort=QUICK)
+  leaves = named_leaves(arguments[0].params)
+  weights = sum(leaf.size for name, leaf in leaves.items() if not name.startswith(('scores', 'encoder/embeddings')))
+  floats = [(each.kind, math.prod(dims)) for each in found.collectives for kind, dims in each.shapes if kind != 's32']
+  assert {kind for kind, _ in floats} == {'all-reduce'}
+  assert 0.9 * weights <= sum(size for _, size in floats) <= weights + 100
 
 
 def test_slices_of_parameters_are_gathered_and_rows_are_not():
