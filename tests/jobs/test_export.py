@@ -64,7 +64,7 @@ def measured(monkeypatch):
 
 
 def test_a_few_dead_neurons_leave_the_stock_sizes(tmp_path, measured):
-  """One neuron of 3 layers is not worth a modelling file; 'shrunk' removes it all the same. Mutation: no least share."""
+  """One neuron is not worth a modelling file; 'shrunk' removes it all the same. Mutation: no least share."""
   wide = dataclasses.replace(CONFIG, intermediate_size=200)
   tree = masked(random_tree(wide), wide, masks_of(wide, (wide.num_heads,) * 3, (200, 199, 200)))
   save_pretrained(Bundle(wide, tree), tmp_path / 'model')
