@@ -193,6 +193,9 @@ class Masks:
           leaves[covered] = masked_weight(leaves[covered], own[covered], array)
         else:
           leaves[covered] = leaves[covered] * array
+        if not baked and covered.endswith('/kernel'):
+          # The model would cast kernels itself; here they are written, and their gradient is read, at half the size.
+          leaves[covered] = leaves[covered].astype(self.encoder.dtype)
     return overlaid(without_own(params), nested(leaves))
 
   def _kinds(self) -> list[list[str]]:
@@ -218,6 +221,20 @@ def share(masks: Mapping[str, Any]) -> jax.Array:
   """Fraction of entries that are not zero, over all leaves."""
   count = sum(jnp.sum(leaf != 0, dtype=jnp.int32) for leaf in masks.values())
   return jnp.asarray(count / sum(leaf.size for leaf in masks.values()), jnp.float32)
+
+
+def share_above(slices: Leaves, cuts: Mapping[str, Cut]) -> jax.Array:
+  """Fraction of entries that cuts keep which keep all or none of the ties at their thresholds.
+
+  Without the index of each entry, as `keep_mask` has it: one that is made for slices is made in slices for whole masks.
+  """
+  count = jnp.int32(0)
+  for name, leaf in slices.items():
+    axes, cut = tuple(range(1, leaf.ndim)), cuts[name]
+    threshold = cut.threshold.reshape(-1, *(1,) * (leaf.ndim - 1))
+    equal = jnp.where(cut.last < leaf[0].size - 1, 0, (leaf == threshold).sum(axes, dtype=jnp.int32))
+    count += ((leaf > threshold).sum(axes, dtype=jnp.int32) + equal).sum()
+  return jnp.asarray(count / sum(leaf.size for leaf in slices.values()), jnp.float32)
 
 
 def make_masks(encoder: EncoderConfig, config: PruneConfig, total_steps: int, warmup: int) -> Masks:

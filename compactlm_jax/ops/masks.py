@@ -93,18 +93,15 @@ def soft_cuts(
     few[name] = (leaf > tau).sum(range(1, leaf.ndim), dtype=jnp.int32) < least
     wanted[name] = jnp.where(few[name], size - max(size - least, 1), size)
 
-  def plain() -> dict[str, Cut]:
-    return {name: Cut(jnp.full(leaf.shape[0], tau), jnp.full(leaf.shape[0], -1)) for name, leaf in leaves.items()}
-
-  def floored() -> dict[str, Cut]:
-    found, plainly = local_cuts(leaves, wanted), plain()
-    for name, cut in found.items():
-      # Ties at the end of what may be kept are dropped, all of them.
-      last = jnp.where(cut.last < leaves[name][0].size - 1, -1, cut.last)
-      found[name] = jax.tree.map(functools.partial(jnp.where, few[name]), Cut(cut.threshold, last), plainly[name])
-    return found
-
-  return jax.lax.cond(jnp.concatenate(list(few.values())).any(), floored, plain)
+  # Where all is kept the search makes no pass; under a `cond` instead, the compiler would lay out what else reads the
+  # scores as this search does.
+  found = local_cuts(leaves, wanted)
+  for name, cut in found.items():
+    # Ties at the end of what may be kept are dropped, all of them.
+    last = jnp.where(cut.last < leaves[name][0].size - 1, -1, cut.last)
+    plain = Cut(jnp.full(last.shape, tau), jnp.full(last.shape, -1))
+    found[name] = jax.tree.map(functools.partial(jnp.where, few[name]), Cut(cut.threshold, last), plain)
+  return found
 
 
 def soft_mask(

@@ -24,6 +24,7 @@ from compactlm_jax.compress.masks import (
   make_masks,
   on_slices,
   share,
+  share_above,
   without_own,
 )
 from compactlm_jax.compress.structure import maskable
@@ -164,13 +165,13 @@ class _Pruning:
     elif method == 'soft_movement':
       cuts = masks.cuts_over(slices, masks.tau(step), self.config.threshold_on)
       found = masks.over(values, cuts)
-      metrics |= {'threshold': masks.tau(step), 'density': share(masks.over(slices, cuts))}
+      metrics |= {'threshold': masks.tau(step), 'density': share_above(slices, cuts)}
       if self.config.penalised:
         penalty = weight * self._penalty(soft_penalty, values, slices)
     elif self.cached:
       cuts = masks.cuts_over(slices, params['control']['threshold'], 'scores')
       found = masks.over(values, cuts)
-      metrics['density'] = share(masks.over(slices, cuts))
+      metrics['density'] = share_above(slices, cuts)
     else:
       found = masks.top(values, step, slices)
       metrics['density'] = masks.kept_fraction(step)

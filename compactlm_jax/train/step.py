@@ -105,7 +105,8 @@ def make_gradient(task: Task, accumulate: int, mesh: Mesh | None, spread: Spread
 
     (read, penalty), pull_back, found = jax.vjp(seen, params, has_aux=True)
     (value, metrics), grads = direct(placed(read), frozen, batch, key, step)
-    (grads,) = pull_back((placed(grads), jnp.ones_like(penalty)))
+    grads = jax.tree.map(lambda grad, leaf: grad.astype(leaf.dtype), placed(grads), read)
+    (grads,) = pull_back((grads, jnp.ones_like(penalty)))
     return (value + penalty, {**metrics, **found}), grads
 
   return through_view

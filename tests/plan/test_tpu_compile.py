@@ -40,6 +40,7 @@ CHANGES = {
 PRUNE = {
   'hard': PruneConfig(initial_density=0.5),
   'l0': PruneConfig(method='l0', regularization=1.0, scores_scale=2.197),
+  'soft': PruneConfig(method='soft_movement', regularization=1.0),
   'magnitude': PruneConfig(method='magnitude', initial_density=0.5),
 }
 
