@@ -53,9 +53,9 @@ FREE = 'free masks'
 METHODS = {
   FREE: {'method': 'hard_movement', **UNIFORM},
   'hard movement': {'method': 'hard_movement', **UNIFORM},
-  'hard movement, global': {'method': 'hard_movement', 'scope': 'global', **UNIFORM},
+  'hard movement globally': {'method': 'hard_movement', 'scope': 'global', **UNIFORM},
   'soft movement': {'method': 'soft_movement', 'regularization': 400.0, **UNIFORM},
-  'soft movement, controlled': {'method': 'soft_movement', 'control': 'density', **UNIFORM},
+  'controlled soft movement': {'method': 'soft_movement', 'control': 'density', **UNIFORM},
   'magnitude': {'method': 'magnitude', 'initial_density': 0.1},
   'l0': {'method': 'l0', 'regularization': 125.0, 'scores_scale': 2.197},
   'rpp': {'method': 'rpp', 'regularization': 1e-3},
