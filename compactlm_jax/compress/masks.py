@@ -124,7 +124,7 @@ class Masks:
       for names in self._kinds():
         size = sum(values[name].size for name in names)
         cuts |= global_cut({name: slices[name] for name in names}, jnp.asarray(kept(self.densities, size))[step])
-    return self.over(values, cuts)
+    return {name: keep_mask(leaf, cuts[name]).astype(leaf.dtype) for name, leaf in values.items()}
 
   def global_threshold(self, values: Leaves, step: jax.Array | int) -> jax.Array:
     """The highest score below those that the original's `--global_topk` keeps: the int(density * size) + 1 highest.
@@ -150,8 +150,8 @@ class Masks:
     return soft_cuts(jax.lax.stop_gradient(slices), tau, on=on, floor=self.config.floor)
 
   def over(self, values: Leaves, cuts: Mapping[str, Cut]) -> Leaves:
-    """Masks (0 or 1) of what cuts keep."""
-    return {name: keep_mask(leaf, cuts[name]).astype(leaf.dtype) for name, leaf in values.items()}
+    """Masks (0 or 1) of what is above the thresholds of `cuts_over`, which never keep a tie."""
+    return {name: _above(leaf, cuts[name]).astype(leaf.dtype) for name, leaf in values.items()}
 
   def gates(self, values: Leaves, key: jax.Array | None) -> Leaves:
     """L0's gates: drawn with a key, as evaluated without."""
@@ -224,17 +224,14 @@ def share(masks: Mapping[str, Any]) -> jax.Array:
 
 
 def share_above(slices: Leaves, cuts: Mapping[str, Cut]) -> jax.Array:
-  """Fraction of entries that cuts keep which keep all or none of the ties at their thresholds.
-
-  Without the index of each entry, as `keep_mask` has it: one that is made for slices is made in slices for whole masks.
-  """
-  count = jnp.int32(0)
-  for name, leaf in slices.items():
-    axes, cut = tuple(range(1, leaf.ndim)), cuts[name]
-    threshold = cut.threshold.reshape(-1, *(1,) * (leaf.ndim - 1))
-    equal = jnp.where(cut.last < leaf[0].size - 1, 0, (leaf == threshold).sum(axes, dtype=jnp.int32))
-    count += ((leaf > threshold).sum(axes, dtype=jnp.int32) + equal).sum()
+  """Fraction of entries above the thresholds of cuts."""
+  count = sum(_above(leaf, cuts[name]).sum(dtype=jnp.int32) for name, leaf in slices.items())
   return jnp.asarray(count / sum(leaf.size for leaf in slices.values()), jnp.float32)
+
+
+def _above(leaf: jax.Array, cut: Cut) -> jax.Array:
+  """Without the index of each entry, as `keep_mask` has it: made for slices, it would be cut for whole masks too."""
+  return leaf > cut.threshold.reshape(-1, *(1,) * (leaf.ndim - 1))
 
 
 def make_masks(encoder: EncoderConfig, config: PruneConfig, total_steps: int, warmup: int) -> Masks:
