@@ -5,6 +5,7 @@ back and validates it once. Nothing below `cli` and this package sees a ConfigDi
 strings at the command line and tuples inside.
 """
 
+from compactlm_jax.config.adapt import AdaptConfig, Cell, cells
 from compactlm_jax.config.convert import from_config_dict, to_config_dict, to_json
 from compactlm_jax.config.encoder import EncoderConfig, runs, stack_names
 from compactlm_jax.config.finetune import GLUE, SQUAD, FinetuneConfig, SpanConfig
@@ -17,6 +18,8 @@ __all__ = [
   'LABELLED',
   'SHARED_EMBEDDINGS',
   'SQUAD',
+  'AdaptConfig',
+  'Cell',
   'DataConfig',
   'DistillConfig',
   'ElectraConfig',
@@ -28,6 +31,7 @@ __all__ = [
   'PruneConfig',
   'RunConfig',
   'SpanConfig',
+  'cells',
   'from_config_dict',
   'runs',
   'stack_names',

@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import re
 
+from compactlm_jax.config.adapt import AdaptConfig
 from compactlm_jax.config.check import require
 from compactlm_jax.config.encoder import EncoderConfig
 from compactlm_jax.config.finetune import FinetuneConfig, SpanConfig
 from compactlm_jax.config.pretrain import ElectraConfig, MaskConfig
 from compactlm_jax.config.prune import PruneConfig
 
-TASKS = ('electra', 'mlm', 'lm', 'distill', 'finetune', 'prune')
-LABELLED = ('finetune', 'prune')
-"""Tasks on the labelled rows that `finetune` describes."""
+TASKS = ('electra', 'mlm', 'lm', 'distill', 'finetune', 'prune', 'adapt')
+LABELLED = ('finetune', 'prune', 'adapt')
+"""Tasks on the labelled rows that `finetune` describes ('adapt' if that is its base, see `RunConfig.labelled`)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,7 +206,8 @@ class RunConfig:
   """One job of `compactlm train`.
 
   Attributes:
-    task: 'electra', 'mlm', 'lm', 'distill', 'finetune' or 'prune' (fine-tuning that prunes).
+    task: 'electra', 'mlm', 'lm', 'distill', 'finetune', 'prune' (fine-tuning that prunes) or 'adapt' (adaptive width
+      and depth).
     seed: the only source of randomness, together with the step.
     steps: optimiser steps; 0 means `epochs` passes over the training rows.
     epochs: see `steps`.
@@ -215,7 +217,7 @@ class RunConfig:
     log_every: steps between lines in metrics.jsonl.
     eval_every: steps between evaluations; 0 evaluates at the end only.
     model: folder or run whose weights start the trained model; '' starts from `encoder` at random.
-    teacher: folder or run of the frozen teacher; for 'finetune' and 'prune', one that was fine-tuned for the same task.
+    teacher: folder or run of the frozen teacher; for labelled tasks one that was fine-tuned for the same task.
     encoder: sizes of the trained model where `model` is ''.
   """
 
@@ -238,6 +240,7 @@ class RunConfig:
   finetune: FinetuneConfig = FinetuneConfig()
   span: SpanConfig = SpanConfig()
   prune: PruneConfig = PruneConfig()
+  adapt: AdaptConfig = AdaptConfig()
   mask: MaskConfig = MaskConfig()
   electra: ElectraConfig = ElectraConfig()
 
@@ -258,3 +261,8 @@ class RunConfig:
       'optimizer.accumulate',
       f'batch_size {self.batch_size} is not divisible by accumulate {self.optimizer.accumulate}',
     )
+
+  @property
+  def labelled(self) -> bool:
+    """Whether the run reads the labelled rows that `finetune` describes."""
+    return self.task in LABELLED and (self.task != 'adapt' or self.adapt.base == 'finetune')

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from compactlm_jax.checkpoint import load_params
 from compactlm_jax.compress.schedule import warmup_of
-from compactlm_jax.config import LABELLED, SQUAD, EncoderConfig, RunConfig, from_config_dict
+from compactlm_jax.config import SQUAD, EncoderConfig, RunConfig, from_config_dict
 from compactlm_jax.data.glue_tasks import glue_task
 from compactlm_jax.data.manifest import read_manifest
 from compactlm_jax.errors import ConfigError
@@ -71,7 +71,7 @@ def resolve(config: RunConfig) -> Plan:
     causal = encoder.causal if config.task == 'lm' else found.causal
     encoder = dataclasses.replace(found.with_run_options(encoder), causal=causal)
   encoder = dataclasses.replace(encoder, scan_unroll=0)
-  if config.task in LABELLED:
+  if config.labelled:
     # Rows of tables and benchmarks are padded to `data.seq_len`; only prepared data brings a length of its own.
     config, encoder, assumed = _labelled(config, encoder)
     notes += assumed
@@ -86,7 +86,7 @@ def resolve(config: RunConfig) -> Plan:
   if config.task == 'distill':
     teacher, assumed = _teacher(config)
     notes += assumed
-  if config.task in LABELLED and config.teacher:
+  if config.labelled and config.teacher:
     teacher = dataclasses.replace(encoder_of(config.teacher), scan_unroll=0)
   if not config.steps:
     notes.append('no hours: set --config.steps, epochs of data that is not read have no length')
@@ -231,7 +231,7 @@ def abstract_step(plan: Plan, mesh: Mesh) -> tuple[Callable[..., Any], tuple[Any
 def _teacher_shapes(teacher: EncoderConfig, config: RunConfig) -> Params:
   """Parameters of a teacher as shapes, with the head of the same task where it has to know the task."""
   shapes = encoder_shapes(teacher)
-  if config.task not in LABELLED:
+  if not config.labelled:
     return shapes
   if config.finetune.benchmark in SQUAD:
     fresh = jax.eval_shape(lambda: SpanHead(teacher).init(jax.random.key(0), jnp.zeros((1, 1, teacher.hidden_size))))
@@ -251,7 +251,7 @@ def _batch(config: RunConfig, mesh: Mesh) -> Batch:
 
   size, finetune = config.batch_size, config.finetune
   rows = array(size, config.data.seq_len)
-  if config.task not in LABELLED:
+  if not config.labelled:
     return Batch(rows, rows, rows)
   if finetune.benchmark in SQUAD:
     return Batch(rows, rows, rows, labels=array(size, 3))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from compactlm_jax.config import LABELLED, SQUAD, EncoderConfig, RunConfig
+from compactlm_jax.config import SQUAD, EncoderConfig, RunConfig
 from compactlm_jax.nn.flops import encoder_flops, layer_flops, mlm_head_flops, span_head_flops
 from compactlm_jax.tasks.distill import layer_pairs
 
@@ -34,7 +34,7 @@ def model_flops(config: RunConfig, teacher: EncoderConfig | None = None) -> floa
     return TRAINED * rows * (own + config.mask.slots(length) * mlm_head_flops(encoder))
   if config.task == 'lm':
     return TRAINED * rows * (own + (length - 1) * mlm_head_flops(encoder))
-  if config.task in LABELLED:
+  if config.labelled:
     trained = own + _head_flops(encoder, config, config.finetune.pooled)
     if teacher is None:
       return TRAINED * rows * trained

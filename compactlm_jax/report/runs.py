@@ -57,7 +57,7 @@ class Run:
     A run that prunes is measured as one that fine-tunes the dense model, and stands beside it.
     """
     data = self.config.data
-    labelled = self.config.task in LABELLED
+    labelled = self.config.labelled
     named, task = self.config.finetune.benchmark if labelled else '', 'finetune' if labelled else self.config.task
     file = data.dev or data.train or data.eval_path or data.path
     return named or (f'{task} on {epath.Path(file).name}' if file else task)
@@ -86,7 +86,7 @@ class Group:
   def benchmark(self) -> str:
     """Name of the GLUE task or SQuAD version; '' without one."""
     config = self.runs[0].config
-    return config.finetune.benchmark if config.task in LABELLED else ''
+    return config.finetune.benchmark if config.labelled else ''
 
   @property
   def metrics(self) -> tuple[str, ...]:

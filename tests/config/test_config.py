@@ -10,6 +10,8 @@ import ml_collections
 import pytest
 
 from compactlm_jax.config import (
+  AdaptConfig,
+  Cell,
   DataConfig,
   DistillConfig,
   ElectraConfig,
@@ -66,12 +68,14 @@ def test_every_field_is_documented():
     FinetuneConfig,
     SpanConfig,
     PruneConfig,
+    AdaptConfig,
+    Cell,
     EncoderConfig,
     MaskConfig,
     ElectraConfig,
   ):
     for field in dataclasses.fields(kind):
-      sections = ('data', 'optimizer', 'mesh', 'distill', 'finetune', 'span', 'prune', 'mask', 'electra')
+      sections = ('data', 'optimizer', 'mesh', 'distill', 'finetune', 'span', 'prune', 'adapt', 'mask', 'electra')
       if kind is RunConfig and field.name in sections:
         continue
       listed = re.search(rf'^ +(\w+, )*{field.name}(, \w+)*( and \w+)?: ', kind.__doc__, re.MULTILINE)
@@ -124,7 +128,7 @@ def test_missing_sections_take_their_defaults():
   [
     ({'steps': 3}, 'config.task: is missing'),
     (base(task='distil'), "config.task: 'distil' is unknown; use one of electra, mlm, lm, distill, finetune"),
-    (base(stepz=1), 'config.stepz: unknown field; known fields are batch_size, '),
+    (base(stepz=1), 'config.stepz: unknown field; known fields are adapt, batch_size, '),
     (base(optimizer={'lr': 1.0}), 'config.optimizer.lr: unknown field; known fields are accumulate, '),
     (base(optimizer=3), 'config.optimizer: expected a section, got 3'),
     (3, 'config: expected a section, got 3'),
