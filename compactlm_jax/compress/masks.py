@@ -77,12 +77,10 @@ class Masks:
       spread: to have it in slices over all devices, for counting. Slices are made of the parameters themselves: of
         anything computed from them the compiler would cut the computation too, and gather its other uses.
     """
+    leaves = named_leaves(params['scores']) if 'scores' in params else self.kernels(params)
+    leaves = on_slices(leaves, spread) if spread else leaves
     if 'scores' in params:
-      scores = {'scores': params['scores']}
-      return named_leaves((spread(scores) if spread else scores)['scores'])
-    leaves = {name: leaf for name, leaf in named_leaves(params).items() if name.endswith('/kernel')}
-    leaves = {name: leaf for name, leaf in leaves.items() if name in maskable(self.encoder)}
-    leaves = named_leaves(spread(nested(leaves))) if spread else leaves
+      return leaves
     out = {}
     for name, shape in self.shapes.items():
       spec = jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -98,6 +96,11 @@ class Masks:
       (sizes,) = jax.linear_transpose(spread_over, spec)(jax.tree.map(lambda s: jnp.ones(s.shape), covered))
       out[name] = sums / sizes
     return jax.lax.stop_gradient(out)
+
+  def kernels(self, params: Params) -> Leaves:
+    """The kernels that can be masked, by name."""
+    leaves = named_leaves(params)
+    return {name: leaves[name] for name in maskable(self.encoder)}
 
   def kept_fraction(self, step: jax.Array | int) -> jax.Array:
     """Exact share of entries that ranking keeps at a step (floors included)."""

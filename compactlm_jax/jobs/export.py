@@ -21,6 +21,7 @@ from compactlm_jax.interop.folder import WEIGHTS
 from compactlm_jax.interop.onnx_export import export_onnx
 from compactlm_jax.interop.pretrained import save_pretraining
 from compactlm_jax.interop.sparse import SizeReport, save_sparse
+from compactlm_jax.interop.sparse_matrix import VALUES
 from compactlm_jax.jobs.latency import Latencies, measure
 from compactlm_jax.jobs.models import is_run, load_model, load_towers
 from compactlm_jax.tree import named_leaves
@@ -29,7 +30,6 @@ log = logging.getLogger(__name__)
 
 FORMATS = ('hf', 'sparse', 'onnx')
 LAYOUTS = ('auto', 'shrunk', 'padded')
-VALUES = ('float32', 'bfloat16', 'int8')
 BATCH_SIZES = (1, 32)
 SEQ_LEN = 128
 """Tokens of a row whose latency is measured, if the model has so many positions."""

@@ -27,7 +27,6 @@ from compactlm_jax.compress.masks import (
   share_above,
   without_own,
 )
-from compactlm_jax.compress.structure import maskable
 from compactlm_jax.config import EncoderConfig, PruneConfig, to_json
 from compactlm_jax.config.prune import SCORED
 from compactlm_jax.errors import ConfigError
@@ -155,7 +154,7 @@ class _Pruning:
     penalty, metrics = jnp.float32(0.0), {}
     if method in ('rpp', 'post_hoc_magnitude'):
       if method == 'rpp':
-        metrics = {'density': share(on_slices(self._kernels(params), spread)), 'regularization': weight}
+        metrics = {'density': share(on_slices(self.masks.kernels(params), spread)), 'regularization': weight}
       return without_own(params), penalty, metrics
     values, slices = masks.ranked(params), masks.ranked(params, spread)
     if method == 'l0':
@@ -211,7 +210,7 @@ class _Pruning:
     """See `types.Task`."""
     control = dict(new.get('control', {}))
     if self.config.method == 'rpp':
-      before, kernels, rate = self._kernels(old), self._kernels(new), self.learning_rate(step - 1)
+      before, kernels, rate = self.masks.kernels(old), self.masks.kernels(new), self.learning_rate(step - 1)
       if self.config.control == 'fixed':
         strength = rate * self.config.regularization
       else:
@@ -235,7 +234,3 @@ class _Pruning:
     found = self.masks.global_threshold(self.masks.ranked(params, spread), step)
     whole = jnp.asarray(self.masks.densities == 1)[step]
     return jnp.where(whole, _LOWEST, jnp.where(due, found, known))
-
-  def _kernels(self, params: Params) -> Leaves:
-    leaves = named_leaves(params)
-    return {name: leaves[name] for name in maskable(self.masks.encoder)}

@@ -85,11 +85,6 @@ def make_gradient(task: Task, accumulate: int, mesh: Mesh | None, spread: Spread
   def whole(params: Any) -> Any:
     return params if mesh is None else gathered(mesh, params)
 
-  def placed(tree: Any) -> Any:
-    # What a view reads and its gradient lie as parameters do: gradients are added up over devices once, before the view
-    # passes them on to several parameters each.
-    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, param_shardings(mesh, tree))
-
   def loss(params: Any, frozen: Any, *args: Any) -> tuple[jax.Array, Metrics]:
     return task.loss(held(whole(params)), whole(frozen), *args)
 
@@ -104,8 +99,8 @@ def make_gradient(task: Task, accumulate: int, mesh: Mesh | None, spread: Spread
       return (read, penalty), found
 
     (read, penalty), pull_back, found = jax.vjp(seen, params, has_aux=True)
-    (value, metrics), grads = direct(placed(read), frozen, batch, key, step)
-    grads = jax.tree.map(lambda grad, leaf: grad.astype(leaf.dtype), placed(grads), read)
+    (value, metrics), grads = direct(read, frozen, batch, key, step)
+    grads = jax.tree.map(lambda grad, leaf: grad.astype(leaf.dtype), grads, read)
     (grads,) = pull_back((grads, jnp.ones_like(penalty)))
     return (value + penalty, {**metrics, **found}), grads
 
