@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from compactlm_jax.config import EncoderConfig, runs
 from compactlm_jax.errors import ConfigError
 from compactlm_jax.nn.attention import MixedAttention
-from compactlm_jax.nn.layers import Bias, Embeddings, GroupedDense, LayerNorm, MaskedDense, MaskFn
+from compactlm_jax.nn.layers import Bias, Embedding, Embeddings, GroupedDense, LayerNorm, MaskedDense, MaskFn
 from compactlm_jax.ops.dense import gelu
 from compactlm_jax.ops.dropout import dropout, keep_mask, site_words
 from compactlm_jax.types import QKV, EncoderOutput, Params
@@ -76,10 +76,11 @@ class Encoder(nn.Module):
     all_hidden: bool = False,
     qkv_layers: tuple[int, ...] = (),
     skip_above: bool = False,
+    word_BTE: Float[Array, 'B T E'] | None = None,
   ) -> EncoderOutput:
     """See `encode`."""
     cfg = self.config
-    x_BTD = self.embeddings(input_ids_BT, token_type_ids_BT, dropout_key, _SITES * cfg.num_layers)
+    x_BTD = self.embeddings(input_ids_BT, token_type_ids_BT, dropout_key, _SITES * cfg.num_layers, word_BTE)
     run = functools.partial(self._run, mask_BT=mask_BT, key=dropout_key, all_hidden=all_hidden)
     hidden, captured, done = [x_BTD[None]], {}, 0
     for layer in () if self.is_initializing() else sorted(set(qkv_layers)):
@@ -151,6 +152,7 @@ def encode(
   qkv_layers: tuple[int, ...] = (),
   skip_above: bool = False,
   mask_fn: MaskFn | None = None,
+  word_BTE: Float[Array, 'B T E'] | None = None,
 ) -> EncoderOutput:
   """Encodes token ids. Pure; under `jax.jit`, `config` and the keyword flags are static.
 
@@ -166,6 +168,7 @@ def encode(
     skip_above: do not run what lies above the last of `qkv_layers`; `last_BTD` is then that layer's output (its
       computation is dropped by the compiler when unused).
     mask_fn: scores -> mask, for trees with a 'scores' collection.
+    word_BTE: rows of the word table that were looked up before (`look_up`); the table is then not read.
 
   Returns:
     An EncoderOutput.
@@ -191,9 +194,22 @@ def encode(
     all_hidden=all_hidden,
     qkv_layers=qkv_layers,
     skip_above=skip_above,
+    word_BTE=word_BTE,
   )
   assert isinstance(out, EncoderOutput)  # apply is typed for mutable collections too
   return out
+
+
+def look_up(params: Params, config: EncoderConfig, input_ids: Int[Array, 'B T']) -> Float[Array, 'B T E']:
+  """The rows of the word table for `encode(word_BTE=...)`: looked up once for several encoders that share it.
+
+  Args:
+    params: a tree with 'encoder'.
+    config: the encoder's configuration.
+    input_ids: token ids in [0, vocab_size); others give NaN.
+  """
+  table = Embedding(config.vocab_size, config.embedding_size, config)
+  return jnp.asarray(table.apply({'params': params['encoder']['embeddings']['word']}, input_ids))
 
 
 @functools.partial(jax.jit, static_argnums=0)

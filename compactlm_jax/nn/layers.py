@@ -110,10 +110,16 @@ class Embeddings(nn.Module):
 
   @nn.compact
   def __call__(
-    self, input_ids_BT: Int[Array, 'B T'], token_type_ids_BT: Int[Array, 'B T'], key: jax.Array | None, site: int
+    self,
+    input_ids_BT: Int[Array, 'B T'],
+    token_type_ids_BT: Int[Array, 'B T'],
+    key: jax.Array | None,
+    site: int,
+    word_BTE: Float[Array, 'B T E'] | None = None,
   ) -> Float[Array, 'B T D']:
     cfg, size = self.config, self.config.embedding_size
-    word_BTE = Embedding(cfg.vocab_size, size, cfg, name='word')(input_ids_BT)
+    if word_BTE is None:
+      word_BTE = Embedding(cfg.vocab_size, size, cfg, name='word')(input_ids_BT)
     positions = jnp.arange(input_ids_BT.shape[1])[None]
     position_1TE = Embedding(cfg.max_positions, size, cfg, name='position')(positions)
     type_BTE = Embedding(cfg.type_vocab_size, size, cfg, name='token_type')(token_type_ids_BT)
