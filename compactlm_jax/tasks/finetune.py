@@ -16,7 +16,7 @@ from compactlm_jax.losses.classification import cross_entropy, soft_kl, squared_
 from compactlm_jax.losses.reduce import masked_mean, masked_sum
 from compactlm_jax.nn.encoder import encode, init_encoder
 from compactlm_jax.nn.heads import Classifier
-from compactlm_jax.types import Batch, Metrics, Params, Task
+from compactlm_jax.types import Batch, EncoderOutput, Metrics, Params, Task
 
 
 def make_finetune_task(
@@ -42,11 +42,11 @@ def make_finetune_task(
   Raises:
     ConfigError: one class, `pooled` without a pooler, or a teacher without a head or with another number of outputs.
   """
-  model = _Model(encoder, classes, config)
+  model = SentenceModel(encoder, classes, config)
   shallow, finished = kept_layers(encoder, config)
   used = dataclasses.replace(model, encoder=shallow)
   if teacher is not None:
-    _check_teacher(teacher[0], model.width)
+    check_teacher(teacher[0], model.width)
 
   def loss(params: Params, frozen: Any, batch: Batch, key: jax.Array, step: jax.Array) -> tuple[jax.Array, Metrics]:
     outputs_BC = model.outputs(params, batch, key)
@@ -105,8 +105,17 @@ def kept_layers(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Model:
-  """The encoder with its head, and the losses of its outputs."""
+class SentenceModel:
+  """An encoder with a head on its first token, and the losses of its outputs.
+
+  Attributes:
+    encoder: the encoder's configuration.
+    classes: class names; () for a regression.
+    config: head, dropout, scale of scores.
+
+  Raises:
+    ConfigError: one class, or `pooled` without a pooler.
+  """
 
   encoder: EncoderConfig
   classes: tuple[str, ...]
@@ -132,6 +141,7 @@ class _Model:
     return Classifier(self.width, self.encoder, self.config.dropout)
 
   def init(self, key: jax.Array, start: Params | None) -> Params:
+    """{'encoder', 'classifier'}: the encoder of `start` if there is one, and a fresh head."""
     encoder_key, head_key = jax.random.split(key)
     base = start['encoder'] if start else init_encoder(self.encoder, encoder_key)['encoder']
     fresh = self.head.init(head_key, jnp.zeros((1, self.encoder.hidden_size)))['params']
@@ -141,11 +151,15 @@ class _Model:
     """[B, C]; with dropout if there is a key."""
     keys = (None, None) if key is None else jax.random.split(key)
     rows = (batch.input_ids, batch.attention_mask, batch.token_type_ids)
-    out = encode(params, self.encoder, *rows, dropout_key=keys[0])
+    return self.read(params, encode(params, self.encoder, *rows, dropout_key=keys[0]), keys[1])
+
+  def read(self, params: Params, out: EncoderOutput, key: jax.Array | None) -> jax.Array:
+    """[B, C]: the head on what the encoder returned; with dropout if there is a key."""
     vector_BD = out.pooled_BD if self.config.pooled else out.last_BTD[:, 0]
-    return jnp.asarray(self.head.apply({'params': params['classifier']}, vector_BD, keys[1]))
+    return jnp.asarray(self.head.apply({'params': params['classifier']}, vector_BD, key))
 
   def losses(self, outputs_BC: jax.Array, batch: Batch) -> jax.Array:
+    """[B]: cross-entropy, or squared error of scores in units of training."""
     labels_B = jnp.asarray(batch.labels)
     if self.classes:
       return cross_entropy(outputs_BC, labels_B)
@@ -170,7 +184,8 @@ def classify(params: Params, encoder: EncoderConfig, batch: Batch) -> jax.Array:
   return jnp.asarray(head.apply({'params': params['classifier']}, vector_BD))
 
 
-def _check_teacher(params: Params, width: int) -> None:
+def check_teacher(params: Params, width: int) -> None:
+  """Raises ConfigError unless a teacher has a head of `width` outputs."""
   if 'classifier' not in params:
     raise ConfigError('config.teacher: this model has no classifier; fine-tune it for the same task first')
   found = params['classifier']['bias'].shape[-1]
