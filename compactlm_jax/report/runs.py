@@ -14,6 +14,7 @@ from etils import epath
 
 from compactlm_jax.config import LABELLED, RunConfig, to_json
 from compactlm_jax.errors import ConfigError
+from compactlm_jax.report.grid import Grid, GridRow, over_runs, read_rows
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ class Run:
     code: version of the package, and digest of its sources.
     remaining: fraction of the encoder's weights that are not zero, of a run that pruned; else None.
     nonzero: how many they are; None where it is not known.
+    grid: sub-networks of an adaptive run; () otherwise.
   """
 
   folder: str
@@ -49,6 +51,7 @@ class Run:
   code: str
   remaining: float | None = None
   nonzero: int | None = None
+  grid: tuple[GridRow, ...] = ()
 
   @property
   def subject(self) -> str:
@@ -92,6 +95,12 @@ class Group:
   def metrics(self) -> tuple[str, ...]:
     """Names of all metrics, those of the first run first."""
     return tuple(dict.fromkeys(name for run in self.runs for name in run.scores))
+
+  @property
+  def grid(self) -> Grid | None:
+    """Sub-networks over the seeds, of adaptive runs."""
+    having = [run.grid for run in self.runs if run.grid]
+    return over_runs(having) if having else None
 
   def values(self, metric: str) -> list[float]:
     """One for each run that has it, by seed."""
@@ -182,6 +191,7 @@ def _read(folder: epath.Path, read_run: ReadRun) -> Run | str:
     remaining, nonzero = (results.get(name) for name in ('density', 'nonzero'))
     remaining = None if remaining is None else float(remaining)
     nonzero = None if nonzero is None else int(nonzero)
+    grid = read_rows(results.get('grid', ()), str(path))
   except FileNotFoundError:
     return 'it is unfinished; start its command again' if not (folder / 'failure.json').exists() else 'it failed'
   except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
@@ -205,6 +215,7 @@ def _read(folder: epath.Path, read_run: ReadRun) -> Run | str:
     code=f'{code.get("version", "unknown")} ({code.get("sources", "unknown")})',
     remaining=remaining,
     nonzero=nonzero,
+    grid=grid,
   )
 
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from compactlm_jax.report.grid import COSTS, Grid, as_entries, as_tables
 from compactlm_jax.report.pruning import rows_of
 from compactlm_jax.report.published import Published, published
 from compactlm_jax.report.runs import Group, Report, Run
@@ -35,6 +36,8 @@ def as_markdown(report: Report, runs: bool = True) -> str:
     pruned = _pruned(groups)
     if pruned:
       parts += [REMAINING, pruned]
+    for group in groups:
+      parts += [f'### Sub-networks of {group.name}', as_tables(group.grid)] if group.grid else []
     rows = published(groups[0].benchmark) if runs else ()
     if rows:
       parts += [NOT_MEASURED, _table(('published model', 'metric', 'score', 'spread', 'source'), map(_quoted, rows))]
@@ -45,7 +48,10 @@ def as_markdown(report: Report, runs: bool = True) -> str:
 
 
 def as_csv(report: Report) -> str:
-  """One line for each number: scores of runs ('run'), statistics of groups ('summary'), 'published' ones."""
+  """One line for each number: scores of runs ('run'), statistics of groups ('summary'), 'published' ones.
+
+  Of adaptive runs also statistics of each sub-network ('cell'), metrics and costs called METRIC@CELL.
+  """
   out = io.StringIO()
   writer = csv.DictWriter(out, _COLUMNS, lineterminator='\n')
   writer.writeheader()
@@ -62,6 +68,8 @@ def as_csv(report: Report) -> str:
           {**common, 'record': 'summary', 'metric': metric, 'statistic': name, 'value': found[name]}
           for name in STATISTICS
         )
+      if group.grid:
+        writer.writerows({**common, **row} for row in _cells(group.grid))
     for row in published(groups[0].benchmark):
       same = {'subject': subject, 'group': row.model, 'record': 'published', 'metric': row.metric, 'source': row.source}
       spread = {'value': row.value, 'stderr': row.stderr, 'std': row.std}
@@ -88,9 +96,11 @@ def as_json(report: Report) -> str:
           'metrics': {k: _finite(v) for k, v in run.scores.items()},
           **_sizes(run),
           **_facts(run),
+          **({'grid': as_entries(run.grid)} if run.grid else {}),
         }
         for run in group.runs
       ],
+      **({'grid': _grid(group.grid)} if group.grid else {}),
     }
     for group in report.groups
   ]
@@ -135,6 +145,30 @@ def _sizes(run: Run) -> dict[str, float]:
   """What remains of a pruned encoder, by names of results.json."""
   known = {'density': run.remaining, 'nonzero': run.nonzero}
   return {name: value for name, value in known.items() if value is not None}
+
+
+def _cells(grid: Grid) -> list[dict[str, Any]]:
+  """Lines of the CSV for sub-networks."""
+  return [
+    {'record': 'cell', 'metric': f'{quantity}@{cell.name}', 'statistic': name, 'value': value}
+    for quantity, by_cell in grid.found.items()
+    for cell, summary in by_cell.items()
+    for name, value in dataclasses.asdict(summary).items()
+    if value is not None
+  ]
+
+
+def _grid(grid: Grid) -> list[dict[str, Any]]:
+  """Statistics of each sub-network: those of metrics, and means of costs."""
+  out = []
+  for cell in grid.cells:
+    having = {name: by_cell[cell] for name, by_cell in grid.found.items() if cell in by_cell}
+    metrics = {
+      name: {k: _finite(v) for k, v in dataclasses.asdict(s).items()} for name, s in having.items() if name not in COSTS
+    }
+    costs = {name: having[name].mean if name in having else None for name in COSTS}
+    out.append({**dataclasses.asdict(cell), 'metrics': metrics, **costs})
+  return out
 
 
 def _pruned(groups: Sequence[Group]) -> str:
