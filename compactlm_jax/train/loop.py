@@ -8,7 +8,7 @@ import itertools
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -37,6 +37,19 @@ class BatchSource(Protocol):
     """(step, this host's rows of its global batch) from `start_step` on, read ahead, without end."""
 
 
+class Keeper(Protocol):
+  """What a run keeps of its evaluations beside its checkpoints, and says of the last one."""
+
+  def start(self, workdir: epath.Path, step: int) -> None:
+    """Before the first step of this process, which is `step`; whoever calls holds the run directory."""
+
+  def offer(self, state: TrainState, scores: Mapping[str, float], metadata: Mapping[str, Any]) -> None:
+    """After an evaluation: finished parameters (without optimiser), their metrics, metadata of a checkpoint."""
+
+  def results(self, params: Params, scores: Mapping[str, float]) -> Mapping[str, Any]:
+    """After the last evaluation: entries of results.json, in place of those of the same name."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Job:
   """What the loop runs.
@@ -49,6 +62,7 @@ class Job:
     evals: what is evaluated; () without held-out rows.
     identity: fingerprints (tokenizer, data, teacher) that a resumed run must share.
     files: relative path -> content of what is kept beside the checkpoints (the tokenizer).
+    keeper: see `Keeper`; None keeps nothing.
   """
 
   task: Task
@@ -58,6 +72,7 @@ class Job:
   evals: tuple[Evaluation, ...] = ()
   identity: Mapping[str, str] = dataclasses.field(default_factory=dict)
   files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
+  keeper: Keeper | None = None
 
 
 def train(job: Job, workdir: str, *, allow_change: tuple[str, ...] = (), steal_lock: bool = False) -> dict[str, Any]:
@@ -92,6 +107,15 @@ def train(job: Job, workdir: str, *, allow_change: tuple[str, ...] = (), steal_l
     writer = stack.enter_context(MetricsWriter(workdir, total, start_step=first))
     reporter = Reporter(job.task, config, learning_rate_schedule(config.optimizer, total), writer, workdir)
     metadata = {'model': dict(job.task.model), 'task': job.task.name, 'identity': dict(job.identity)}
+    if job.keeper is not None:
+      job.keeper.start(epath.Path(workdir), first)
+
+    def evaluated(state: TrainState) -> tuple[Params, dict[str, float]]:
+      params = finished(state.params)
+      scores = {name: value for held in job.evals for name, value in evaluate(params, frozen, held).items()}
+      if job.keeper is not None:
+        job.keeper.offer(TrainState(state.step, params, ()), scores, metadata)
+      return params, scores
 
     for step, batch in itertools.islice(job.batches.prefetch(first), max(0, total - first)):
       state, metrics = step_fn(state, frozen, to_global(mesh, batch))
@@ -100,21 +124,16 @@ def train(job: Job, workdir: str, *, allow_change: tuple[str, ...] = (), steal_l
       # Before the save: a run that resumes from this step does not evaluate it again.
       if config.eval_every and done % config.eval_every == 0 and done < total and job.evals and not stopping:
         reporter.flush()
-        scores = _scores(job, evaluate, finished(state.params), frozen)
-        writer.write(done, {f'eval_{name}': value for name, value in scores.items()})
+        writer.write(done, {f'eval_{name}': value for name, value in evaluated(state)[1].items()})
       if stopping or done == total or done % config.checkpoint_every == 0:
         reporter.flush()
         checkpoints.save(done, state, metadata, wait=stopping or done == total)
       if stopping and done < total:
         raise PreemptedError(f'asked to stop: step {done} is saved in {workdir}; the same command continues from it')
 
-    params = finished(state.params)
-    scores, further = _scores(job, evaluate, params, frozen), job.task.results(params)
+    params, scores = evaluated(state)
+    further = {**job.task.results(params), **(job.keeper.results(params, scores) if job.keeper else {})}
     return _finish(job, workdir, scores, further, time.monotonic() - started)
-
-
-def _scores(job: Job, evaluate: Callable[..., dict[str, float]], params: Params, frozen: Any) -> dict[str, float]:
-  return {name: value for held in job.evals for name, value in evaluate(params, frozen, held).items()}
 
 
 def _set_up(job: Job, checkpoints: Checkpoints) -> tuple[Any, TrainState, Any, Any]:
