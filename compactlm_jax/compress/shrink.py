@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from compactlm_jax.compress.layout import checked_leaves, folded, layer_axes, places, unfolded
 from compactlm_jax.compress.structure import branches, kernel_shapes
 from compactlm_jax.config import EncoderConfig, runs, stack_names
-from compactlm_jax.errors import ConfigError
 from compactlm_jax.ops.dense import gelu
-from compactlm_jax.tree import named_leaves, nested
+from compactlm_jax.tree import nested
 from compactlm_jax.types import Params
 
 _Layer = dict[str, np.ndarray]
@@ -104,11 +104,11 @@ def _without_heads(layer: _Layer, config: EncoderConfig) -> _Layer:
     return {n: leaf for n, leaf in layer.items() if n == 'attention/output/bias' or not n.startswith('attention/')}
   out = dict(layer)
   for name, leaf in layer.items():
-    parts, axes = _folded(layer, name, config), _head_axes(name)
-    for axis in axes:
+    axes = layer_axes(name, config)
+    parts = folded(leaf, axes, config)
+    for axis in places(axes, 'H'):
       parts = np.compress(~gone, parts, axis)
-    if axes:
-      out[name] = parts.reshape(_unfolded(name, parts.shape, leaf.ndim))
+    out[name] = unfolded(parts, axes)
   return out
 
 
@@ -150,7 +150,7 @@ def _without_neurons(layer: _Layer, config: EncoderConfig) -> _Layer:
     ('ffn_in/bias', np.take_along_axis(bias, keep, 1)),
     ('ffn_out/kernel', np.take_along_axis(onto, keep[..., None], 1)),
   ):
-    out[name] = parts.reshape(_unfolded(name, parts.shape, layer[name].ndim))
+    out[name] = unfolded(parts, layer_axes(name, config))
   return out
 
 
@@ -180,41 +180,7 @@ def _shapes(config: EncoderConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _folded(layer: _Layer, name: str, config: EncoderConfig) -> np.ndarray:
-  """A parameter with heads, branches and groups on axes of their own; those that have none as they are.
-
-  Output kernel [branch, H, K, D]; taps [H, K, H, W] and [H, W]; other kernels of heads [D, H, K] and biases [H, K];
-  feed-forward [G, in, out] and [G, F / G].
-  """
-  leaf, size, groups = layer[name], config.head_size, config.num_groups
-  if name == 'attention/output/kernel':
-    return leaf.reshape(branches(config), -1, size, leaf.shape[-1])
-  if name == 'attention/conv/taps/kernel':
-    return leaf.reshape(len(leaf) // size, size, -1, config.conv_kernel_size)
-  if name.startswith('ffn_') and name != 'ffn_out/bias':
-    return leaf.reshape(groups, *leaf.shape[-2:]) if leaf.ndim > 1 else leaf.reshape(groups, -1)
-  if _head_axes(name):
-    return leaf.reshape(*leaf.shape[:-1], -1, config.conv_kernel_size if 'taps' in name else size)
-  return leaf
-
-
-def _head_axes(name: str) -> tuple[int, ...]:
-  """Axes of the heads in `_folded`."""
-  if name in ('attention/output/bias', 'attention/conv/depthwise/kernel') or not name.startswith('attention/'):
-    return ()
-  if name.endswith('/bias'):
-    return (0,)
-  return (0, 2) if 'taps' in name else (1,)
-
-
-def _unfolded(name: str, folded: tuple[int, ...], ndim: int) -> tuple[int, ...]:
-  """The shape of a parameter of `ndim` axes from that of `_folded`."""
-  if name == 'attention/output/kernel':
-    return (-1, folded[-1])
-  if name == 'attention/conv/taps/kernel':
-    return (folded[0] * folded[1], -1)
-  if ndim == 1:
-    return (-1,)
-  return folded[-ndim:] if name.startswith('ffn_') else (*folded[: ndim - 1], -1)
+  return folded(layer[name], layer_axes(name, config), config)
 
 
 def _zero(x: np.ndarray, axis: int) -> np.ndarray:
@@ -247,14 +213,7 @@ def _with_sizes(config: EncoderConfig, sizes: list[tuple[int, int]]) -> EncoderC
 
 def _layers(params: Params, config: EncoderConfig) -> list[_Layer]:
   """The parameters of each layer, on the host, shapes checked."""
-  if 'scores' in params:
-    raise ConfigError('parameter scores: the tree still has scores of pruning; bake its masks into the weights first')
-  leaves, out = named_leaves(params['encoder']), []
-  for name, shape in kernel_shapes(config).items():
-    found = leaves.get(name.removeprefix('encoder/'))
-    if found is None or found.shape != shape:
-      what = 'it is missing' if found is None else f'found shape {found.shape}'
-      raise ConfigError(f'parameter {name}: {what}, expected {shape} from the configuration of the encoder')
+  leaves, out = checked_leaves(params, config), []
   for stack, (start, stop, _) in zip(stack_names(config), runs(config)):
     own = {n.removeprefix(f'{stack}/'): np.asarray(leaf) for n, leaf in leaves.items() if n.startswith(f'{stack}/')}
     out += [{name: leaf[i] for name, leaf in own.items()} for i in range(stop - start)]
