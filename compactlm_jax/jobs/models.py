@@ -19,7 +19,7 @@ from compactlm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from compactlm_jax.interop.bundle import Bundle, drop_pooler, from_pretrained
 from compactlm_jax.interop.folder import open_folder
 from compactlm_jax.interop.pretrained import GENERATOR
-from compactlm_jax.interop.tokenizer_files import read_tokenizer
+from compactlm_jax.interop.tokenizer_files import TokenizerFiles, read_tokenizer
 from compactlm_jax.tasks.electra import generator_params
 from compactlm_jax.tasks.prune import bake
 from compactlm_jax.tree import named_leaves
@@ -63,8 +63,21 @@ def load_towers(run: epath.PathLike) -> tuple[Bundle, Bundle | None]:
     ConfigError, DataError, StorageError: see `load_model`.
   """
   leaves, metadata = load_params(run)
-  params, model, folder = jax.tree.map(jnp.asarray, leaves), metadata['model'], epath.Path(run) / 'tokenizer'
+  folder = epath.Path(run) / 'tokenizer'
   tokenizer = read_tokenizer(open_folder(folder)) if folder.exists() else None
+  return towers_of(jax.tree.map(jnp.asarray, leaves), metadata['model'], tokenizer)
+
+
+def towers_of(
+  params: Params, model: Mapping[str, Any], tokenizer: TokenizerFiles | None
+) -> tuple[Bundle, Bundle | None]:
+  """(model, generator or None) of the parameters of a run; masks are baked in.
+
+  Args:
+    params: as a checkpoint holds them.
+    model: `types.Task.model` of the run.
+    tokenizer: its files.
+  """
   encoder = from_config_dict(EncoderConfig, model['encoder'], 'encoder.')
   if kept := model.get('finetune', {}).get('keep_layers'):
     params = {**params, 'encoder': take_layers(params['encoder'], tuple(kept))}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from etils import epath
 from compactlm_jax.config import RunConfig
 from compactlm_jax.errors import CompactLMError, ConfigError, LockedError, NumericsError, PreemptedError
 from compactlm_jax.jobs.commands import run_train
+from compactlm_jax.jobs.finished import finished_results
 from compactlm_jax.report import Report, collect
 from compactlm_jax.train.rundir import FREE_FIELDS, read_run
 from compactlm_jax.train.signals import StopRequest
@@ -68,7 +68,7 @@ def run_seeds(config: RunConfig, workdir: str, seeds: Sequence[int], shard: str 
       folder, run = f'{workdir}/seed-{seed}', dataclasses.replace(config, seed=seed)
       log.info('seed %d (%d of %d): %s', seed, number, len(mine), folder)
       try:
-        results[seed] = _finished(run, folder) or run_train(run, folder, **options)
+        results[seed] = finished_results(run, folder) or run_train(run, folder, **options)
       except PreemptedError:
         raise
       except Exception as e:
@@ -120,21 +120,6 @@ def shard_of(seeds: Sequence[int], shard: str) -> tuple[int, ...]:
   if not (first.isdecimal() and step.isdecimal() and int(first) < int(step)):
     raise ConfigError(f'--seed_shard={shard}: write I/N with I from 0 to N-1, for example 0/2 and 1/2 on two machines')
   return tuple(seeds[int(first) :: int(step)])
-
-
-def _finished(config: RunConfig, folder: str) -> dict[str, Any] | None:
-  """What a run of just this configuration has left, without loading its data; None if it has to run."""
-  path = epath.Path(folder)
-  if jax.process_count() > 1 or not (path / 'results.json').exists() or not (path / 'config.json').exists():
-    return None
-  try:
-    results = json.loads((path / 'results.json').read_text())
-    done = read_run(folder)[0] == config and config.steps in (0, results['steps']) and results['metrics'] is not None
-  except (ValueError, KeyError, TypeError):
-    return None  # the run itself says what is wrong, or evaluates again
-  if done:
-    log.info('%s is finished and kept', folder)
-  return results if done else None
 
 
 def _report(workdir: str, seeds: Sequence[int]) -> Report | None:
