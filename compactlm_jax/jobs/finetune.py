@@ -16,7 +16,9 @@ from compactlm_jax.data.glue_tasks import glue_task
 from compactlm_jax.data.source import RowSource
 from compactlm_jax.data.synthetic import synthetic_table
 from compactlm_jax.data.table import Table, read_table, tokenize_table
+from compactlm_jax.data.tokenizer import Tokenizer
 from compactlm_jax.errors import ConfigError
+from compactlm_jax.interop.tokenizer_files import TokenizerFiles
 from compactlm_jax.jobs.data import EvalSet, JobData
 from compactlm_jax.jobs.squad import squad_job
 from compactlm_jax.jobs.start import kept_rows, probe_rows, starting_model, teacher_model
@@ -38,27 +40,65 @@ def finetune_job(config: RunConfig) -> tuple[Task, JobData]:
   if not config.data.train and not config.finetune.benchmark:
     return _generated(config)
   bundle, tokenizer = starting_model(config)
+  data = labelled_data(config, tokenizer, bundle.tokenizer)
+  encoder = bundle.config.with_run_options(config.encoder)
+  teacher = labelled_teacher(config, data.classes, data.job.train) if config.teacher else None
+  task = make_finetune_task(encoder, data.classes, config.finetune, bundle.params, teacher)
+  return task, data.job
+
+
+@dataclasses.dataclass(frozen=True)
+class Labelled:
+  """Labelled rows of a job.
+
+  Attributes:
+    job: training and held-out rows.
+    classes: class names, in the order of their indices; () for scores.
+    metrics: names of what held-out rows are scored by; the first is the one to compare by.
+  """
+
+  job: JobData
+  classes: tuple[str, ...]
+  metrics: tuple[str, ...]
+
+
+def labelled_data(config: RunConfig, tokenizer: Tokenizer, files: TokenizerFiles | None) -> Labelled:
+  """The rows of the user's tables, or of a benchmark.
+
+  Args:
+    config: of the run.
+    tokenizer: of the model.
+    files: its files, kept with the run.
+
+  Raises:
+    ConfigError, DataError: fields or files that do not fit.
+  """
   train, held, metrics = _tables(config)
   train, classes = _subset(train, config), train.classes
   if config.finetune.swap_pairs:
     train = _with_swapped(train)
   rows = tokenize_table(train, tokenizer, config.data.seq_len)
+  metrics = metrics or metric_names(len(classes))
   evals = tuple(
     EvalSet(tokenize_table(table, tokenizer, config.data.seq_len), _score(classes, metrics), prefix)
     for prefix, table in held
   )
-  encoder = bundle.config.with_run_options(config.encoder)
-  teacher = _teacher(config, classes, rows) if config.teacher else None
-  task = make_finetune_task(encoder, classes, config.finetune, bundle.params, teacher)
-  return task, JobData(rows, evals, _digest(train), bundle.tokenizer)
+  return Labelled(JobData(rows, evals, table_digest(train), files), classes, metrics)
 
 
-def _generated(config: RunConfig) -> tuple[Task, JobData]:
+def generated_labelled(config: RunConfig) -> Labelled:
+  """Generated rows of two classes, for trying a task without files; their seed is the run's."""
   sizes: dict[str, Any] = {'seq_len': config.data.seq_len, 'vocab_size': config.encoder.vocab_size}
   rows = synthetic_table(seed=config.seed, **sizes)
   dev = synthetic_table(seed=config.seed, rows=512, rows_seed=1, **sizes)
-  task = make_finetune_task(config.encoder, rows.classes, config.finetune)
-  return task, JobData(rows, (EvalSet(dev, _score(rows.classes)),), f'generated table {sizes}', None)
+  metrics = metric_names(len(rows.classes))
+  data = JobData(rows, (EvalSet(dev, _score(rows.classes, metrics)),), f'generated table {sizes}', None)
+  return Labelled(data, rows.classes, metrics)
+
+
+def _generated(config: RunConfig) -> tuple[Task, JobData]:
+  data = generated_labelled(config)
+  return make_finetune_task(config.encoder, data.classes, config.finetune), data.job
 
 
 def _tables(config: RunConfig) -> tuple[Table, list[tuple[str, Table]], tuple[str, ...]]:
@@ -91,8 +131,7 @@ def _glue_tables(config: RunConfig) -> tuple[Table, list[tuple[str, Table]], tup
   return read_glue(task.name, root, 'train'), held, task.metrics
 
 
-def _score(classes: tuple[str, ...], names: tuple[str, ...] = ()) -> Score:
-  names = names or metric_names(len(classes))
+def _score(classes: tuple[str, ...], names: tuple[str, ...]) -> Score:
   function = class_scores if classes else score_scores
   return lambda rows: function(rows['outputs'], rows['labels'], names)
 
@@ -112,7 +151,7 @@ def _with_swapped(table: Table) -> Table:
   return Table((first + second, second + first), np.concatenate([table.labels] * 2), table.classes, table.name)
 
 
-def _digest(table: Table) -> str:
+def table_digest(table: Table) -> str:
   """SHA-256 (hex) of texts, labels and classes."""
   digest = hashlib.sha256(repr(table.classes).encode())
   for text in (text for column in table.texts for text in column):
@@ -121,7 +160,7 @@ def _digest(table: Table) -> str:
   return digest.hexdigest()
 
 
-def _teacher(config: RunConfig, classes: tuple[str, ...], rows: RowSource) -> tuple[Params, EncoderConfig]:
+def labelled_teacher(config: RunConfig, classes: tuple[str, ...], rows: RowSource) -> tuple[Params, EncoderConfig]:
   """The fine-tuned teacher, after a look at what it knows of the training rows.
 
   Raises:
