@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
+from compactlm_jax.cli.augment import AUGMENT
 from compactlm_jax.cli.flags import Command, all_of, choice, number, several, switch, text
 from compactlm_jax.errors import ConfigError
 
@@ -227,6 +228,7 @@ COMMANDS = {
     ('input', 'vocab_size', 'output'),
     _tokenizer,
   ),
+  'augment': AUGMENT,
   'train': Command(
     'Pre-train, distil or fine-tune; the same command resumes after a kill.',
     'compactlm train --config=configs/tiny.py:distill --workdir=runs/tiny --config.steps=100',

@@ -32,9 +32,9 @@ def read_glue(task: str, root: Any, split: str) -> Table:
 
   Args:
     task: such as 'rte'; 'ax' is the diagnostic set.
-    root: the folder of all tasks or the task's own, in the official layout; 'tfds:NAME' (NAME 'glue' means
-      glue/TASK) or the version directory of such a dataset after 'tfds:'; 'hf:NAME[:CONFIG]' (a NAME that ends in
-      'glue' has the task's name as CONFIG).
+    root: the folder of all tasks or the task's own, in the official layout; one file with a task's columns;
+      'tfds:NAME' (NAME 'glue' means glue/TASK) or the version directory of such a dataset after 'tfds:';
+      'hf:NAME[:CONFIG]' (a NAME that ends in 'glue' has the task's name as CONFIG).
     split: 'train', 'dev', 'test'; for MNLI also 'dev_mismatched', 'test_mismatched' and 'ax'.
 
   Returns:
@@ -101,6 +101,8 @@ def _find(task: GlueTask, part: GlueSplit, root: Any) -> epath.Path:
   if not str(root):
     raise ConfigError("config.data.path: name the folder of GLUE, 'tfds:glue' or 'hf:nyu-mll/glue'")
   top = epath.Path(root)
+  if top.is_file():
+    return top
   others = {name for t in TASKS if t.folder != task.folder for name in (t.name, t.folder.lower())}
   # A file dev.tsv in the folder of another task is not ours. The diagnostic set may lie in MNLI's (ELECTRA).
   own = () if top.name.lower() in others - ({'mnli'} if task.name == 'ax' else set()) else ('',)
