@@ -75,6 +75,7 @@ def measure(
   seq_len: int = 128,
   rounds: int = 20,
   seconds: float = 60.0,
+  engines: Sequence[str] = (JAX, ONNXRUNTIME),
 ) -> Latencies:
   """Times models against the first of them, in one run.
 
@@ -89,29 +90,34 @@ def measure(
     seq_len: tokens in each row.
     rounds: most timed calls of each model.
     seconds: no further round begins after so many seconds at one batch size, but three are made in any case.
+    engines: what runs them.
 
   Returns:
     The medians. Models run in their own dtype through JAX (compilation is not counted) on one device, in float32
     through onnxruntime on the CPU; without that package JAX alone is measured, which `notes` says.
 
   Raises:
-    ConfigError: no models, or a length or batch size that they cannot read.
+    ConfigError: no models, a length or batch size that they cannot read, or no engine that runs any of them.
   """
   if not models or rounds < 1 or min(batch_sizes, default=0) < 1:
     raise ConfigError(f'latency: {len(models)} models, batch_sizes {tuple(batch_sizes)}, rounds {rounds}: at least 1')
   for name, bundle in models.items():
     if not 1 <= seq_len <= bundle.config.max_positions:
       raise ConfigError(f'seq_len: {seq_len}; {name} reads 1 to {bundle.config.max_positions} tokens')
-  sessions, notes = _sessions(models)
-  placed = {name: jax.device_put(_wanted(bundle.params)) for name, bundle in models.items()}
+  sessions, notes = _sessions(models) if ONNXRUNTIME in engines else ({}, ())
+  through_jax = models if JAX in engines else {}
+  placed = {name: jax.device_put(_wanted(bundle.params)) for name, bundle in through_jax.items()}
   found = []
   for size in batch_sizes:
     runs: dict[tuple[str, str], Run] = {}
     for name, bundle in models.items():
       batch = _batch(bundle.config, size, seq_len)
-      runs[JAX, name] = functools.partial(_run_jax, bundle.config, placed[name], batch)
+      if name in placed:
+        runs[JAX, name] = functools.partial(_run_jax, bundle.config, placed[name], batch)
       if name in sessions:
         runs[ONNXRUNTIME, name] = functools.partial(sessions[name].run, None, _feeds(batch))
+    if not runs:
+      raise ConfigError('latency: ' + '; '.join(notes))
     times = timed(runs, rounds, seconds)
     medians = {key: 1e3 * float(np.median(values)) for key, values in times.items()}
     for engine, name in sorted(runs, key=lambda key: key[0]):

@@ -162,3 +162,13 @@ def test_the_table():
 def test_bad_arguments(models, options, message):
   with pytest.raises(ConfigError, match=message):
     measure(dict.fromkeys(models, _bundle()), **options)
+
+
+def test_engines_can_be_chosen(monkeypatch):
+  """Mutations: prepare both all the same; time nothing in silence."""
+  models = {'dense': _bundle('classifier'), 'small': _bundle('classifier', num_heads=1, head_size=4)}
+  found = measure(models, batch_sizes=(1,), seq_len=4, rounds=1, engines=('jax',))
+  assert {(row.name, row.engine) for row in found.rows} == {('dense', 'jax'), ('small', 'jax')} and not found.notes
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(ConfigError, match='latency: Not measured through onnxruntime'):
+    measure(models, batch_sizes=(1,), seq_len=4, rounds=1, engines=('onnxruntime',))
