@@ -61,7 +61,7 @@ def methods(density: float) -> dict[str, Callable[[Leaves, Leaves], Any]]:
     return masked(weights, scores, global_cut(scores, keep))
 
   def soft(weights: Leaves, scores: Leaves) -> Any:
-    return masked(weights, scores, soft_cuts(scores, 0.1)), soft_penalty(scores)
+    return masked(weights, scores, soft_cuts(scores, 0.1)[0]), soft_penalty(scores)
 
   def magnitude(weights: Leaves, scores: Leaves) -> Any:
     sizes = {name: jnp.abs(leaf) for name, leaf in weights.items()}

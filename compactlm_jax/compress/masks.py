@@ -146,15 +146,21 @@ class Masks:
 
   def above(self, values: Leaves, step: jax.Array | int) -> Leaves:
     """Masks of soft movement at a step's threshold."""
-    return self.over(values, self.cuts_over(values, self.tau(step), self.config.threshold_on))
+    return self.over(values, self.cuts_over(values, self.tau(step), self.config.threshold_on)[0])
 
-  def cuts_over(self, slices: Leaves, tau: jax.Array, on: str) -> dict[str, Cut]:
-    """Cuts that keep what is above a threshold, and never less of a matrix than the floor."""
-    return soft_cuts(jax.lax.stop_gradient(slices), tau, on=on, floor=self.config.floor)
+  def cuts_over(self, slices: Leaves, tau: jax.Array, on: str) -> tuple[dict[str, Cut], jax.Array]:
+    """Cuts that keep what is above a threshold, and never less of a matrix than the floor; and the share they keep."""
+    cuts, kept = soft_cuts(jax.lax.stop_gradient(slices), tau, on=on, floor=self.config.floor)
+    count = jnp.stack([number.sum() for number in kept.values()]).sum()
+    return cuts, jnp.asarray(count / sum(leaf.size for leaf in slices.values()), jnp.float32)
 
   def over(self, values: Leaves, cuts: Mapping[str, Cut]) -> Leaves:
     """Masks (0 or 1) of what is above the thresholds of `cuts_over`, which never keep a tie."""
-    return {name: _above(leaf, cuts[name]).astype(leaf.dtype) for name, leaf in values.items()}
+    # Without the index of each entry, as `keep_mask` has it: made for slices, it would be cut for whole masks too.
+    return {
+      name: (leaf > cuts[name].threshold.reshape(-1, *(1,) * (leaf.ndim - 1))).astype(leaf.dtype)
+      for name, leaf in values.items()
+    }
 
   def gates(self, values: Leaves, key: jax.Array | None) -> Leaves:
     """L0's gates: drawn with a key, as evaluated without."""
@@ -172,7 +178,7 @@ class Masks:
     if method == 'soft_movement':
       return self.above(values, self.last)
     if self.config.threshold_every > 1 and self.densities[-1] < 1:
-      return self.over(values, self.cuts_over(values, self.global_threshold(values, self.last), 'scores'))
+      return self.over(values, self.cuts_over(values, self.global_threshold(values, self.last), 'scores')[0])
     return self.top(values, self.last)
 
   def apply(
@@ -224,17 +230,6 @@ def share(masks: Mapping[str, Any]) -> jax.Array:
   """Fraction of entries that are not zero, over all leaves."""
   count = sum(jnp.sum(leaf != 0, dtype=jnp.int32) for leaf in masks.values())
   return jnp.asarray(count / sum(leaf.size for leaf in masks.values()), jnp.float32)
-
-
-def share_above(slices: Leaves, cuts: Mapping[str, Cut]) -> jax.Array:
-  """Fraction of entries above the thresholds of cuts."""
-  count = sum(_above(leaf, cuts[name]).sum(dtype=jnp.int32) for name, leaf in slices.items())
-  return jnp.asarray(count / sum(leaf.size for leaf in slices.values()), jnp.float32)
-
-
-def _above(leaf: jax.Array, cut: Cut) -> jax.Array:
-  """Without the index of each entry, as `keep_mask` has it: made for slices, it would be cut for whole masks too."""
-  return leaf > cut.threshold.reshape(-1, *(1,) * (leaf.ndim - 1))
 
 
 def make_masks(encoder: EncoderConfig, config: PruneConfig, total_steps: int, warmup: int) -> Masks:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt32
+from jaxtyping import Array, Float, Int, UInt32
 
 from compactlm_jax.ops.dropout import random_bits, site_words
 from compactlm_jax.ops.threshold import Cut, keep_mask, local_cut, local_cuts
@@ -67,7 +67,7 @@ def top_fraction_mask(scores: Float[Array, '*s'], density: float | Array) -> Flo
 
 def soft_cuts(
   leaves: Mapping[str, Float[Array, 'N ...']], tau: float | Float[Array, ''], on: str = 'sigmoid', floor: float = 0.005
-) -> dict[str, Cut]:
+) -> tuple[dict[str, Cut], dict[str, Int[Array, ' N']]]:
   """The cuts of soft movement pruning: what lies strictly above tau is kept, but never too little of a layer.
 
   A layer of n elements of which fewer than int(floor * n) + 1 pass keeps, as published, what is strictly above its
@@ -80,17 +80,22 @@ def soft_cuts(
     on: compare tau with 'sigmoid' of the scores (through the logit of tau), or with the 'scores' themselves.
     floor: smallest fraction.
 
+  Returns:
+    The cuts, and how many elements of each layer they keep (where the floor acts, ties that it drops are counted too).
+    Counting once more what lies above the cuts would make the compiler lay out whole masks as these slices.
+
   Source: emmental/modules/binarizer.py, ThresholdBinarizer.
   """
   tau = jnp.asarray(tau, jnp.float32)
   if on == 'sigmoid':
     inside = jnp.clip(tau, 0.0, 1.0)
     tau = jnp.log(inside) - jnp.log1p(-inside)
-  few, wanted = {}, {}
+  few, wanted, kept = {}, {}, {}
   for name, leaf in leaves.items():
     size = leaf[0].size
     least = int(floor * size) + 1
-    few[name] = (leaf > tau).sum(range(1, leaf.ndim), dtype=jnp.int32) < least
+    kept[name] = (leaf > tau).sum(range(1, leaf.ndim), dtype=jnp.int32)
+    few[name] = kept[name] < least
     wanted[name] = jnp.where(few[name], size - max(size - least, 1), size)
 
   # Where all is kept the search makes no pass; under a `cond` instead, the compiler would lay out what else reads the
@@ -101,14 +106,15 @@ def soft_cuts(
     last = jnp.where(cut.last < leaves[name][0].size - 1, -1, cut.last)
     plain = Cut(jnp.full(last.shape, tau), jnp.full(last.shape, -1))
     found[name] = jax.tree.map(functools.partial(jnp.where, few[name]), Cut(cut.threshold, last), plain)
-  return found
+    kept[name] = jnp.where(few[name], wanted[name], kept[name])
+  return found, kept
 
 
 def soft_mask(
   scores: Float[Array, 'N ...'], tau: float | Float[Array, ''], on: str = 'sigmoid', floor: float = 0.005
 ) -> Float[Array, 'N ...']:
   """1 where `soft_cuts` keeps an element, else 0."""
-  return keep_mask(scores, soft_cuts({'': scores}, tau, on, floor)['']).astype(scores.dtype)
+  return keep_mask(scores, soft_cuts({'': scores}, tau, on, floor)[0]['']).astype(scores.dtype)
 
 
 def hard_concrete(scores: Float[Array, '*s'], key: jax.Array | None = None) -> Float[Array, '*s']:

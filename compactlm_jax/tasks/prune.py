@@ -24,7 +24,6 @@ from compactlm_jax.compress.masks import (
   make_masks,
   on_slices,
   share,
-  share_above,
   without_own,
 )
 from compactlm_jax.config import EncoderConfig, PruneConfig, to_json
@@ -162,15 +161,14 @@ class _Pruning:
       penalty = weight * self._penalty(l0_penalty, values, slices)
       metrics['density'] = share(masks.gates(slices, None))
     elif method == 'soft_movement':
-      cuts = masks.cuts_over(slices, masks.tau(step), self.config.threshold_on)
+      cuts, metrics['density'] = masks.cuts_over(slices, masks.tau(step), self.config.threshold_on)
       found = masks.over(values, cuts)
-      metrics |= {'threshold': masks.tau(step), 'density': share_above(slices, cuts)}
+      metrics['threshold'] = masks.tau(step)
       if self.config.penalised:
         penalty = weight * self._penalty(soft_penalty, values, slices)
     elif self.cached:
-      cuts = masks.cuts_over(slices, params['control']['threshold'], 'scores')
+      cuts, metrics['density'] = masks.cuts_over(slices, params['control']['threshold'], 'scores')
       found = masks.over(values, cuts)
-      metrics['density'] = share_above(slices, cuts)
     else:
       found = masks.top(values, step, slices)
       metrics['density'] = masks.kept_fraction(step)

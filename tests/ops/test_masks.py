@@ -126,9 +126,21 @@ def test_soft_cuts_of_a_tree_are_those_of_its_leaves():
   leaves = {
     name: (rng.normal(size=shape) - 9).astype(np.float32) for name, shape in {'a': (2, 20, 30), 'b': (3, 40)}.items()
   }
-  for name, cut in jax.jit(soft_cuts)(leaves, 0.4).items():
+  cuts, kept = jax.jit(soft_cuts)(leaves, 0.4)
+  for name, cut in cuts.items():
     np.testing.assert_array_equal(keep_mask(leaves[name], cut), soft(leaves[name], 0.4) == 1)
     assert keep_mask(leaves[name], cut).sum() == len(leaves[name]) * (4 if name == 'a' else 1)
+    np.testing.assert_array_equal(kept[name], 4 if name == 'a' else 1)
+
+
+def test_soft_cuts_count_what_they_keep():
+  """Mutation: return what passes the threshold where the floor acts."""
+  scores = np.random.default_rng(2).normal(size=(3, 20, 30)).astype(np.float32)
+  scores[1] -= 9
+  cuts, kept = jax.jit(soft_cuts)({'a': scores}, 0.4)
+  found = keep_mask(scores, cuts['a']).sum((1, 2))
+  np.testing.assert_array_equal(kept['a'], found)
+  assert found[1] == 4 and found.min() == 4 and found.max() > 300
 
 
 @pytest.mark.torch
