@@ -31,7 +31,7 @@ def _augment(values: flags.FlagValues) -> str:
 
 
 AUGMENT = Command(
-  'Copies of labelled texts with other words in them, which a masked language model guesses.',
+  'Copy labelled texts with other words, which a masked language model guesses.',
   'compactlm augment --input=train.tsv --model=MODEL --output=train_augmented.tsv',
   all_of(
     text('input', None, 'Table: .tsv with a header or .jsonl, perhaps with .gz. With --task: the folder of GLUE too.'),
