@@ -8,6 +8,7 @@ With your own rows: --config.data.path=DIR (written by `compactlm prepare`) and 
 import dataclasses
 
 from compactlm_jax.config import (
+  AdaptConfig,
   DataConfig,
   DistillConfig,
   ElectraConfig,
@@ -80,6 +81,15 @@ VARIANTS = {
     finetune=FinetuneConfig(dropout=0.1),
     prune=PruneConfig(density=0.15),
     **COMMON,
+  ),
+  # Three stages of 20 steps. Without a teacher (--config.teacher=RUN, of tiny:finetune) the first trains on labels.
+  'adapt': RunConfig(
+    task='adapt',
+    data=DataConfig(seq_len=64),
+    optimizer=OptimizerConfig(learning_rate=5e-4, weight_decay=0.0),
+    finetune=FinetuneConfig(dropout=0.1),
+    adapt=AdaptConfig(widths=(0.5, 1.0), depths=(0.5, 1.0), width_loss='labels'),
+    **{**COMMON, 'steps': 20, 'checkpoint_every': 10},
   ),
 }
 

@@ -12,12 +12,14 @@ import numpy as np
 from compactlm_jax.config import RunConfig
 from compactlm_jax.data.batches import Batches, by_length, eval_batches
 from compactlm_jax.errors import ConfigError
+from compactlm_jax.jobs.adapt import adapt_job
 from compactlm_jax.jobs.data import EvalSet
 from compactlm_jax.jobs.distill import distill_job
 from compactlm_jax.jobs.finetune import finetune_job
 from compactlm_jax.jobs.models import params_digest
 from compactlm_jax.jobs.pretrain import electra_job, lm_job, mlm_job
 from compactlm_jax.jobs.prune import pruned
+from compactlm_jax.jobs.stages import run_stages
 from compactlm_jax.train.evaluate import Evaluation
 from compactlm_jax.train.loop import Job, train
 
@@ -32,18 +34,23 @@ _BUILDERS = {
 
 
 def run_train(config: RunConfig, workdir: str, **options: Any) -> dict[str, Any]:
-  """Builds the job of a configuration and runs it; see `train.loop.train`."""
+  """Builds the job of a configuration and runs it, stage by stage where it has several; see `train.loop.train`."""
+  if config.task == 'adapt' and config.adapt.base == 'finetune':
+    return run_stages(config, workdir, build_job, **options)
   return train(build_job(config), workdir, **options)
 
 
 def build_job(config: RunConfig) -> Job:
   """Loads data and weights, checks that they fit together, and returns what the loop runs.
 
+  Of an adaptive network with several stages it is the last one, from `config.model`.
+
   Raises:
     ConfigError: a field, or files that do not belong together.
     DataError: unusable data or weights.
   """
-  task, data = _BUILDERS[config.task](config)
+  made = adapt_job(config) if config.task == 'adapt' else None
+  task, data = (made.task, made.data) if made else _BUILDERS[config.task](config)
   steps = config.steps or max(1, math.ceil(config.epochs * len(data.train) / config.batch_size))
   if config.optimizer.warmup_steps >= steps:
     raise ConfigError(
@@ -52,7 +59,7 @@ def build_job(config: RunConfig) -> Job:
     )
   if config.task == 'prune':
     task = pruned(task, config, steps)
-  identity = {'data': data.identity, 'tokenizer': data.train.fingerprint}
+  identity = {'data': data.identity, 'tokenizer': data.train.fingerprint, **(made.identity if made else {})}
   if task.frozen is not None:
     identity['teacher'] = params_digest(task.frozen)
   files = {f'tokenizer/{name}': content for name, content in data.tokenizer.files.items()} if data.tokenizer else {}
@@ -60,7 +67,7 @@ def build_job(config: RunConfig) -> Job:
   hosts, buckets = (jax.process_index(), jax.process_count()), config.data.buckets
   batches = Batches(data.train, config.batch_size, config.seed, *hosts, buckets, grouped)
   evals = tuple(evaluation(held, config) for held in data.evals)
-  return Job(task, config, steps, batches, evals, identity, files)
+  return Job(task, config, steps, batches, evals, identity, files, made.keeper if made else None)
 
 
 def evaluation(held: EvalSet, config: RunConfig) -> Evaluation:

@@ -18,6 +18,7 @@ from compactlm_jax.data.synthetic import synthetic_table
 from compactlm_jax.data.table import Table, read_table, tokenize_table
 from compactlm_jax.data.tokenizer import Tokenizer
 from compactlm_jax.errors import ConfigError
+from compactlm_jax.interop.bundle import Bundle
 from compactlm_jax.interop.tokenizer_files import TokenizerFiles
 from compactlm_jax.jobs.data import EvalSet, JobData
 from compactlm_jax.jobs.squad import squad_job
@@ -163,15 +164,16 @@ def table_digest(table: Table) -> str:
 def labelled_teacher(config: RunConfig, classes: tuple[str, ...], rows: RowSource) -> tuple[Params, EncoderConfig]:
   """The fine-tuned teacher, after a look at what it knows of the training rows.
 
+  Args:
+    config: of the run.
+    classes: of the task.
+    rows: of training.
+
   Raises:
     ConfigError: another tokenizer, another label set, or a head that predicts no better than a constant.
   """
   bundle = teacher_model(config, rows)
-  if bundle.labels and classes and bundle.labels != classes:
-    raise ConfigError(
-      f'config.teacher: {config.teacher} knows the classes {", ".join(bundle.labels)}, the task has '
-      f'{", ".join(classes)}'
-    )
+  check_labels(bundle, classes, 'teacher', config.teacher)
   task = make_finetune_task(bundle.config, classes, FinetuneConfig(), teacher=(bundle.params, bundle.config))
   run = jax.jit(lambda params, batch: classify(params, bundle.config, batch))
   outputs, labels, kept = [], [], []
@@ -186,6 +188,14 @@ def labelled_teacher(config: RunConfig, classes: tuple[str, ...], rows: RowSourc
       'was not fine-tuned for this task'
     )
   return bundle.params, bundle.config
+
+
+def check_labels(bundle: Bundle, classes: tuple[str, ...], field: str, path: str) -> None:
+  """Raises ConfigError if a fine-tuned model knows other classes than those of the task."""
+  if bundle.labels and classes and bundle.labels != classes:
+    raise ConfigError(
+      f'config.{field}: {path} knows the classes {", ".join(bundle.labels)}, the task has {", ".join(classes)}'
+    )
 
 
 def _knows_nothing(outputs_RC: np.ndarray, labels_R: np.ndarray, classes: bool) -> bool:

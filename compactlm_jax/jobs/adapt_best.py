@@ -1,0 +1,173 @@
+"""What a run of an adaptive network keeps: the best network over all cells, each cell at its best, and the grid.
+
+WORKDIR/best              the network with the highest sum over cells of the first metric: loads as a run does
+WORKDIR/best/cells/CELL   each cell as it was when it scored best, as a model folder of its own
+WORKDIR/best.json         {'all' or CELL: {'value', 'step'}}: the sum, or the cell's own metric
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+from etils import epath
+
+from compactlm_jax.checkpoint import Checkpoints
+from compactlm_jax.compress.subnet import subnet, subnet_config
+from compactlm_jax.config import Cell, EncoderConfig
+from compactlm_jax.errors import StorageError
+from compactlm_jax.interop.bundle import Bundle, save_pretrained
+from compactlm_jax.interop.tokenizer_files import TokenizerFiles
+from compactlm_jax.jobs.grid_rows import grid_rows, metrics_of_cells
+from compactlm_jax.jobs.models import towers_of
+from compactlm_jax.parallel import replicated
+from compactlm_jax.types import Params, TrainState
+
+log = logging.getLogger(__name__)
+
+ALL = 'all'
+"""The network with the best sum over all cells, in best.json."""
+
+BEST, CELLS, RECORD = 'best', 'cells', 'best.json'
+
+
+@dataclasses.dataclass
+class BestCells:
+  """See `train.loop.Keeper`.
+
+  What is kept depends on the evaluations alone, not on interruptions: of equal values the earliest stays, and an
+  evaluation that is made again changes nothing. Every file appears whole or not at all.
+
+  Attributes:
+    cells: the full network first.
+    encoder: of the full network.
+    model: `types.Task.model`.
+    metric: name of the metric to compare by.
+    higher: whether more of it is better.
+    tokenizer: its files.
+    seq_len: tokens of a row whose FLOPs the grid counts.
+    keep: False keeps nothing; the grid is made all the same.
+  """
+
+  cells: tuple[Cell, ...]
+  encoder: EncoderConfig
+  model: Mapping[str, Any]
+  metric: str
+  higher: bool
+  tokenizer: TokenizerFiles | None
+  seq_len: int
+  keep: bool = True
+  _workdir: epath.Path | None = dataclasses.field(default=None, init=False)
+  _record: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict, init=False)
+
+  def start(self, workdir: epath.Path, step: int) -> None:
+    """Reads what an interrupted run kept; a fresh one starts with nothing."""
+    self._workdir, self._record = workdir, {}
+    if not self.keep:
+      return
+    if step:
+      self._record = read_best(workdir)
+    elif jax.process_index() == 0:
+      (workdir / RECORD).unlink(missing_ok=True)
+      if (workdir / BEST).exists():
+        (workdir / BEST).rmtree()
+
+  def offer(self, state: TrainState, scores: Mapping[str, float], metadata: Mapping[str, Any]) -> None:
+    """Keeps what is better than before."""
+    metrics = metrics_of_cells(scores, self.cells)
+    values = {cell: metrics.get(cell, {}).get(self.metric, math.nan) for cell in self.cells}
+    if not self.keep or not scores or self._workdir is None:
+      return
+    step, best = int(state.step), self._workdir / BEST
+    if self._is_better(ALL, sum(values.values())):
+      self._save(best, step, state, metadata)
+      self._note(ALL, sum(values.values()), step)
+    better = [cell for cell in self.cells if self._is_better(cell.name, values[cell])]
+    if not better:
+      return
+    params = _whole(state.params)
+    if jax.process_index() == 0:
+      bundle = towers_of(params, self.model, self.tokenizer)[0]
+    for cell in better:
+      if jax.process_index() == 0:
+        with _quiet():
+          save_pretrained(_cell_of(bundle, cell), best / CELLS / cell.name)
+      self._note(cell.name, values[cell], step)
+
+  def results(self, params: Params, scores: Mapping[str, float]) -> Mapping[str, Any]:
+    """'metrics' of the full network, 'grid' of all cells, and 'best' as in best.json."""
+    metrics = metrics_of_cells(scores, self.cells)
+    shapes = jax.eval_shape(lambda tree: towers_of(tree, self.model, None)[0].params, params)
+    pooler = 'pooler' in shapes['encoder']
+    encoder = dataclasses.replace(self.encoder, pooler=pooler)
+    rows = grid_rows(scores, self.cells, encoder, shapes, self.seq_len)
+    kept = {'best': self._record} if self._record else {}
+    return {'metrics': metrics.get(self.cells[0], {}), 'grid': rows, **kept}
+
+  def _is_better(self, name: str, value: float) -> bool:
+    before = self._record.get(name, {}).get('value')
+    if not math.isfinite(value) or before is None:
+      return math.isfinite(value)
+    return value > before if self.higher else value < before
+
+  def _note(self, name: str, value: float, step: int) -> None:
+    self._record[name] = {'value': value, 'step': step}
+    if jax.process_index() == 0 and self._workdir is not None:
+      draft = self._workdir / f'{RECORD}.tmp'
+      draft.write_text(json.dumps(self._record, indent=2) + '\n')
+      draft.replace(self._workdir / RECORD)
+
+  def _save(self, folder: epath.Path, step: int, state: TrainState, metadata: Mapping[str, Any]) -> None:
+    if jax.process_index() == 0 and self.tokenizer is not None:
+      (folder / 'tokenizer').mkdir(parents=True, exist_ok=True)
+      for name, content in self.tokenizer.files.items():
+        (folder / 'tokenizer' / name).write_bytes(content)
+    with Checkpoints(folder / 'checkpoints', keep=1) as checkpoints:
+      if step not in checkpoints.all_steps():  # of an evaluation that is made again
+        checkpoints.save(step, state, metadata, wait=True)
+
+
+def read_best(workdir: epath.PathLike) -> dict[str, dict[str, Any]]:
+  """What best.json of a run holds; {} if there is none.
+
+  Raises:
+    StorageError: it is damaged.
+  """
+  path = epath.Path(workdir) / RECORD
+  try:
+    return dict(json.loads(path.read_text())) if path.exists() else {}
+  except (OSError, ValueError) as e:
+    raise StorageError(f'{path}: cannot be read ({e}); remove it and the folder {BEST} to keep anew') from e
+
+
+def _cell_of(bundle: Bundle, cell: Cell) -> Bundle:
+  return dataclasses.replace(
+    bundle, params=subnet(bundle.params, bundle.config, cell), config=subnet_config(bundle.config, cell)
+  )
+
+
+def _whole(params: Params) -> Params:
+  """Parameters that this process holds whole."""
+  if jax.process_count() == 1:
+    return params
+  mesh = jax.tree.leaves(params)[0].sharding.mesh
+  placed = jax.jit(lambda tree: tree, out_shardings=replicated(mesh))(params)
+  return jax.tree.map(lambda leaf: leaf.addressable_data(0), placed)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """Without the warnings of an export, which would come for every cell of every evaluation."""
+  logger = logging.getLogger('absl')
+  level = logger.level
+  logger.setLevel(logging.ERROR)
+  try:
+    yield
+  finally:
+    logger.setLevel(level)

@@ -1,0 +1,68 @@
+"""Runs of several stages: WORKDIR/stages/NAME for each but the last, which runs in WORKDIR itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from etils import epath
+
+from compactlm_jax.config import RunConfig
+from compactlm_jax.errors import PreemptedError
+from compactlm_jax.jobs.adapt_best import BEST
+from compactlm_jax.jobs.finished import finished_results
+from compactlm_jax.train.loop import Job, train
+from compactlm_jax.train.signals import StopRequest
+
+log = logging.getLogger(__name__)
+
+FOLDER = 'stages'
+"""Folder in WORKDIR of the runs of all stages but the last."""
+
+
+def run_stages(config: RunConfig, workdir: str, build: Callable[[RunConfig], Job], **options: Any) -> dict[str, Any]:
+  """Trains an adaptive network stage by stage; the same call continues after a kill.
+
+  Each stage is an ordinary run directory whose config.json names that stage alone; WORKDIR's is the given one. A stage
+  starts from the best network of the one before (its last, if none was kept), whose weights are its identity 'start':
+  paths are not recorded, so a directory may move. A finished stage is kept, an interrupted one resumes.
+
+  Args:
+    config: of task 'adapt', with one or more `adapt.stages`.
+    workdir: the run directory.
+    build: the job of a configuration with one stage.
+    options: see `train.loop.train`.
+
+  Returns:
+    What results.json of the last stage holds.
+
+  Raises:
+    PreemptedError: a signal asked to stop; what was done is saved.
+    CompactLMError: see `train.loop.train`.
+  """
+  *earlier, last = config.adapt.stages
+  model = config.model
+  with StopRequest() as stop:
+    for number, stage in enumerate(earlier, 1):
+      folder, recorded = f'{workdir}/{FOLDER}/{stage}', _only(config, stage)
+      log.info('stage %s (%d of %d): %s', stage, number, len(earlier) + 1, folder)
+      if finished_results(recorded, folder) is None:
+        train(dataclasses.replace(build(_from(recorded, model)), config=recorded), folder, **options)
+      best = f'{folder}/{BEST}'
+      model = best if epath.Path(best, 'checkpoints').exists() else folder
+      # With several processes the next stage finds out: they must agree on a step.
+      if jax.process_count() == 1 and stop.requested(0):
+        raise PreemptedError(f'asked to stop after stage {stage}; the same command continues in {workdir}')
+    log.info('stage %s (%d of %d): %s', last, len(earlier) + 1, len(earlier) + 1, workdir)
+    return train(dataclasses.replace(build(_from(_only(config, last), model)), config=config), workdir, **options)
+
+
+def _only(config: RunConfig, stage: str) -> RunConfig:
+  return dataclasses.replace(config, adapt=dataclasses.replace(config.adapt, stages=(stage,)))
+
+
+def _from(config: RunConfig, model: str) -> RunConfig:
+  return dataclasses.replace(config, model=model)
