@@ -1,0 +1,118 @@
+"""One loss over many sub-networks: each cell's gradient is made at once and added up, so that memory is one cell's."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from compactlm_jax.config import AdaptConfig, Cell
+from compactlm_jax.types import Batch, LossFn, Metrics, Params
+
+CellLoss = Callable[[Any, Any, Any, Batch, jax.Array, jax.Array], tuple[jax.Array, Metrics]]
+"""loss(read, shared, frozen, batch, key, step) -> (value, metrics), of one sub-network.
+
+`read` is what `over_cells(read=...)` makes of the parameters, `shared` what its `share` gives. Metrics have the same
+names in every cell.
+"""
+
+Read = Callable[[Params, Batch], Any]
+"""read(params, batch) -> what the cells read in place of the parameters (a tree of floats)."""
+
+Share = Callable[[Params, Any, Batch, jax.Array, jax.Array], tuple[jax.Array, Metrics, Any]]
+"""share(params, frozen, batch, key, step) -> (a loss of its own, its metrics, what all cells are given)."""
+
+
+def over_cells(
+  losses: Mapping[Cell, CellLoss], config: AdaptConfig, *, read: Read | None = None, share: Share | None = None
+) -> LossFn:
+  """The sum or mean of the losses of cells, of all or of a sandwich of them (`config.sampling`, `config.combine`).
+
+  The value and the gradient of a cell are computed together, one cell after another: activations of one cell are alive
+  at a time, and all of it is one program. A sandwich is the first cell, the last, and `random_cells` of the others,
+  drawn without replacement by the key of the step, which is the same on every device; the cells that are not drawn
+  cost nothing, and nothing is compiled anew.
+
+  Metrics are means over the cells of the step, with 'loss_full' (the first cell's), 'loss_smallest' (the last's) and
+  those of `share`.
+
+  Args:
+    losses: the cells, the full network first, the smallest last.
+    config: which of them a step trains, and how they are combined.
+    read: computed, and its gradient pulled back, once per step (an embedding lookup); None reads the parameters.
+    share: computed once per step (a teacher's forward pass; a generator and its loss). No gradient flows from the cells
+      into what it shares; its own loss is added to that of the cells. None shares None.
+  """
+  functions = tuple(losses.values())
+  sampled = config.sampling == 'sandwich' and config.random_cells < len(functions) - 2
+
+  def loss(params: Params, frozen: Any, batch: Batch, key: jax.Array, step: jax.Array) -> tuple[jax.Array, Metrics]:
+    params, attached = jax.lax.stop_gradient(params), params
+    keys = jax.random.split(key, len(functions) + 2)
+    tree, pull_back = jax.vjp(lambda p: p if read is None else read(p, batch), params)
+    base, found, shared, grads = _shared(share, params, frozen, batch, keys[-1], step)
+
+    def add(index: int, total: Any) -> tuple[Any, Any]:
+      args = (shared, frozen, batch, keys[index], step)
+      out, grad = jax.value_and_grad(functions[index], has_aux=True)(tree_of(total), *args)
+      return _sum(total, grad), out
+
+    def tree_of(total: Any) -> Any:
+      # A cell waits for the gradient of the one before, so that their activations are never alive together.
+      return tree if total is None else jax.lax.optimization_barrier((tree, total))[0]
+
+    total, first = add(0, None)
+    outs = [first]
+    if sampled:
+      chosen = jax.random.permutation(keys[-2], len(functions) - 2)[: config.random_cells]
+      branches = [lambda total, index=index: add(index, total) for index in range(1, len(functions) - 1)]
+      total, middle = jax.lax.scan(lambda total, index: jax.lax.switch(index, branches, total), total, chosen)
+      outs += [jax.tree.map(operator.itemgetter(i), middle) for i in range(config.random_cells)]
+    for index in range(len(functions) - 1 if sampled else 1, len(functions)):
+      total, out = add(index, total)
+      outs.append(out)
+    scale = 1.0 / len(outs) if config.combine == 'mean' else 1.0
+    (grad,) = pull_back(jax.tree.map(lambda leaf: scale * leaf, total))
+    value = base + scale * jnp.stack([value for value, _ in outs]).sum()
+    return _attached(attached, value, _sum(grads, grad)), {**_means(outs), **found}
+
+  return loss
+
+
+def _shared(share: Share | None, params: Params, *args: Any) -> tuple[jax.Array, Metrics, Any, Any]:
+  """(value, metrics, what is shared, gradient or None) of `share`."""
+  if share is None:
+    return jnp.float32(0.0), {}, None, None
+
+  def run(params: Params) -> tuple[jax.Array, Any]:
+    value, metrics, shared = share(params, *args)
+    return jnp.asarray(value, jnp.float32), (metrics, jax.lax.stop_gradient(shared))
+
+  (value, (metrics, shared)), grads = jax.value_and_grad(run, has_aux=True)(params)
+  return value, metrics, shared, grads
+
+
+def _means(outs: list[Any]) -> Metrics:
+  """Of the cells of a step."""
+  values, metrics = zip(*outs)
+  means = jax.tree.map(lambda *leaves: jnp.stack(leaves).mean(), *metrics)
+  return {**means, 'loss_full': values[0], 'loss_smallest': values[-1]}
+
+
+def _sum(total: Any, more: Any) -> Any:
+  return more if total is None else jax.tree.map(jnp.add, total, more)
+
+
+@jax.custom_vjp
+def _attached(params: Params, value: jax.Array, grads: Params) -> jax.Array:
+  """`value`, a function of `params` whose gradient is known."""
+  return value
+
+
+_attached.defvjp(
+  lambda params, value, grads: (value, grads),
+  lambda grads, g: (jax.tree.map(lambda leaf: g * leaf, grads), None, None),
+)
