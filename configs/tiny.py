@@ -82,14 +82,14 @@ VARIANTS = {
     prune=PruneConfig(density=0.15),
     **COMMON,
   ),
-  # Three stages of 20 steps. Without a teacher (--config.teacher=RUN, of tiny:finetune) the first trains on labels.
+  # Three stages of 30 steps. Without a teacher (--config.teacher=RUN, of tiny:finetune) the first trains on labels.
   'adapt': RunConfig(
     task='adapt',
     data=DataConfig(seq_len=64),
-    optimizer=OptimizerConfig(learning_rate=5e-4, weight_decay=0.0),
+    optimizer=OptimizerConfig(learning_rate=2e-3, weight_decay=0.0),
     finetune=FinetuneConfig(dropout=0.1),
     adapt=AdaptConfig(widths=(0.5, 1.0), depths=(0.5, 1.0), width_loss='labels'),
-    **{**COMMON, 'steps': 20, 'checkpoint_every': 10},
+    **{**COMMON, 'steps': 30, 'checkpoint_every': 10},
   ),
 }
 

@@ -24,6 +24,7 @@ from compactlm_jax.nn.encoder import encoder_shapes
 from compactlm_jax.nn.heads import Classifier
 from compactlm_jax.nn.span import SpanHead
 from compactlm_jax.parallel import batch_sharding, check_batch_size, param_shardings, state_shardings
+from compactlm_jax.tasks.adapt import make_adapt_task
 from compactlm_jax.tasks.distill import check_distill, make_distill_task
 from compactlm_jax.tasks.electra import make_electra_task
 from compactlm_jax.tasks.finetune import make_finetune_task
@@ -66,8 +67,9 @@ def resolve(config: RunConfig) -> Plan:
   """
   notes = []
   encoder = config.encoder
-  if config.model:
-    found = encoder_of(config.model)
+  elastic = config.task == 'adapt' and config.labelled
+  if source := config.model or (config.teacher if elastic else ''):
+    found = encoder_of(source)
     causal = encoder.causal if config.task == 'lm' else found.causal
     encoder = dataclasses.replace(found.with_run_options(encoder), causal=causal)
   encoder = dataclasses.replace(encoder, scan_unroll=0)
@@ -88,6 +90,9 @@ def resolve(config: RunConfig) -> Plan:
     notes += assumed
   if config.labelled and config.teacher:
     teacher = dataclasses.replace(encoder_of(config.teacher), scan_unroll=0)
+  if elastic:
+    config, teacher, assumed = _adaptive(config, teacher)
+    notes += assumed
   if not config.steps:
     notes.append('no hours: set --config.steps, epochs of data that is not read have no length')
   return Plan(config, teacher, tuple(notes))
@@ -110,6 +115,21 @@ def _labelled(config: RunConfig, encoder: EncoderConfig) -> tuple[RunConfig, Enc
       notes.append('two classes (config.finetune.num_classes is 0)')
   config = dataclasses.replace(config, finetune=dataclasses.replace(finetune, num_classes=classes))
   return config, encoder, notes
+
+
+def _adaptive(config: RunConfig, teacher: EncoderConfig | None) -> tuple[RunConfig, EncoderConfig | None, list[str]]:
+  """The run with the stage that costs most alone, who teaches it, and what was assumed."""
+  adapt, notes = config.adapt, []
+  stage = 'depth' if 'depth' in adapt.stages else adapt.stages[-1]
+  if len(adapt.stages) > 1:
+    notes.append(f'the stage {stage}, which costs most; config.adapt.stages has {", ".join(adapt.stages)}')
+  taught = stage == 'depth' or (stage == 'width' and adapt.width_loss == 'distil')
+  if stage == 'depth' or (taught and teacher is None):
+    teacher = config.encoder
+  # The head of the model that becomes adaptive reads the pooler if there is one.
+  finetune = dataclasses.replace(config.finetune, pooled=config.encoder.pooler)
+  config = dataclasses.replace(config, adapt=dataclasses.replace(adapt, stages=(stage,)), finetune=finetune)
+  return config, teacher if taught else None, notes
 
 
 def encoder_of(path: str) -> EncoderConfig:
@@ -168,6 +188,8 @@ def make_task(plan: Plan, teacher_params: Params | None) -> Task:
       warmup=warmup_of(config.optimizer, steps),
       learning_rate=learning_rate_schedule(config.optimizer, steps),
     )
+  if config.task == 'adapt':
+    return _adapt_task(plan, teacher_params)
   if config.task == 'finetune':
     return _labelled_task(plan, teacher_params)
   if config.task == 'electra':
@@ -176,6 +198,22 @@ def make_task(plan: Plan, teacher_params: Params | None) -> Task:
     return make_mlm_task(config.encoder, config.mask, _SPECIAL)
   assert config.task == 'lm'
   return make_lm_task(config.encoder)
+
+
+def _adapt_task(plan: Plan, teacher_params: Params | None) -> Task:
+  """The task of a stage that makes a network adaptive."""
+  config = plan.config
+  classes = tuple(map(str, range(config.finetune.num_classes)))
+  return make_adapt_task(
+    config.encoder,
+    classes,
+    config.finetune,
+    config.adapt,
+    config.adapt.stages[-1],
+    start=make_finetune_task(config.encoder, classes, config.finetune).init(jax.random.key(0)),
+    teacher=None if plan.teacher is None or teacher_params is None else (teacher_params, plan.teacher),
+    distill=config.distill,
+  )
 
 
 def _labelled_task(plan: Plan, teacher_params: Params | None) -> Task:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from compactlm_jax.config import SQUAD, EncoderConfig, RunConfig
+from compactlm_jax.compress.subnet import subnet_config
+from compactlm_jax.config import SQUAD, Cell, EncoderConfig, RunConfig, cells
 from compactlm_jax.nn.flops import encoder_flops, layer_flops, mlm_head_flops, span_head_flops
 from compactlm_jax.tasks.distill import layer_pairs
 
@@ -34,6 +35,8 @@ def model_flops(config: RunConfig, teacher: EncoderConfig | None = None) -> floa
     return TRAINED * rows * (own + config.mask.slots(length) * mlm_head_flops(encoder))
   if config.task == 'lm':
     return TRAINED * rows * (own + (length - 1) * mlm_head_flops(encoder))
+  if config.task == 'adapt' and config.labelled:
+    return rows * _adaptive_flops(config, teacher)
   if config.labelled:
     trained = own + _head_flops(encoder, config, config.finetune.pooled)
     if teacher is None:
@@ -45,6 +48,30 @@ def model_flops(config: RunConfig, teacher: EncoderConfig | None = None) -> floa
   return rows * (
     TRAINED * _relations_flops(encoder, config, learning) + _relations_flops(teacher, config, tuple(taught))
   )
+
+
+def _adaptive_flops(config: RunConfig, teacher: EncoderConfig | None) -> float:
+  """FLOPs of a row in a stage of an adaptive network: its cells, of a sandwich those of a step on average."""
+  adapt, encoder, length = config.adapt, config.encoder, config.data.seq_len
+  stage = adapt.stages[-1]
+  grid = cells(adapt, encoder, full_depth=stage == 'width')
+
+  def forward(encoder: EncoderConfig, pooled: bool) -> float:
+    return length * encoder_flops(encoder, length) + _head_flops(encoder, config, pooled)
+
+  sizes = [subnet_config(encoder, cell) for cell in grid]
+  costs = [TRAINED * forward(size, config.finetune.pooled) for size in sizes]
+  if adapt.term == 'relations' and teacher is not None:
+    # The relations themselves; the teacher's are made anew for each cell.
+    costs = [c + TRAINED * _pairs_flops(s, config) + _pairs_flops(teacher, config) for c, s in zip(costs, sizes)]
+  others = costs[1:-1]
+  if adapt.sampling == 'sandwich' and adapt.random_cells < len(others):
+    costs = [costs[0], costs[-1], adapt.random_cells * sum(others) / len(others)]
+  if teacher is None:
+    return sum(costs)
+  same = stage == 'depth' and adapt.depth_teacher == 'same_width'
+  taught = {subnet_config(teacher, Cell(cell.width, 1.0, cell.hidden)) for cell in grid} if same else {teacher}
+  return sum(costs) + sum(forward(own, own.pooler) for own in taught)
 
 
 def _head_flops(encoder: EncoderConfig, config: RunConfig, pooled: bool) -> float:
@@ -62,8 +89,11 @@ def _relations_flops(encoder: EncoderConfig, config: RunConfig, layers: tuple[in
   length, inner = config.data.seq_len, encoder.num_heads * encoder.head_size
   below = length * encoder_flops(dataclasses.replace(encoder, num_layers=max(layers)), length)
   below -= length * layer_flops(encoder, length)
-  pairs = [pair for pair in config.distill.relations if not (pair == 'vv' and config.distill.value_loss == 'mse')]
   projections = len(set(''.join(config.distill.relations)))
-  return (
-    below + length * projections * 2 * encoder.hidden_size * inner + len(layers) * len(pairs) * 2 * length**2 * inner
-  )
+  return below + length * projections * 2 * encoder.hidden_size * inner + len(layers) * _pairs_flops(encoder, config)
+
+
+def _pairs_flops(encoder: EncoderConfig, config: RunConfig) -> float:
+  """Forward FLOPs of a row's relations of one layer."""
+  pairs = [pair for pair in config.distill.relations if not (pair == 'vv' and config.distill.value_loss == 'mse')]
+  return len(pairs) * 2.0 * config.data.seq_len**2 * encoder.num_heads * encoder.head_size

@@ -8,7 +8,7 @@ import os
 import pathlib
 
 HERE = pathlib.Path(__file__).parent
-TASKS = ('mlm', 'electra', 'convbert', 'lm', 'distill', 'finetune', 'prune')
+TASKS = ('mlm', 'electra', 'convbert', 'lm', 'distill', 'finetune', 'prune', 'adapt')
 STEPS = 50
 
 
@@ -27,6 +27,8 @@ def losses(task):
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   config = dataclasses.replace(from_config_dict(RunConfig, module.get_config(task)), seed=0)
+  if task == 'adapt':  # of its three stages the one with everything: all cells, a teacher, hidden states
+    config = dataclasses.replace(config, steps=STEPS, adapt=dataclasses.replace(config.adapt, stages=('depth',)))
   return run_steps(config, STEPS, jax.devices()[:1])[0]
 
 

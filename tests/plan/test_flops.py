@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from compactlm_jax.config import (
+  AdaptConfig,
   DataConfig,
   DistillConfig,
   ElectraConfig,
@@ -111,3 +112,18 @@ def test_spans_scores_and_a_fine_tuned_teacher():
   own = 128 * encoder_flops(BERT, 128) + 2 * 768 * (768 + 1)
   assert model_flops(score) == 3 * 2 * own
   assert model_flops(score, dataclasses.replace(BERT, pooler=True)) == (3 + 1) * 2 * own
+
+
+def test_an_adaptive_network_costs_its_cells_and_its_teacher_once():
+  """Twelve cells are 2.5 x 2.25 networks. Mutations: count the teacher for each cell; forget the sampling."""
+  finetune = FinetuneConfig(num_classes=2)
+  adapt = AdaptConfig(stages=('depth',))
+  own, head = 128 * encoder_flops(BERT, 128), 2 * 768 * 2
+  config = RunConfig(task='adapt', steps=1, batch_size=2, finetune=finetune, adapt=adapt)
+  cells_of_step = 2.5 * 2.25 * own + 12 * head
+  assert model_flops(config, BERT) == 2 * (3 * cells_of_step + own + head)
+  same = dataclasses.replace(config, adapt=dataclasses.replace(adapt, depth_teacher='same_width'))
+  assert model_flops(same, BERT) == 2 * (3 * cells_of_step + 2.5 * own + 4 * head)
+  labels = dataclasses.replace(config, adapt=AdaptConfig(stages=('final',), sampling='sandwich', random_cells=5))
+  ends = 1.125 * own + 2 * head
+  assert model_flops(labels) == pytest.approx(2 * 3 * (ends + (cells_of_step - ends) / 2), rel=1e-12)
