@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from compactlm_jax.cli.augment import AUGMENT
-from compactlm_jax.cli.flags import Command, all_of, choice, number, several, switch, text
+from compactlm_jax.cli.flags import Command, all_of, choice, fraction, number, several, switch, text
 from compactlm_jax.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -94,18 +95,22 @@ def _report(values: flags.FlagValues) -> str:
 def _export(values: flags.FlagValues) -> str:
   from compactlm_jax.cpu import keep_memory
   from compactlm_jax.jobs import run_export
+  from compactlm_jax.jobs.export_cell import CellExport, Wanted, run_export_cell
   from compactlm_jax.jobs.export_tables import as_text, check_report, write_report
 
   keep_memory()
   check_report(values.report)
-  done = run_export(
-    values.checkpoint,
-    values.output,
-    format=values.format,
-    layout=values.layout,
-    values=values.values,
-    latency=values.latency,
-  )
+  options: dict[str, Any] = {name: values[name].value for name in ('format', 'layout', 'values', 'latency')}
+  fields: dict[str, Any] = {field.name: values[field.name].value for field in dataclasses.fields(Wanted)}
+  wanted = Wanted(**fields)
+  if not wanted.anything:
+    done = run_export(values.checkpoint, values.output, **options)
+  else:
+    cut = run_export_cell(values.checkpoint, values.output, wanted, **options)
+    if isinstance(cut, CellExport):
+      write_report(cut.export, values.report, cut.report())
+      return cut.text()
+    done = cut
   write_report(done, values.report)
   return as_text(done)
 
@@ -134,10 +139,14 @@ def _evaluate(values: flags.FlagValues) -> str:
   from compactlm_jax.config import RunConfig, from_config_dict
   from compactlm_jax.cpu import keep_memory
   from compactlm_jax.jobs.evaluate import run_evaluate
+  from compactlm_jax.jobs.grid import Timed, as_text
 
   keep_memory()
   config = from_config_dict(RunConfig, values.config)
-  results = run_evaluate(config, values.checkpoint, values.split, values.output)
+  timing = Timed(values.batch, values.seq_len) if values.latency else None
+  results = run_evaluate(config, values.checkpoint, values.split, values.output, timing=timing)
+  if 'grid' in results:
+    print(as_text(results))
   return f'{values.output or values.checkpoint}: {json.dumps(results["metrics"])}'
 
 
@@ -251,7 +260,12 @@ COMMANDS = {
     all_of(
       text('checkpoint', None, 'Run directory or model folder.'),
       choice('split', ['dev', 'test'], "'dev': the held-out rows of --config; 'test': GLUE's test sets, to submit."),
-      text('output', '', 'Folder for results.json, files to submit, and the answers of SQuAD.'),
+      text('output', '', 'Folder for results.json, files to submit, answers of SQuAD, grids of adaptive networks.'),
+      lambda values: flags.DEFINE_bool(
+        'latency', True, 'Time the sub-networks of an adaptive network here, in turns.', flag_values=values
+      ),
+      number('batch', 1, 'Rows of text of a latency.'),
+      number('seq_len', 0, 'Tokens of each of them; 0 is what --config says.'),
     ),
     ('config', 'checkpoint'),
     _evaluate,
@@ -306,7 +320,7 @@ COMMANDS = {
     arguments='runs',
   ),
   'export': Command(
-    'Write a trained model for transformers, packed, or as ONNX; tell what pruning saved.',
+    'Write a trained model, or a sub-network of it, for transformers, packed, or as ONNX.',
     'compactlm export --checkpoint=runs/tiny --output=exported',
     all_of(
       text('checkpoint', None, 'Run directory or model folder.'),
@@ -327,10 +341,20 @@ COMMANDS = {
         ['float32', 'bfloat16', 'int8'],
         "How --format=sparse stores weights: 'float32' exactly, 'bfloat16' rounded, 'int8' with a scale for each row.",
       ),
+      fraction('width', 'Of an adaptive network: share of heads and neurons of the sub-network to write.'),
+      fraction('depth', 'Share of its layers.'),
+      number('hidden', 0, 'Its hidden size, of a network that was trained at several.'),
+      text('budget', '', "Its best sub-network within, measured here: 'latency<5ms', 'params<20e6,flops<3e9', ..."),
+      number('batch', 1, 'Rows of text of a latency in --budget.'),
+      number('seq_len', 0, 'Tokens of each of them; 0 is what it was trained on.'),
+      switch('best', 'What scored best during training in place of the last checkpoint.'),
       lambda values: flags.DEFINE_bool(
-        'latency', True, 'Time a pruned model here, beside the dense one; takes up to two minutes.', flag_values=values
+        'latency',
+        True,
+        'Time a pruned model or a sub-network here, beside the dense or full one; takes up to two minutes.',
+        flag_values=values,
       ),
-      text('report', '', 'JSON file for the zeros, bytes and milliseconds that are printed.'),
+      text('report', '', 'JSON file for what is printed.'),
     ),
     ('checkpoint', 'output'),
     _export,

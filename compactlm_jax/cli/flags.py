@@ -69,6 +69,11 @@ def number(name: str, default: int | None, meaning: str) -> Callable[[flags.Flag
   return lambda values: flags.DEFINE_integer(name, default, meaning, lower_bound=0, flag_values=values)
 
 
+def fraction(name: str, meaning: str) -> Callable[[flags.FlagValues], Any]:
+  """A flag that takes a number, without a default."""
+  return lambda values: flags.DEFINE_float(name, None, meaning, flag_values=values)
+
+
 def switch(name: str, meaning: str) -> Callable[[flags.FlagValues], Any]:
   """A flag that is off unless given."""
   return lambda values: flags.DEFINE_bool(name, False, meaning, flag_values=values)

@@ -23,6 +23,7 @@ from compactlm_jax.interop.bundle import Bundle
 from compactlm_jax.interop.pretrained import GENERATOR
 from compactlm_jax.jobs.commands import build_job, evaluation
 from compactlm_jax.jobs.data import EvalSet
+from compactlm_jax.jobs.grid import Network, Timed, with_grid
 from compactlm_jax.jobs.models import is_run, load_model, tokenizer_of
 from compactlm_jax.parallel import make_mesh, param_shardings
 from compactlm_jax.train.evaluate import Evaluation, make_gather, metrics_of
@@ -42,8 +43,13 @@ _NEEDED: dict[str, tuple[str, ...]] = {
 log = logging.getLogger(__name__)
 
 
-def run_evaluate(config: RunConfig, checkpoint: str, split: str = 'dev', output: str = '') -> dict[str, Any]:
+def run_evaluate(
+  config: RunConfig, checkpoint: str, split: str = 'dev', output: str = '', *, timing: Timed | None = None
+) -> dict[str, Any]:
   """Evaluates a run or a model folder as a run of this configuration would at its end.
+
+  Of an adaptive network every sub-network is evaluated, whatever stage made it. Any fine-tuned model is taken for one:
+  the grid of one that was not trained so shows what its sub-networks are worth as they are cut.
 
   Args:
     config: of the run, or one that describes the same task and data. For fine-tuning, `model` and `teacher` are not
@@ -52,10 +58,13 @@ def run_evaluate(config: RunConfig, checkpoint: str, split: str = 'dev', output:
     split: 'dev' are the held-out rows of the configuration; 'test' are the unlabelled test sets of a GLUE task, for
       submission (MNLI: both, and the diagnostic set).
     output: folder for results.json and for predictions: GLUE's submission files; predictions.json,
-      nbest_predictions.json and null_odds.json of SQuAD. '' writes nothing; the test split needs it.
+      nbest_predictions.json and null_odds.json of SQuAD; grid.csv and grid.png of an adaptive network. '' writes
+      nothing; the test split needs it.
+    timing: of an adaptive network, measure the latency of each sub-network on this device; None does not.
 
   Returns:
-    What results.json holds: 'metrics', 'task', 'split', 'checkpoint', and 'step' of a run.
+    What results.json holds: 'metrics', 'task', 'split', 'checkpoint', and 'step' of a run; of an adaptive network also
+    'grid' (see `grid_rows`) and, if it was timed, 'latency'.
 
   Raises:
     ConfigError: the checkpoint does not fit the task (the message names what differs), or there is nothing to evaluate.
@@ -64,7 +73,7 @@ def run_evaluate(config: RunConfig, checkpoint: str, split: str = 'dev', output:
   if split == 'test' and not output:
     raise ConfigError('--output: name a folder; test sets have no labels, their evaluation is a file to submit')
   # A model that training finishes otherwise than its parameters stand is loaded in its finished form.
-  finished = config.task == 'prune' or bool(config.finetune.keep_layers)
+  finished = config.task == 'prune' or _is_grid(config) or bool(config.finetune.keep_layers)
   bundle = None if is_run(checkpoint) and not finished else load_model(checkpoint)
   if finished:
     config = dataclasses.replace(config, finetune=dataclasses.replace(config.finetune, keep_layers=()))
@@ -80,16 +89,30 @@ def run_evaluate(config: RunConfig, checkpoint: str, split: str = 'dev', output:
   results: dict[str, Any] = {'metrics': metrics, 'task': job.task.name, 'split': split, 'checkpoint': str(checkpoint)}
   if step is not None:
     results['step'] = step
+  contents: dict[str, str | bytes] = {**files}
+  if job.keeper is not None and split == 'dev':
+    model = bundle or load_model(checkpoint)
+    entries, own = with_grid(job.keeper.results(params, metrics), Network(model, checkpoint), asked, timing)
+    results |= entries
+    contents |= own
   if output and jax.process_index() == 0:
-    _write({**files, 'results.json': json.dumps(results, indent=2) + '\n'}, epath.Path(output))
+    _write({**contents, 'results.json': json.dumps(results, indent=2) + '\n'}, epath.Path(output))
   return results
+
+
+def _is_grid(config: RunConfig) -> bool:
+  """Whether labelled rows are given to each sub-network of an adaptive network."""
+  return config.task == 'adapt' and config.labelled
 
 
 def _asked(config: RunConfig, checkpoint: str, bundle: Bundle | None) -> RunConfig:
   """The configuration whose job has the parameters of the checkpoint."""
-  if config.task == 'finetune':
+  if config.task == 'finetune' or _is_grid(config):
     if bundle is not None and not {'classifier', 'span'} & set(bundle.params):
       raise ConfigError(f'{checkpoint}: its head was never trained; fine-tune it first (compactlm train)')
+    if _is_grid(config):  # the stage that asks for no teacher, and has all sub-networks
+      adapt = dataclasses.replace(config.adapt, stages=('final',), augmented='')
+      return dataclasses.replace(config, model=checkpoint, teacher='', adapt=adapt)
     generated = not (config.data.train or config.finetune.benchmark)
     return config if generated else dataclasses.replace(config, model=checkpoint, teacher='')
   if bundle is None:
@@ -179,7 +202,7 @@ def _check_tree(job: Job, params: Params, checkpoint: str) -> None:
 def _test_evaluations(config: RunConfig, checkpoint: str) -> tuple[Evaluation, ...]:
   """The test sets of a GLUE task, with their submission files."""
   benchmark = config.finetune.benchmark
-  if config.task != 'finetune' or not benchmark or benchmark.startswith('squad'):
+  if not config.labelled or not benchmark or benchmark.startswith('squad'):
     raise ConfigError(
       f'--split: test sets are those of the GLUE tasks, config.finetune.benchmark is {benchmark!r}; use --split=dev, '
       'or compactlm predict for unlabelled texts'
@@ -219,13 +242,13 @@ def _evaluate(job: Job, params: Params, evals: tuple[Evaluation, ...]) -> tuple[
   return metrics, files
 
 
-def _write(files: Mapping[str, str], folder: epath.Path) -> None:
+def _write(files: Mapping[str, str | bytes], folder: epath.Path) -> None:
   """Each file appears whole; results.json last."""
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
+    for name, content in files.items():
       draft = folder / f'.{name}.tmp'
-      draft.write_text(text)
+      draft.write_bytes(content if isinstance(content, bytes) else content.encode())
       draft.replace(folder / name)
   except OSError as e:
     raise StorageError(f'{folder}: cannot be written ({e.strerror or e}); free space or fix permissions') from e

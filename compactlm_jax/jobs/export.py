@@ -104,13 +104,44 @@ def run_export(
       cannot hold; see also `save_pretrained`.
     DataError, NumericsError, StorageError: see `load_model` and `save_pretrained`.
   """
-  _check_options(format, layout, values)
+  check_options(format, layout, values)
   dense, generator = load_towers(checkpoint) if is_run(checkpoint) else (load_model(checkpoint), None)
+  options: dict[str, Any] = {'format': format, 'layout': layout, 'values': values, 'latency': latency}
+  return export_model(dense, output, generator=generator, name=checkpoint, **options)
+
+
+def export_model(
+  dense: Bundle,
+  output: str,
+  *,
+  format: str = 'hf',
+  layout: str = 'auto',
+  values: str = 'float32',
+  latency: bool = False,
+  generator: Bundle | None = None,
+  name: str = 'the model',
+) -> Export:
+  """As `run_export`, of a model that is loaded already.
+
+  Args:
+    dense: the model.
+    output: folder to write.
+    format: see `run_export`.
+    layout: see `run_export`.
+    values: see `run_export`.
+    latency: see `run_export`.
+    generator: of a discriminator, written beside it in the format 'hf'.
+    name: of the model, for messages.
+
+  Raises:
+    ConfigError, DataError, NumericsError, StorageError: see `run_export`.
+  """
+  check_options(format, layout, values)
   zeros = densities(dense.params, dense.config)
   pruned = zeros['nonzero'] < zeros['weights']
   if format == 'sparse' and not pruned:
     raise ConfigError(
-      f'--format=sparse: {checkpoint} has no zeros in the matrices of its encoder, it was not trained with masks; '
+      f'--format=sparse: {name} has no zeros in the matrices of its encoder, it was not trained with masks; '
       "prune it (task 'prune', configs/prune.py), or use --format=hf"
     )
   written, sizes = dense, None
@@ -134,7 +165,8 @@ def _is_worth_it(dense: Bundle, smaller: Bundle) -> bool:
   return dense.config.ragged or not custom.needed(smaller.config) or _layers(smaller) <= (1 - _WORTH) * _layers(dense)
 
 
-def _check_options(format: str, layout: str, values: str) -> None:
+def check_options(format: str, layout: str, values: str) -> None:
+  """Raises ConfigError for options that are unknown or do not go together."""
   for flag, value, allowed in (('format', format, FORMATS), ('layout', layout, LAYOUTS), ('values', values, VALUES)):
     if value not in allowed:
       raise ConfigError(f'--{flag}={value}: use one of {", ".join(allowed)}')

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compactlm_jax.config import runs
@@ -56,8 +56,13 @@ def check_report(path: str) -> None:
     raise ConfigError(f'--report={path}: is a folder, or in one that is not there; name a file as export.json')
 
 
-def write_report(export: Export, path: str) -> None:
+def write_report(export: Export, path: str, also: Mapping[str, Any] | None = None) -> None:
   """Writes `as_dict` to a file; '' writes nothing.
+
+  Args:
+    export: what was written.
+    path: of the file.
+    also: further entries.
 
   Raises:
     StorageError: the file cannot be written.
@@ -65,7 +70,9 @@ def write_report(export: Export, path: str) -> None:
   if not path:
     return
   try:
-    pathlib.Path(path).write_text(json.dumps(as_dict(export), indent=2, allow_nan=False) + '\n', encoding='utf-8')
+    pathlib.Path(path).write_text(
+      json.dumps({**as_dict(export), **(also or {})}, indent=2, allow_nan=False) + '\n', encoding='utf-8'
+    )
   except OSError as e:
     raise StorageError(f'{path}: cannot be written ({e.strerror}); free space or fix permissions') from e
 

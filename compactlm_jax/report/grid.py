@@ -172,11 +172,11 @@ def as_tables(grid: Grid, quantities: Sequence[str] = ()) -> str:
 
   Args:
     grid: of one run, or means and standard deviations over several.
-    quantities: which; () for all.
+    quantities: which; () for all but those that the full network alone has.
   """
   corner = ' \\ '.join(grid.names)
   parts = []
-  for quantity in quantities or grid.found:
+  for quantity in quantities or [name for name in grid.found if len(grid.found[name]) > 1 or len(grid.cells) == 1]:
     cells = [[_text(quantity, grid.at(quantity, depth, column)) for column in grid.columns] for depth in grid.depths]
     lines = [[corner, *grid.column_labels()], *([f'{d:.3g}', *row] for d, row in zip(grid.depths, cells))]
     spread = any('±' in text for row in cells for text in row)
