@@ -79,9 +79,8 @@ def adapt_job(config: RunConfig) -> AdaptJob:
   encoder = bundle.config.with_run_options(config.encoder)
   # The head that is already there decides what it reads.
   model = SentenceModel(encoder, rows.classes, dataclasses.replace(config.finetune, pooled=encoder.pooler))
+  _check_cells(config, encoder)
   grid = cells(adapt, encoder, full_depth=stage == 'width')
-  for cell in grid:
-    subnet_config(encoder, cell)  # one that cannot be cut is refused before anything is computed
   teacher, params = _teacher(config, stage, bundle, rows), bundle.params
   if stage == 'width' and adapt.rewire:
     params = rewired(params, model, rows, config)
@@ -96,6 +95,17 @@ def adapt_job(config: RunConfig) -> AdaptJob:
   metric, keep = rows.metrics[0], adapt.keep_best and len(evals) > 0
   keeper = BestCells(grid, encoder, task.model, metric, metric != 'mse', data.tokenizer, config.data.seq_len, keep)
   return AdaptJob(task, data, keeper, {'start': params_digest(bundle.params)})
+
+
+def _check_cells(config: RunConfig, encoder: EncoderConfig) -> None:
+  """Raises ConfigError for a cell that cannot be cut, of this stage or a later one, before anything is computed."""
+  sizes = config.adapt.hidden_sizes
+  if sizes and sizes[-1] != encoder.hidden_size:
+    raise ConfigError(
+      f'config.adapt.hidden_sizes: {sizes} must end with {encoder.hidden_size}, the hidden size of the full network'
+    )
+  for cell in cells(config.adapt, encoder):
+    subnet_config(encoder, cell)
 
 
 def _source(config: RunConfig) -> str:

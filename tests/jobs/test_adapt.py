@@ -1,0 +1,230 @@
+"""Runs of task 'adapt': stages as runs of their own, continued to the same bits; what is measured before they start."""
+
+import dataclasses
+import json
+import logging
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from tiny import ENCODER, tiny_config
+
+from compactlm_jax.checkpoint import load_params
+from compactlm_jax.compress.subnet import subnet
+from compactlm_jax.config import AdaptConfig, Cell, DataConfig, FinetuneConfig, OptimizerConfig
+from compactlm_jax.errors import ConfigError
+from compactlm_jax.interop.bundle import from_pretrained
+from compactlm_jax.jobs import build_job, load_model, params_digest, run_train
+from compactlm_jax.jobs import stages as stages_module
+from compactlm_jax.jobs.finished import finished_results
+from compactlm_jax.metrics import read_metrics
+from compactlm_jax.nn.encoder import encode
+from compactlm_jax.tasks.adapt import terms
+from compactlm_jax.train.rundir import read_run
+from compactlm_jax.tree import named_leaves
+
+SMALL = dataclasses.replace(ENCODER, num_layers=1, initializer_range=0.2)
+ADAPT = AdaptConfig(widths=(0.5, 1.0), depths=(1.0,))
+NAMES = ['1x1', '0.5x1']
+
+
+def config_of(teacher='', adapt=None, **changes):
+  fields = {
+    'encoder': SMALL, 'teacher': str(teacher), 'adapt': dataclasses.replace(ADAPT, **(adapt or {})), 'steps': 4,
+    'checkpoint_every': 2, 'eval_every': 2,
+  }  # fmt: skip
+  return tiny_config('adapt', **{**fields, **changes})
+
+
+@pytest.fixture(scope='module')
+def teacher(tmp_path_factory):
+  """A fine-tuned model that knows its generated task."""
+  folder = tmp_path_factory.mktemp('teacher')
+  config = tiny_config('finetune', encoder=SMALL, steps=60, optimizer=OptimizerConfig(learning_rate=1e-2))
+  assert run_train(config, str(folder))['metrics']['accuracy'] > 0.8
+  return folder
+
+
+@pytest.fixture(scope='module')
+def whole(teacher, tmp_path_factory):
+  """(results, directory) of an uninterrupted run of all stages."""
+  folder = tmp_path_factory.mktemp('whole')
+  return run_train(config_of(teacher), str(folder)), folder
+
+
+def record(folder):
+  return json.loads((folder / 'best.json').read_text())
+
+
+def test_each_stage_is_a_run_that_starts_from_the_one_before(whole, teacher):
+  """Mutations: start every stage from the teacher; record the stage alone in WORKDIR; leave the grid out."""
+  results, folder = whole
+  runs = {'width': folder / 'stages' / 'width', 'depth': folder / 'stages' / 'depth', 'final': folder}
+  for stage, run in runs.items():
+    model = load_params(run)[1]['model']
+    assert model['stage'] == stage and model['cells'] == NAMES
+    assert read_run(run)[0].adapt.stages == (ADAPT.stages if stage == 'final' else (stage,))
+  starts = [read_run(run)[1]['identity']['start'] for run in runs.values()]
+  before = [load_model(str(path)).params for path in (teacher, runs['width'] / 'best', runs['depth'] / 'best')]
+  assert starts == [params_digest(params) for params in before]
+  assert read_run(runs['width'])[1]['identity']['teacher'] == starts[0]
+  assert read_run(runs['depth'])[1]['identity']['teacher'] == starts[1] != starts[0]
+  assert 'teacher' not in read_run(folder)[1]['identity']
+  assert set(results['metrics']) == {'loss', 'accuracy', 'f1'} and finished_results(config_of(teacher), str(folder))
+  full, half = results['grid']
+  assert (full['width'], full['depth'], half['width'], half['depth']) == (1.0, 1.0, 0.5, 1.0)
+  assert full['metrics'] == results['metrics'] and set(half['metrics']) == {'accuracy', 'f1'}
+  bundle = load_model(str(folder))
+  assert full['params'] == sum(leaf.size for leaf in jax.tree.leaves(bundle.params)) > half['params']
+  assert full['flops'] == 2 * half['flops'] and full['latency_ms'] is half['latency_ms'] is None
+
+
+def test_the_best_network_and_each_cell_at_its_best_are_kept(whole):
+  """Mutations: keep the last; compare the loss; export the full network for every cell."""
+  results, folder = whole
+  assert results['best'] == record(folder)
+  for run in (folder / 'stages' / 'width', folder / 'stages' / 'depth', folder):
+    last = json.loads((run / 'results.json').read_text())
+    scores = {row['step']: row for row in read_metrics(run) if 'eval_accuracy' in row}
+    scores = {step: (row['eval_accuracy'], row['eval_accuracy@0.5x1']) for step, row in scores.items()}
+    scores[4] = tuple(row['metrics']['accuracy'] for row in last['grid'])
+    assert set(scores) == {2, 4}
+    best = record(run)
+    for name, value in (('all', sum), ('1x1', lambda s: s[0]), ('0.5x1', lambda s: s[1])):
+      step = max(scores, key=lambda step, value=value: (value(scores[step]), -step))
+      assert best[name] == {'value': value(scores[step]), 'step': step}
+    assert load_params(run / 'best')[1]['step'] == best['all']['step']
+    cells = {name: from_pretrained(run / 'best' / 'cells' / name) for name in NAMES}
+    assert {name: cell.config.num_heads for name, cell in cells.items()} == {'1x1': 2, '0.5x1': 1}
+    for name, cell in zip(NAMES, (Cell(), Cell(0.5))):
+      if best[name]['step'] == best['all']['step']:
+        network = load_model(str(run / 'best'))
+        expected = named_leaves(subnet(network.params, network.config, cell))
+        found = named_leaves(cells[name].params)
+        assert set(found) == set(expected)
+        assert all(np.array_equal(found[leaf], expected[leaf]) for leaf in expected)
+
+
+def test_an_interrupted_stage_resumes_and_a_finished_one_is_kept(whole, teacher, tmp_path, caplog):
+  """Killed in the stage 'depth' after a save: best.json may be ahead of it. Same bits in the end.
+
+  Mutations: run finished stages again; start the next stage before this one is over; forget what was kept.
+  """
+  results, folder = whole
+  cut = tmp_path / 'moved'
+  shutil.copytree(folder, cut)
+  depth = cut / 'stages' / 'depth'
+  shutil.rmtree(depth / 'checkpoints' / '4')
+  (depth / 'results.json').unlink()
+  for name in ('checkpoints', 'results.json', 'config.json', 'best', 'best.json', 'metrics.jsonl'):
+    path = cut / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+  width = {path: path.stat().st_mtime_ns for path in (cut / 'stages' / 'width').rglob('*')}
+  with caplog.at_level(logging.INFO):
+    again = run_train(config_of(teacher), str(cut))
+  assert 'stages/width is finished and kept' in caplog.text and 'resuming at step 2 of 4' in caplog.text
+  assert {path: path.stat().st_mtime_ns for path in (cut / 'stages' / 'width').rglob('*')} == width
+  for name in ('metrics', 'grid', 'best'):
+    assert again[name] == results[name]
+  for run in ('stages/depth', '.'):
+    assert record(cut / run) == record(folder / run)
+    digests = [
+      params_digest(load_model(str(root / run / part)).params) for root in (cut, folder) for part in ('', 'best')
+    ]
+    assert digests[:2] == digests[2:]
+
+
+def test_a_stage_of_another_configuration_is_not_continued(whole, teacher, tmp_path, monkeypatch):
+  """Nor are finished ones built again. Mutation: compare nothing."""
+  _, folder = whole
+  built = []
+  monkeypatch.setattr(stages_module, 'train', lambda job, workdir, **options: built.append((job, workdir)) or {})
+  stages_module.run_stages(config_of(teacher), str(folder), lambda config: built.append(config) or _Job(config))
+  (job, workdir) = built[-1]
+  assert len(built) == 2 and built[0].adapt.stages == ('final',) and workdir == str(folder)
+  assert built[0].model == f'{folder}/stages/depth/best' and job.config == config_of(teacher)
+  built.clear()
+  stages_module.run_stages(
+    config_of(teacher, steps=5), str(folder), lambda config: built.append(config) or _Job(config)
+  )
+  assert [x[1] for x in built if isinstance(x, tuple)] == [f'{folder}/stages/{n}' for n in ('width', 'depth')] + [
+    str(folder)
+  ]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+  config: object
+
+
+def test_heads_and_neurons_are_sorted_before_widths_are_trained(teacher, monkeypatch):
+  """The function stays, the order is that of a loop over the rows. Mutations: sort ascending; measure with dropout.
+
+  The loop: the published sum over batches of the absolute gradient by a mask on the heads, here by finite differences.
+  """
+  from compactlm_jax.jobs import adapt_importance
+
+  seen = {}
+  real = adapt_importance.rewire
+
+  def rewire(params, encoder, heads_NH, neurons_NF):
+    seen.update(heads=heads_NH, neurons=neurons_NF)
+    return real(params, encoder, heads_NH, neurons_NF)
+
+  monkeypatch.setattr(adapt_importance, 'rewire', rewire)
+  adapt = {'stages': ('width',), 'importance_batches': 2}
+  job = build_job(config_of(teacher, adapt))
+  found, start = job.task.init(jax.random.key(0)), load_model(str(teacher)).params
+  dev = seen.copy()
+  order = np.argsort(-dev['neurons'][0], kind='stable')
+  kernel = np.asarray(start['encoder']['layers']['ffn_in']['kernel'])[0]
+  np.testing.assert_array_equal(np.asarray(found['encoder']['layers']['ffn_in']['kernel'])[0], kernel[:, order])
+  batch = job.batches.batch(0)
+  rows = (batch.input_ids, batch.attention_mask)
+  np.testing.assert_allclose(encode(found, SMALL, *rows).last_BTD, encode(start, SMALL, *rows).last_BTD, atol=1e-5)
+  build_job(config_of(teacher, {**adapt, 'importance_rows': 'train'}))
+  assert not np.array_equal(seen['heads'], dev['heads'])
+  build_job(config_of(teacher, {**adapt, 'importance_sum': 'published'}))
+  assert not np.array_equal(seen['heads'], dev['heads'])
+  plain = build_job(config_of(teacher, {**adapt, 'rewire': False})).task.init(jax.random.key(0))
+  np.testing.assert_array_equal(plain['encoder']['layers']['ffn_in']['kernel'][0], kernel)
+
+
+def test_balanced_terms_have_equal_scale(teacher):
+  """Mutations: the inverse of the ratio; forget the given weight."""
+  adapt = {'stages': ('depth',), 'depth_hidden_weight': 2.0, 'balance_batches': 2}
+  given = build_job(config_of(teacher, adapt))
+  job = build_job(config_of(teacher, {**adapt, 'balance': 'auto'}))
+  outputs, other = terms(given.task, given.task.init(jax.random.key(0)), [given.batches.batch(i) for i in range(2)])
+  assert job.task.model['term_weight'] == pytest.approx(2.0 * outputs / other, rel=6e-3)
+  assert 'term_weight' not in given.task.model
+
+
+def test_bad_input_is_refused_before_anything_is_computed(teacher, tmp_path):
+  """Mutations: look at the teacher only; take a random teacher on trust."""
+  for changes, message in (
+    ({'adapt': {'widths': (0.1, 1.0)}}, r'config.adapt.widths: 0.1 of 2 heads is none'),
+    ({'adapt': {'depths': (0.4, 1.0)}}, r'config.adapt.depths: 0.4 of 1 layers is none'),
+    ({'adapt': {'hidden_sizes': (8, 32), 'widths': (1.0,)}}, 'must end with 16, the hidden size'),
+    ({'teacher': ''}, 'config.teacher: the stage of widths distils from a fine-tuned model'),
+    ({'finetune': FinetuneConfig(benchmark='squad1')}, 'config.finetune.benchmark: squad1'),
+    ({'adapt': {'augmented': 'x.tsv'}}, 'config.adapt.augmented'),
+    ({'data': DataConfig(train='x.tsv', seq_len=16), 'teacher': ''}, 'config.teacher: name the fine-tuned model'),
+    ({'encoder': dataclasses.replace(SMALL, vocab_size=70)}, 'config.encoder.vocab_size: generated rows have 70'),
+  ):
+    adapt = {'stages': ('width',), **changes.pop('adapt', {})}
+    with pytest.raises(ConfigError, match=message):
+      build_job(config_of(**{'teacher': teacher, 'adapt': adapt, **changes}))
+  with pytest.raises(ConfigError, match=r'ascending shares in \(0, 1\]'):
+    AdaptConfig(depths=(0.5, 1.0, 1.5))
+  distilled = tmp_path / 'distilled'
+  run_train(tiny_config('distill', encoder=SMALL, steps=1), str(distilled))
+  with pytest.raises(ConfigError, match='distilled has no classifier; fine-tune it'):
+    build_job(config_of(distilled))
+  fresh = tmp_path / 'fresh'
+  run_train(tiny_config('finetune', encoder=SMALL, steps=1, optimizer=OptimizerConfig(learning_rate=0.0)), str(fresh))
+  with pytest.raises(ConfigError, match='it was not fine-tuned for this task|was not fine-tuned'):
+    build_job(config_of(fresh, {'stages': ('width',)}))
+  assert pathlib.Path(fresh).exists()
