@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import operator
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -47,7 +47,6 @@ def over_cells(
       into what it shares; its own loss is added to that of the cells. None shares None.
   """
   functions = tuple(losses.values())
-  sampled = config.sampling == 'sandwich' and config.random_cells < len(functions) - 2
 
   def loss(params: Params, frozen: Any, batch: Batch, key: jax.Array, step: jax.Array) -> tuple[jax.Array, Metrics]:
     params, attached = jax.lax.stop_gradient(params), params
@@ -57,29 +56,30 @@ def over_cells(
 
     def add(index: int, total: Any) -> tuple[Any, Any]:
       args = (shared, frozen, batch, keys[index], step)
-      out, grad = jax.value_and_grad(functions[index], has_aux=True)(tree_of(total), *args)
-      return _sum(total, grad), out
+      out, grad = jax.value_and_grad(functions[index], has_aux=True)(tree, *args)
+      return jax.tree.map(jnp.add, total, grad), out
 
-    def tree_of(total: Any) -> Any:
-      # A cell waits for the gradient of the one before, so that their activations are never alive together.
-      return tree if total is None else jax.lax.optimization_barrier((tree, total))[0]
-
-    total, first = add(0, None)
-    outs = [first]
-    if sampled:
-      chosen = jax.random.permutation(keys[-2], len(functions) - 2)[: config.random_cells]
-      branches = [lambda total, index=index: add(index, total) for index in range(1, len(functions) - 1)]
-      total, middle = jax.lax.scan(lambda total, index: jax.lax.switch(index, branches, total), total, chosen)
-      outs += [jax.tree.map(operator.itemgetter(i), middle) for i in range(config.random_cells)]
-    for index in range(len(functions) - 1 if sampled else 1, len(functions)):
-      total, out = add(index, total)
-      outs.append(out)
-    scale = 1.0 / len(outs) if config.combine == 'mean' else 1.0
+    # A loop, although every cell is a branch of its own: it alone makes the compiler finish a cell before the next
+    # one, on every backend (XLA:CPU drops barriers before it puts operations in order).
+    branches = [functools.partial(add, index) for index in range(len(functions))]
+    indices = _chosen(config, len(functions), keys[-2])
+    zeros = jax.tree.map(jnp.zeros_like, tree)
+    total, (values, metrics) = jax.lax.scan(lambda total, i: jax.lax.switch(i, branches, total), zeros, indices)
+    scale = 1.0 / len(values) if config.combine == 'mean' else 1.0
     (grad,) = pull_back(jax.tree.map(lambda leaf: scale * leaf, total))
-    value = base + scale * jnp.stack([value for value, _ in outs]).sum()
-    return _attached(attached, value, _sum(grads, grad)), {**_means(outs), **found}
+    value = _attached(attached, base + scale * values.sum(), jax.tree.map(jnp.add, grads, grad) if share else grad)
+    means = {name: each.mean() for name, each in metrics.items()}
+    return value, {**means, 'loss_full': values[0], 'loss_smallest': values[-1], **found}
 
   return loss
+
+
+def _chosen(config: AdaptConfig, count: int, key: jax.Array) -> jax.Array:
+  """Numbers of the cells of a step, of `count` there are."""
+  if config.sampling == 'all' or config.random_cells >= count - 2:
+    return jnp.arange(count)
+  others = 1 + jax.random.permutation(key, count - 2)[: config.random_cells]
+  return jnp.concatenate([jnp.array([0]), others, jnp.array([count - 1])])
 
 
 def _shared(share: Share | None, params: Params, *args: Any) -> tuple[jax.Array, Metrics, Any, Any]:
@@ -93,17 +93,6 @@ def _shared(share: Share | None, params: Params, *args: Any) -> tuple[jax.Array,
 
   (value, (metrics, shared)), grads = jax.value_and_grad(run, has_aux=True)(params)
   return value, metrics, shared, grads
-
-
-def _means(outs: list[Any]) -> Metrics:
-  """Of the cells of a step."""
-  values, metrics = zip(*outs)
-  means = jax.tree.map(lambda *leaves: jnp.stack(leaves).mean(), *metrics)
-  return {**means, 'loss_full': values[0], 'loss_smallest': values[-1]}
-
-
-def _sum(total: Any, more: Any) -> Any:
-  return more if total is None else jax.tree.map(jnp.add, total, more)
 
 
 @jax.custom_vjp
