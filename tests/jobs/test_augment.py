@@ -34,6 +34,7 @@ def small_shards(monkeypatch):
 
 def write_table(folder, count=10, name='in.tsv'):
   texts = make_texts(count)
+  texts[5] = texts[0]
   content = 'id\ttext\tlabel\n' + ''.join(f'{i}\t{text}\t{i % 2}\n' for i, text in enumerate(texts))
   (folder / name).write_bytes(gzip.compress(content.encode()) if name.endswith('.gz') else content.encode())
   return str(folder / name), texts
@@ -55,6 +56,7 @@ def test_rows_keep_their_columns_and_the_original_comes_first(model, tmp_path):
     assert len({row[1] for row in own}) == len(own)
     words = np.array([row[1].split(' ') for row in own])
     different += (words[1:] != words[0]).sum()
+  assert [row[1] for row in rows if row[0] == '0'] != [row[1] for row in rows if row[0] == '5']
   assert different == counts.replaced > 0
   table = read_table(output)
   assert len(table) == len(rows) and table.classes == ('0', '1')
