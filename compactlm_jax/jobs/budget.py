@@ -11,7 +11,7 @@ from compactlm_jax.errors import ConfigError
 from compactlm_jax.report.grid import TITLES, GridRow, over_runs, shown
 from compactlm_jax.report.summary import lower_is_better
 
-_PART = re.compile(r'(latency|params|flops)\s*(<=?)\s*(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)\s*([a-zA-Z]*)')
+_PART = re.compile(r'(latency|params|flops)\s*(<=?)\s*((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*([a-zA-Z]*)')
 _UNITS = {
   'latency': {'us': 1e-3, 'ms': 1.0, 's': 1e3},
   'params': {'': 1.0, 'k': 1e3, 'K': 1e3, 'M': 1e6, 'B': 1e9, 'G': 1e9},

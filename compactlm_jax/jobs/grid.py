@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 
 from compactlm_jax.checkpoint import load_params
@@ -97,8 +98,13 @@ def cell_bundle(bundle: Bundle, cell: Cell) -> Bundle:
   Raises:
     ConfigError: see `compress.subnet.subnet_config`.
   """
-  params = subnet(bundle.params, bundle.config, cell)
-  return dataclasses.replace(bundle, params=params, config=subnet_config(bundle.config, cell))
+  config, host = subnet_config(bundle.config, cell), jax.tree.map(np.asarray, bundle.params)
+  if config == bundle.config:
+    return bundle
+  # Cut on the host, without a program for each shape; what stays whole (embeddings) is shared by all sub-networks.
+  cut = subnet(host, bundle.config, cell)
+  params = jax.tree.map(lambda own, of, whole: whole if own is of else jnp.asarray(own), cut, host, bundle.params)
+  return dataclasses.replace(bundle, params=params, config=config)
 
 
 def asked_cell(network: Network, width: float | None, depth: float | None, hidden: int | None) -> Cell:
