@@ -178,8 +178,8 @@ class Task:
     view: what `loss` is given in place of the parameters (masked weights, a sub-network), and a penalty; None for the
       parameters as they are. It is differentiated once per step, whatever the number of micro-batches, and runs before
       slices of parameters are gathered.
-    after: (old parameters, updated ones, number of the next step, spread) -> parameters: what follows each update (a
-      proximal step, a controller); None for nothing.
+    after: (old parameters, updated ones, metrics of the step, number of the next step, spread) -> parameters: what
+      follows each update (a proximal step, state that the view has computed); None for nothing.
     finished: parameters -> what `evaluate` and exports are given in place of them (masks baked in); None for the
       parameters as they are.
     results: finished parameters -> further entries of results.json.
@@ -195,7 +195,7 @@ class Task:
   trainable: Trainable = (('.*', True),)
   groups: Mapping[str, Group] = dataclasses.field(default_factory=dict)
   view: View | None = None
-  after: Callable[[Params, Params, jax.Array, Spread], Params] | None = None
+  after: Callable[[Params, Params, Metrics, jax.Array, Spread], Params] | None = None
   finished: Callable[[Params], Params] | None = None
   results: Callable[[Params], Mapping[str, Any]] = lambda params: {}
   summarize: Callable[[Mapping[str, float]], Mapping[str, float]] = lambda means: {}

@@ -87,9 +87,9 @@ class Controller:
     """The state for a step.
 
     Args:
-      state: of the step before.
-      values: the scores after it.
-      step: number of the step to come.
+      state: of the step before (at first that of `init`).
+      values: the scores at its beginning.
+      step: its number.
     """
     rates, line = jnp.asarray(self.rates, jnp.float32), jnp.asarray(self.line, jnp.float32)
     place, last = self._place(values), rates[step - 1]
@@ -144,7 +144,7 @@ def make_controller(masks: Masks, learning_rate: Callable[[jax.Array], jax.Array
   """
   config, steps = masks.config, masks.last
   with jax.ensure_compile_time_eval():
-    shape = np.asarray(learning_rate(jnp.arange(steps)), np.float64)
+    shape = np.asarray(jax.vmap(learning_rate)(jnp.arange(steps)), np.float64)  # also of a constant
   rates = np.append(config.scores_learning_rate * shape / max(shape.max(), 1e-30), 0.0)
   start = min(int(config.initial_warmup * warmup), steps - 1)
   # Also without a cool-down, time is left to correct what is off.

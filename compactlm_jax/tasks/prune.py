@@ -37,6 +37,9 @@ from compactlm_jax.types import Group, Metrics, Params, Spread, Task, Trainable
 _LOWEST = -1e2
 """A threshold that keeps everything (the original's)."""
 
+_CONTROL = 'control_'
+"""Before the names of its state in the metrics, through which a step hands it on."""
+
 
 def make_prune_task(
   base: Task,
@@ -135,12 +138,7 @@ class _Pruning:
   def init(self, params: Params, key: jax.Array) -> Params:
     """'scores' and 'control', where there are any."""
     out: Params = {'scores': nested(self.masks.init_scores(key))} if has_scores(self.config) else {}
-    control: Params = {}
-    if self.cached:
-      whole = self.masks.densities[0] == 1
-      control['threshold'] = (
-        jnp.float32(_LOWEST) if whole else self.masks.global_threshold(named_leaves(out['scores']), 0)
-      )
+    control: Params = {'threshold': jnp.float32(_LOWEST)} if self.cached else {}
     if self.config.control == 'density':
       control['regularization'] = jnp.float32(0.0)
     if self.controller is not None:
@@ -149,13 +147,16 @@ class _Pruning:
 
   def view(self, params: Params, key: jax.Array, step: jax.Array, spread: Spread) -> tuple[Params, jax.Array, Metrics]:
     """See `types.View`."""
-    method, weight, masks = self.config.method, self.weight(params, step), self.masks
+    method, masks = self.config.method, self.masks
     penalty, metrics = jnp.float32(0.0), {}
     if method in ('rpp', 'post_hoc_magnitude'):
       if method == 'rpp':
-        metrics = {'density': share(on_slices(self.masks.kernels(params), spread)), 'regularization': weight}
+        weight = self.weight(params.get('control', {}), step)
+        metrics = {'density': share(on_slices(masks.kernels(params), spread)), 'regularization': weight}
       return without_own(params), penalty, metrics
     values, slices = masks.ranked(params), masks.ranked(params, spread)
+    control = jax.lax.stop_gradient(self._steered(params.get('control', {}), slices, step))
+    metrics, weight = {_CONTROL + name: value for name, value in control.items()}, self.weight(control, step)
     if method == 'l0':
       found = masks.gates(values, key)
       penalty = weight * self._penalty(l0_penalty, values, slices)
@@ -167,7 +168,7 @@ class _Pruning:
       if self.config.penalised:
         penalty = weight * self._penalty(soft_penalty, values, slices)
     elif self.cached:
-      cuts, metrics['density'] = masks.cuts_over(slices, params['control']['threshold'], 'scores')
+      cuts, metrics['density'] = masks.cuts_over(slices, control['threshold'], 'scores')
       found = masks.over(values, cuts)
     else:
       found = masks.top(values, step, slices)
@@ -195,18 +196,27 @@ class _Pruning:
     penalty.defvjp(lambda values, slices: (function(slices, self.config.penalty), values), backward)
     return penalty(values, jax.lax.stop_gradient(slices))
 
-  def weight(self, params: Params, step: jax.Array) -> jax.Array:
+  def weight(self, control: Params, step: jax.Array) -> jax.Array:
     """lambda_t: coupled to the threshold for soft movement (lambda * tau_t / tau), constant otherwise."""
     if self.config.control == 'density':
-      return params['control']['regularization']
+      return control['regularization']
     if self.config.method == 'soft_movement' and self.config.regularization:
       table = self.config.regularization * self.masks.thresholds / self.config.threshold
       return jnp.asarray(table, jnp.float32)[step]
     return jnp.float32(self.config.regularization)
 
-  def after(self, old: Params, new: Params, step: jax.Array, spread: Spread) -> Params:
+  def _steered(self, control: Params, slices: Leaves, step: jax.Array) -> Params:
+    """'control' of this step from that of the step before, and the scores.
+
+    Here and not after the update: slices of what was just computed would have the compiler cut that computation.
+    """
+    if self.cached:
+      return {'threshold': self._threshold(control['threshold'], slices, step)}
+    return control if self.controller is None else self.controller.update(control, slices, step)
+
+  def after(self, old: Params, new: Params, metrics: Metrics, step: jax.Array, spread: Spread) -> Params:
     """See `types.Task`."""
-    control = dict(new.get('control', {}))
+    control = {name: metrics.get(_CONTROL + name, value) for name, value in new.get('control', {}).items()}
     if self.config.method == 'rpp':
       before, kernels, rate = self.masks.kernels(old), self.masks.kernels(new), self.learning_rate(step - 1)
       if self.config.control == 'fixed':
@@ -219,16 +229,12 @@ class _Pruning:
         for name, leaf in kernels.items()
       }
       new = overlaid(new, nested(shrunk))
-    elif self.controller is not None:
-      control = self.controller.update(control, self.masks.ranked(new, spread), step)
-    if self.cached:
-      control['threshold'] = self._threshold(new, step, spread)
     return {**new, 'control': control} if control else new
 
-  def _threshold(self, params: Params, step: jax.Array, spread: Spread) -> jax.Array:
+  def _threshold(self, known: jax.Array, slices: Leaves, step: jax.Array) -> jax.Array:
     """The global threshold of this step: found anew when it is due, and when pruning begins."""
-    config, known = self.config, params['control']['threshold']
+    config = self.config
     due = ((step + config.first_step) % config.threshold_every == 0) | (known == _LOWEST)
-    found = self.masks.global_threshold(self.masks.ranked(params, spread), step)
+    found = self.masks.global_threshold(slices, step)
     whole = jnp.asarray(self.masks.densities == 1)[step]
     return jnp.where(whole, _LOWEST, jnp.where(due, found, known))

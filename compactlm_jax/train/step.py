@@ -54,7 +54,7 @@ def make_train_step(
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     if task.after is not None:
-      params = task.after(state.params, params, state.step + 1, spread)
+      params = task.after(state.params, params, metrics, state.step + 1, spread)
     norm = optax.tree.norm(grads)
     good = jnp.isfinite(loss) & jnp.isfinite(norm)
     params, opt_state = jax.tree.map(

@@ -41,11 +41,12 @@ def drift(config, steps, density, seed, noise):
 
   def step(carry, index):
     scores, opt_state, state = carry
+    state = controller.update(state, scores, index)
     (grad,) = jax.grad(lambda s: state['regularization'] * penalty(s, config.penalty))(scores).values()
     draw = jax.random.normal(jax.random.fold_in(keys[1], index), grad.shape)
     updates, opt_state = tx.update({'only': grad + use + noise * draw}, opt_state, scores)
     scores = jax.tree.map(jnp.add, scores, updates)
-    return (scores, opt_state, controller.update(state, scores, index + 1)), state['regularization']
+    return (scores, opt_state, state), state['regularization']
 
   @jax.jit
   def run(scores):
@@ -76,6 +77,14 @@ GATES = PruneConfig(method='l0', scores_scale=2.197, scores_learning_rate=0.15)
 def test_runs_end_within_half_a_point(config, steps, density, seed, noise):
   """Gradients over three orders of magnitude. Mutations: no braking; no damping; a scale that does not adapt."""
   assert abs(drift(config, steps, density, seed, noise) - density) <= 0.005
+
+
+def test_a_constant_learning_rate_is_one_for_every_step():
+  """Mutation: take the one value of the schedule for all steps' values."""
+  schedule = learning_rate_schedule(OptimizerConfig(learning_rate=1e-3, decay='constant'), 50)
+  config = dataclasses.replace(SOFT, control='density', scores_learning_rate=0.1)
+  masks = make_masks(ENCODER, config, 50, 0)
+  np.testing.assert_allclose(make_controller(masks, schedule, 0).rates, [0.1] * 50 + [0.0])
 
 
 def test_targets():

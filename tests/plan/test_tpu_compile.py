@@ -42,6 +42,9 @@ PRUNE = {
   'l0': PruneConfig(method='l0', regularization=1.0, scores_scale=2.197),
   'soft': PruneConfig(method='soft_movement', regularization=1.0),
   'magnitude': PruneConfig(method='magnitude', initial_density=0.5),
+  'controlled': PruneConfig(
+    method='soft_movement', control='density', density=0.3, threshold=0.45, scores_learning_rate=0.2, initial_warmup=0
+  ),
 }
 
 
@@ -92,10 +95,12 @@ def test_every_task_compiles_and_reduces_its_gradients_once(task):
 def test_pruning_sums_the_gradient_of_its_masked_weights_and_no_more(method):
   """Scores get theirs from it on each core; beside it only counts and samples travel, which are integers.
 
-  Mutation: count on slices of |W| instead of on |slices of W|: the compiler cuts |W| and gathers its other use.
+  Mutations: count on slices of |W| instead of on |slices of W|: the compiler cuts |W| and gathers its other use; count
+  what lies above the cuts of soft movement on slices once more; control it after the update (both: three layers).
   """
+  encoder = dataclasses.replace(BERT, num_layers=3) if 'soft' in PRUNE[method].method else BERT
   plan = resolve(
-    tiny_config('prune', batch_size=ROWS, data=DataConfig(seq_len=LENGTH), encoder=BERT, prune=PRUNE[method])
+    tiny_config('prune', batch_size=ROWS, data=DataConfig(seq_len=LENGTH), encoder=encoder, prune=PRUNE[method])
   )
   step, arguments = abstract_step(plan, make_mesh(WHOLE, tpu_devices(parse_topology('v3-8'))))
   found = compile_program(step, *arguments, effort=QUICK)
