@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 
 from compactlm_jax.checkpoint import Checkpoints
@@ -153,12 +154,11 @@ def _cell_of(bundle: Bundle, cell: Cell) -> Bundle:
 
 
 def _whole(params: Params) -> Params:
-  """Parameters that this process holds whole."""
-  if jax.process_count() == 1:
-    return params
-  mesh = jax.tree.leaves(params)[0].sharding.mesh
-  placed = jax.jit(lambda tree: tree, out_shardings=replicated(mesh))(params)
-  return jax.tree.map(lambda leaf: leaf.addressable_data(0), placed)
+  """Whole parameters on the host, where slicing compiles nothing."""
+  if jax.process_count() > 1:
+    placed = jax.jit(lambda tree: tree, out_shardings=replicated(jax.tree.leaves(params)[0].sharding.mesh))(params)
+    params = jax.tree.map(lambda leaf: leaf.addressable_data(0), placed)
+  return jax.tree.map(np.asarray, params)
 
 
 @contextlib.contextmanager
