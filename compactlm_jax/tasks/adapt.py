@@ -20,16 +20,12 @@ from compactlm_jax.config import AdaptConfig, Cell, DistillConfig, EncoderConfig
 from compactlm_jax.config.adapt import STAGES
 from compactlm_jax.errors import ConfigError
 from compactlm_jax.losses.adapt import hidden_mse, soft_cross_entropy
-from compactlm_jax.losses.minilm import relation_loss
 from compactlm_jax.losses.reduce import masked_mean, masked_sum
-from compactlm_jax.nn.encoder import encode, look_up
-from compactlm_jax.tasks.distill import check_distill, layer_pairs
-from compactlm_jax.tasks.elastic import CellLoss, over_cells
+from compactlm_jax.nn.encoder import encode
+from compactlm_jax.tasks.distill import check_distill, compare, layer_pairs
+from compactlm_jax.tasks.elastic import CellLoss, over_cells, rows_of, with_rows
 from compactlm_jax.tasks.finetune import SentenceModel, check_teacher
-from compactlm_jax.tree import overlaid
 from compactlm_jax.types import QKV, Batch, EncoderOutput, Metrics, Params, Task, struct
-
-_WORD = ('encoder', 'embeddings', 'word', 'embedding')
 
 
 def make_adapt_task(
@@ -73,43 +69,21 @@ def make_adapt_task(
   _check_start(start, model)
   weight = adapt.hidden_weight if stage == 'width' else adapt.depth_hidden_weight
   taught = stage == 'depth' or (stage == 'width' and adapt.width_loss == 'distil')
-  run = _Stage(model, adapt, stage, distill, weight if term_weight is None else term_weight, None)
-  if taught:
-    if teacher is None:
-      raise ConfigError(f'config.teacher: the stage {stage!r} learns from a fine-tuned model; name one')
-    check_teacher(teacher[0], model.width)
-    run = dataclasses.replace(run, teacher=teacher[1])
+  frozen, teaches = _teacher(teacher, model, stage) if taught else (None, None)
+  run = _Stage(model, adapt, stage, distill, weight if term_weight is None else term_weight, teaches)
   run.check()
-  network = {cell: dataclasses.replace(model, encoder=subnet_config(encoder, cell)) for cell in run.cells}
-
-  def evaluate(params: Params, frozen: Any, batch: Batch) -> dict[str, Any]:
-    found = {cell: own.outputs(subnet(params, encoder, cell), batch, None) for cell, own in network.items()}
-    outputs_BC = found[run.cells[0]]
-    rows = {'outputs': outputs_BC, **{f'outputs@{cell.name}': each_BC for cell, each_BC in found.items()}}
-    rows = {name: model.scale * each_BC for name, each_BC in rows.items()}
-    if batch.labels is None:
-      return rows
-    return {'loss': masked_sum(model.losses(outputs_BC, batch), batch.weights), **rows, 'labels': batch.labels}
-
   return Task(
     name='adapt',
     init=lambda key: _fitted(start, model),
     loss=over_cells(
-      {cell: run.cell_loss(cell, own) for cell, own in network.items()},
+      {cell: run.cell_loss(cell) for cell in run.cells},
       adapt,
-      read=run.looked_up,
+      read=lambda params, batch, shared: with_rows(params, encoder, batch.input_ids),
       share=run.share if taught else None,
     ),
-    evaluate=evaluate,
-    frozen={name: teacher[0][name] for name in ('encoder', 'classifier')} if taught and teacher else None,
-    model={
-      'encoder': to_json(encoder),
-      'classes': list(classes),
-      'finetune': dataclasses.asdict(finetune),
-      'adapt': to_json(adapt),
-      'stage': stage,
-      'cells': [cell.name for cell in run.cells],
-    },
+    evaluate=run.evaluate,
+    frozen=frozen,
+    model=run.description,
   )
 
 
@@ -174,6 +148,18 @@ class _Stage:
     return cells(self.adapt, self.model.encoder, full_depth=self.stage == 'width')
 
   @property
+  def description(self) -> dict[str, Any]:
+    """See `types.Task.model`."""
+    return {
+      'encoder': to_json(self.model.encoder),
+      'classes': list(self.model.classes),
+      'finetune': dataclasses.asdict(self.model.config),
+      'adapt': to_json(self.adapt),
+      'stage': self.stage,
+      'cells': [cell.name for cell in self.cells],
+    }
+
+  @property
   def teachers(self) -> tuple[Cell, ...]:
     """The sub-networks of the teacher whose forward pass all cells of a step share.
 
@@ -208,11 +194,6 @@ class _Stage:
           f"{cell.name} {own.hidden_size}; take a teacher of the same size, or set adapt.term to 'relations'"
         )
 
-  def looked_up(self, params: Params, batch: Batch) -> Params:
-    """The parameters with the rows of the batch, [B * T, E], in place of the word table: looked up for all cells."""
-    rows_BTE = look_up(params, self.model.encoder, batch.input_ids)
-    return _with_word_table(params, rows_BTE.reshape(-1, rows_BTE.shape[-1]))
-
   def share(
     self, params: Params, frozen: Any, batch: Batch, key: jax.Array, step: jax.Array
   ) -> tuple[jax.Array, Metrics, dict[str, _Taught]]:
@@ -239,8 +220,25 @@ class _Stage:
     """(layers of the teacher, layers of the sub-network) whose relations are compared."""
     return layer_pairs(own, self.teacher, self.distill) if self.teacher is not None else ((), ())
 
-  def cell_loss(self, cell: Cell, own: SentenceModel) -> CellLoss:
+  def network(self, cell: Cell) -> SentenceModel:
+    """The sub-network with its head."""
+    return dataclasses.replace(self.model, encoder=subnet_config(self.model.encoder, cell))
+
+  def evaluate(self, params: Params, frozen: Any, batch: Batch) -> dict[str, Any]:
+    """See `types.EvaluateFn`."""
+    model, rows = self.model, {}
+    for cell in self.cells:
+      outputs_BC = self.network(cell).outputs(subnet(params, model.encoder, cell), batch, None)
+      rows[f'outputs@{cell.name}'] = model.scale * outputs_BC
+    rows['outputs'] = rows[f'outputs@{self.cells[0].name}']
+    if batch.labels is None:
+      return rows
+    losses_B = model.losses(rows['outputs'] / model.scale, batch)
+    return {'loss': masked_sum(losses_B, batch.weights), **rows, 'labels': batch.labels}
+
+  def cell_loss(self, cell: Cell) -> CellLoss:
     """See `elastic.CellLoss`."""
+    own = self.network(cell)
     hidden = self.teacher is not None and self.adapt.term == 'hidden'
     learning = self.pairs(own.encoder)[1] if self.teacher is not None and not hidden else ()
 
@@ -248,7 +246,7 @@ class _Stage:
       read: Params, shared: Mapping[str, _Taught], frozen: Any, batch: Batch, key: jax.Array, step: jax.Array
     ) -> tuple[jax.Array, Metrics]:
       sub = subnet(read, self.model.encoder, cell)
-      word_BTE = _word_table(sub).reshape(*batch.input_ids.shape, -1)
+      word_BTE = rows_of(sub, batch.input_ids)
       rows = (batch.input_ids, batch.attention_mask, batch.token_type_ids)
       keys = jax.random.split(key)
       options: dict[str, Any] = {'all_hidden': hidden, 'qkv_layers': learning, 'word_BTE': word_BTE}
@@ -294,17 +292,21 @@ class _Stage:
       term = masked_mean(hidden_mse(target_NBTD, out.hidden_NBTD, mask_BT), weights_B)
       metrics['hidden_loss'] = term
     else:
-      term = self.relations(own, taught, out, batch)
+      layers = [taught.qkv[layer] for layer in self.pairs(own.encoder)[0]]
+      parts, counts_B = compare(layers, out.qkv, batch, self.distill)
+      term = jnp.stack([masked_mean(part_B, counts_B) for part_B in parts.values()]).sum()
       metrics['relation_loss'] = term
     return value + self.term_weight * term, metrics
 
-  def relations(self, own: SentenceModel, taught: _Taught, out: EncoderOutput, batch: Batch) -> jax.Array:
-    """MiniLM's loss: the sum of its parts, a mean over the pairs of layers."""
-    values = []
-    for layer, qkv in zip(self.pairs(own.encoder)[0], out.qkv, strict=True):
-      parts, weights_B = relation_loss(taught.qkv[layer], qkv, batch.attention_mask, self.distill, batch.weights)
-      values += [masked_mean(part_B, weights_B) for part_B in parts.values()]
-    return jnp.stack(values).sum() / len(out.qkv)
+
+def _teacher(
+  teacher: tuple[Params, EncoderConfig] | None, model: SentenceModel, stage: str
+) -> tuple[Params, EncoderConfig]:
+  """(frozen weights, configuration) of a teacher with a fitting head."""
+  if teacher is None:
+    raise ConfigError(f'config.teacher: the stage {stage!r} learns from a fine-tuned model; name one')
+  check_teacher(teacher[0], model.width)
+  return {name: teacher[0][name] for name in ('encoder', 'classifier')}, teacher[1]
 
 
 def _check_start(start: Params, model: SentenceModel) -> None:
@@ -327,17 +329,3 @@ def _fitted(start: Params, model: SentenceModel) -> Params:
   """The parameters that training starts from: scores in its units."""
   head = jax.tree.map(lambda leaf: jnp.asarray(leaf) / model.scale, start['classifier'])
   return {'encoder': jax.tree.map(jnp.asarray, start['encoder']), 'classifier': head}
-
-
-def _word_table(params: Params) -> jax.Array:
-  tree: Any = params
-  for name in _WORD:
-    tree = tree[name]
-  return jnp.asarray(tree)
-
-
-def _with_word_table(params: Params, table: jax.Array) -> Params:
-  tree: Any = table
-  for name in reversed(_WORD):
-    tree = {name: tree}
-  return overlaid(params, tree)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -28,7 +28,7 @@ from compactlm_jax.errors import ConfigError
 from compactlm_jax.losses.minilm import VALUE_MSE, part_names, relation_loss
 from compactlm_jax.losses.reduce import masked_mean, masked_sum
 from compactlm_jax.nn.encoder import encode, init_encoder
-from compactlm_jax.types import Batch, Metrics, Params, Task, Trainable
+from compactlm_jax.types import QKV, Batch, Metrics, Params, Task, Trainable
 
 
 def make_distill_task(
@@ -206,11 +206,26 @@ def _relation_parts(student: EncoderConfig, teacher: EncoderConfig, config: Dist
     inputs = (batch.input_ids, batch.attention_mask, batch.token_type_ids)
     target = encode(jax.lax.stop_gradient(frozen), teacher, *inputs, qkv_layers=taught, skip_above=True)
     own = encode(params, student, *inputs, dropout_key=key, qkv_layers=learning, skip_above=True)
-    layers = [relation_loss(t, s, batch.attention_mask, config, batch.weights) for t, s in zip(target.qkv, own.qkv)]
-    parts = {_metric(name): sum(parts[name] for parts, _ in layers) / len(layers) for name in part_names(config)}
-    return parts, layers[0][1]
+    return compare(target.qkv, own.qkv, batch, config)
 
   return parts_of
+
+
+def compare(
+  teacher: Sequence[QKV], student: Sequence[QKV], batch: Batch, config: DistillConfig
+) -> tuple[dict[str, jax.Array], jax.Array]:
+  """MiniLM's losses of pairs of layers: (parts per example, means over the pairs; weight of each example).
+
+  Args:
+    teacher: of the layers that teach.
+    student: of the layers that learn, in the same order.
+    batch: its mask, and the weights of its rows.
+    config: what is compared.
+  """
+  pairs = zip(teacher, student, strict=True)
+  layers = [relation_loss(t, s, batch.attention_mask, config, batch.weights) for t, s in pairs]
+  parts: Any = {_metric(name): sum(p[name] for p, _ in layers) / len(layers) for name in part_names(config)}
+  return parts, layers[0][1]
 
 
 def _metric(part: str) -> str:

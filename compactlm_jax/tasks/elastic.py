@@ -8,8 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
-from compactlm_jax.config import AdaptConfig, Cell
+from compactlm_jax.config import AdaptConfig, Cell, EncoderConfig
+from compactlm_jax.nn.encoder import look_up
+from compactlm_jax.tree import overlaid
 from compactlm_jax.types import Batch, LossFn, Metrics, Params
 
 CellLoss = Callable[[Any, Any, Any, Batch, jax.Array, jax.Array], tuple[jax.Array, Metrics]]
@@ -19,8 +22,10 @@ CellLoss = Callable[[Any, Any, Any, Batch, jax.Array, jax.Array], tuple[jax.Arra
 names in every cell.
 """
 
-Read = Callable[[Params, Batch], Any]
-"""read(params, batch) -> what the cells read in place of the parameters (a tree of floats)."""
+Read = Callable[[Params, Batch, Any], Any]
+"""read(params, batch, shared) -> what the cells read in place of the parameters (a tree of floats)."""
+
+_WORD = ('encoder', 'embeddings', 'word', 'embedding')
 
 Share = Callable[[Params, Any, Batch, jax.Array, jax.Array], tuple[jax.Array, Metrics, Any]]
 """share(params, frozen, batch, key, step) -> (a loss of its own, its metrics, what all cells are given)."""
@@ -51,8 +56,8 @@ def over_cells(
   def loss(params: Params, frozen: Any, batch: Batch, key: jax.Array, step: jax.Array) -> tuple[jax.Array, Metrics]:
     params, attached = jax.lax.stop_gradient(params), params
     keys = jax.random.split(key, len(functions) + 2)
-    tree, pull_back = jax.vjp(lambda p: p if read is None else read(p, batch), params)
     base, found, shared, grads = _shared(share, params, frozen, batch, keys[-1], step)
+    tree, pull_back = jax.vjp(lambda p: p if read is None else read(p, batch, shared), params)
 
     def add(index: int, total: Any) -> tuple[Any, Any]:
       args = (shared, frozen, batch, keys[index], step)
@@ -80,6 +85,33 @@ def _chosen(config: AdaptConfig, count: int, key: jax.Array) -> jax.Array:
     return jnp.arange(count)
   others = 1 + jax.random.permutation(key, count - 2)[: config.random_cells]
   return jnp.concatenate([jnp.array([0]), others, jnp.array([count - 1])])
+
+
+def with_rows(params: Params, encoder: EncoderConfig, input_ids: jax.Array) -> Params:
+  """Parameters with the rows of a batch, [B * T, E], in place of the word table: looked up once for all cells.
+
+  A step then adds one gradient to the table, and not one for each cell.
+
+  Args:
+    params: a tree with 'encoder'.
+    encoder: the full network.
+    input_ids: tokens [B, T] that all cells read.
+  """
+  rows_BTE = look_up(params, encoder, input_ids)
+  tree: Any = rows_BTE.reshape(-1, rows_BTE.shape[-1])
+  for name in reversed(_WORD):
+    tree = {name: tree}
+  return overlaid(params, tree)
+
+
+def rows_of(params: Params, input_ids: jax.Array) -> Float[Array, 'B T E']:
+  """The rows of `with_rows` in a sub-network of its tree, for `encode(word_BTE=...)`.
+
+  Args:
+    params: parameters of a cell.
+    input_ids: the tokens [B, T] that they are rows of.
+  """
+  return params['encoder']['embeddings']['word']['embedding'].reshape(*input_ids.shape, -1)
 
 
 def _shared(share: Share | None, params: Params, *args: Any) -> tuple[jax.Array, Metrics, Any, Any]:

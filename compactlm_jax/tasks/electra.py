@@ -33,23 +33,9 @@ class _Towers(NamedTuple):
   """What the forward pass is made of."""
 
   encoder: EncoderConfig
-  small: EncoderConfig
   config: ElectraConfig
   mask: MaskConfig
   special: SpecialTokens
-
-
-@struct
-class _Outcome:
-  """What both towers said about a batch: values per slot or token, and their weights."""
-
-  mlm_losses_BP: jax.Array
-  mlm_hits_BP: jax.Array
-  slots_BP: jax.Array
-  rtd_losses_BT: jax.Array
-  replaced_BT: jax.Array
-  guessed_BT: jax.Array
-  tokens_BT: jax.Array
 
 
 def make_electra_task(
@@ -79,17 +65,20 @@ def make_electra_task(
     ConfigError: a generator that these fractions cannot make, or special tokens that the vocabulary lacks.
   """
   check_masked_model(encoder, special)
-  towers = _Towers(encoder, config.generator_encoder(encoder), config, mask, special)
+  config.generator_encoder(encoder)  # raises where there is none
+  towers = _Towers(encoder, config, mask, special)
 
   def loss(params: Params, frozen: Any, batch: Batch, key: jax.Array, step: jax.Array) -> tuple[jax.Array, Metrics]:
-    out = _run(towers, params, batch, key, True)
-    metrics = {name: masked_mean(*pair) for name, pair in _measures(out).items()}
+    rows, out = _run(towers, params, batch, key, True)
+    measures = {**generator_measures(rows), **discriminator_measures(out)}
+    metrics = {name: masked_mean(*pair) for name, pair in measures.items()}
     value = config.generator_weight * metrics['mlm_loss'] + config.discriminator_weight * metrics['rtd_loss']
     return value, {**metrics, 'weight': out.tokens_BT.sum()}
 
   def evaluate(params: Params, frozen: Any, batch: Batch) -> dict[str, tuple[jax.Array, jax.Array]]:
-    out = _run(towers, params, batch, evaluation_key(batch), False)
-    sums = {name: masked_sum(*pair) for name, pair in _measures(out).items()}
+    rows, out = _run(towers, params, batch, evaluation_key(batch), False)
+    measures = {**generator_measures(rows), **discriminator_measures(out)}
+    sums = {name: masked_sum(*pair) for name, pair in measures.items()}
     # A discriminator that calls nothing replaced has a precision of 0 there, not an undefined one.
     return {name: (total, jnp.maximum(count, 1e-9)) for name, (total, count) in sums.items()}
 
@@ -108,31 +97,108 @@ def make_electra_task(
   )
 
 
-def _run(towers: _Towers, params: Params, batch: Batch, key: jax.Array, train: bool) -> _Outcome:
-  encoder, small, config, mask, special = towers
-  mask_key, sample_key, *dropout_keys = jax.random.split(key, 4)
-  generator_key, discriminator_key = dropout_keys if train else (None, None)
-  masked = mask_tokens(mask_key, batch.input_ids, batch.attention_mask, mask, special, encoder.vocab_size)
-  logits_BPV = mlm_logits(generator_params(params, config), small, masked, batch, generator_key)
+@struct
+class Corrupted:
+  """Rows with a generator's samples in place of some tokens, and what it lost on them.
+
+  Attributes:
+    fake_BT: the tokens that a discriminator reads.
+    losses_BP: cross-entropy of the generator at its slots.
+    hits_BP: 1 where its likeliest token is the right one.
+    slots_BP: weights of the slots, 0 for those that are not used.
+  """
+
+  fake_BT: jax.Array
+  losses_BP: jax.Array
+  hits_BP: jax.Array
+  slots_BP: jax.Array
+
+
+def corrupt(
+  params: Params,
+  encoder: EncoderConfig,
+  config: ElectraConfig,
+  mask: MaskConfig,
+  special: SpecialTokens,
+  batch: Batch,
+  keys: tuple[jax.Array, jax.Array, jax.Array | None],
+) -> Corrupted:
+  """Hides tokens and lets the generator fill them; nothing flows back through the sampling.
+
+  Args:
+    params: of `make_electra_task`.
+    encoder: the discriminator.
+    config: size of the generator, sharing, sampling.
+    mask: which tokens are hidden.
+    special: ids of the special tokens.
+    batch: the rows.
+    keys: of hiding, of sampling, and of dropout (None without).
+  """
+  masked = mask_tokens(keys[0], batch.input_ids, batch.attention_mask, mask, special, encoder.vocab_size)
+  small = config.generator_encoder(encoder)
+  logits_BPV = mlm_logits(generator_params(params, config), small, masked, batch, keys[2])
   forbidden_BP = masked.ids_BP if config.disallow_correct else None
-  sampled_BP = sample_tokens(sample_key, logits_BPV, temperature=config.temperature, forbidden_BP=forbidden_BP)
+  sampled_BP = sample_tokens(keys[1], logits_BPV, temperature=config.temperature, forbidden_BP=forbidden_BP)
   fake_BT, _ = write_tokens(batch.input_ids, masked.positions_BP, sampled_BP, masked.weights_BP > 0)
-  out = encode(params, encoder, fake_BT, batch.attention_mask, batch.token_type_ids, dropout_key=discriminator_key)
+  return Corrupted(fake_BT, *slot_values(logits_BPV, masked), slots_BP=with_row_weights(masked, batch).weights_BP)
+
+
+@struct
+class Judged:
+  """What a discriminator said about each token, and how much the token counts."""
+
+  losses_BT: jax.Array
+  replaced_BT: jax.Array
+  guessed_BT: jax.Array
+  tokens_BT: jax.Array
+
+
+def judge(
+  params: Params,
+  encoder: EncoderConfig,
+  fake_BT: jax.Array,
+  batch: Batch,
+  dropout_key: jax.Array | None,
+  word_BTE: jax.Array | None = None,
+) -> Judged:
+  """Asks a discriminator which tokens were replaced.
+
+  Args:
+    params: a tree with 'encoder' and 'rtd_head'.
+    encoder: its configuration.
+    fake_BT: what it reads.
+    batch: the original rows.
+    dropout_key: None for evaluation.
+    word_BTE: see `encode`.
+  """
+  rows = (fake_BT, batch.attention_mask, batch.token_type_ids)
+  out = encode(params, encoder, *rows, dropout_key=dropout_key, word_BTE=word_BTE)
   logits_BT = jnp.asarray(RtdHead(encoder).apply({'params': params['rtd_head']}, out.last_BTD))
   replaced_BT = fake_BT != batch.input_ids
   tokens_BT = batch.attention_mask.astype(jnp.float32)
-  return _Outcome(
-    *slot_values(logits_BPV, masked),
-    slots_BP=with_row_weights(masked, batch).weights_BP,
-    rtd_losses_BT=replaced_token_loss(logits_BT, replaced_BT),
+  return Judged(
+    losses_BT=replaced_token_loss(logits_BT, replaced_BT),
     replaced_BT=replaced_BT.astype(jnp.float32),
     guessed_BT=(logits_BT > 0).astype(jnp.float32),
     tokens_BT=tokens_BT if batch.weights is None else tokens_BT * batch.weights[:, None],
   )
 
 
-def _measures(out: _Outcome) -> dict[str, tuple[jax.Array, jax.Array]]:
-  """Metric -> (values, weights), to be averaged."""
+def _run(towers: _Towers, params: Params, batch: Batch, key: jax.Array, train: bool) -> tuple[Corrupted, Judged]:
+  mask_key, sample_key, *dropout_keys = jax.random.split(key, 4)
+  generator_key, discriminator_key = dropout_keys if train else (None, None)
+  keys = (mask_key, sample_key, generator_key)
+  rows = corrupt(params, towers.encoder, towers.config, towers.mask, towers.special, batch, keys)
+  return rows, judge(params, towers.encoder, rows.fake_BT, batch, discriminator_key)
+
+
+def generator_measures(rows: Corrupted) -> dict[str, tuple[jax.Array, jax.Array]]:
+  """Metric of the generator -> (values, weights), to be averaged."""
+  return {'mlm_loss': (rows.losses_BP, rows.slots_BP), 'mlm_accuracy': (rows.hits_BP, rows.slots_BP)}
+
+
+def discriminator_measures(out: Judged) -> dict[str, tuple[jax.Array, jax.Array]]:
+  """Metric of a discriminator -> (values, weights), to be averaged."""
   right_BT = (out.guessed_BT == out.replaced_BT).astype(jnp.float32)
   weights = {
     'precision_replaced': out.guessed_BT,
@@ -141,9 +207,7 @@ def _measures(out: _Outcome) -> dict[str, tuple[jax.Array, jax.Array]]:
     'recall_original': 1 - out.replaced_BT,
   }
   return {
-    'mlm_loss': (out.mlm_losses_BP, out.slots_BP),
-    'mlm_accuracy': (out.mlm_hits_BP, out.slots_BP),
-    'rtd_loss': (out.rtd_losses_BT, out.tokens_BT),
+    'rtd_loss': (out.losses_BT, out.tokens_BT),
     'rtd_accuracy': (right_BT, out.tokens_BT),
     'replaced_fraction': (out.replaced_BT, out.tokens_BT),
     **{name: (right_BT, out.tokens_BT * chosen_BT) for name, chosen_BT in weights.items()},

@@ -67,7 +67,7 @@ def test_what_is_shared_is_computed_once_and_has_a_loss_of_its_own():
   """Its loss is added whole under 'mean' too. Mutation: let gradients into what is shared."""
   count = {'read': 0, 'share': 0}
 
-  def read(params, batch):
+  def read(params, batch, shared):
     count['read'] += 1
     return {**params, 'a': jnp.square(params['a'])}
 
