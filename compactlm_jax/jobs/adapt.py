@@ -1,4 +1,4 @@
-"""Jobs that make networks adaptive: a stage of DynaBERT on labelled rows."""
+"""Jobs that make networks adaptive: a stage of DynaBERT on labelled rows, or elastic pre-training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from compactlm_jax.compress.subnet import subnet_config
-from compactlm_jax.config import SQUAD, EncoderConfig, RunConfig, cells
+from compactlm_jax.config import SQUAD, EncoderConfig, RunConfig, cells, from_config_dict
 from compactlm_jax.data.batches import Batches
 from compactlm_jax.data.glue_tasks import glue_task
 from compactlm_jax.data.source import RowSource
@@ -21,6 +21,7 @@ from compactlm_jax.interop.bundle import Bundle
 from compactlm_jax.jobs.adapt_best import BestCells
 from compactlm_jax.jobs.adapt_importance import rewired
 from compactlm_jax.jobs.data import JobData
+from compactlm_jax.jobs.distill import distill_job
 from compactlm_jax.jobs.finetune import (
   Labelled,
   check_labels,
@@ -31,6 +32,7 @@ from compactlm_jax.jobs.finetune import (
 )
 from compactlm_jax.jobs.grid_rows import cell_scores
 from compactlm_jax.jobs.models import load_model, params_digest, tokenizer_of
+from compactlm_jax.jobs.pretrain import electra_job, mlm_job
 from compactlm_jax.jobs.start import starting_model
 from compactlm_jax.tasks.adapt import make_adapt_task, terms
 from compactlm_jax.tasks.finetune import SentenceModel, make_finetune_task
@@ -47,7 +49,7 @@ class AdaptJob:
     task: losses and evaluation of all cells.
     data: its rows; held-out rows are scored for each cell.
     keeper: of the best networks, and of the grid.
-    identity: 'start', the digest of the weights that it starts from.
+    identity: 'start', the digest of the fine-tuned weights that it starts from.
   """
 
   task: Task
@@ -57,8 +59,9 @@ class AdaptJob:
 
 
 def adapt_job(config: RunConfig) -> AdaptJob:
-  """The last stage of `config.adapt.stages`, from `config.model`, or from `config.teacher` if none is named.
+  """Elastic pre-training (`config.adapt.base`), or the last of `config.adapt.stages` on labelled rows.
 
+  A stage starts from `config.model`, or from `config.teacher` if none is named.
   'width' starts from a fine-tuned model, rewired, which learns from `config.teacher`; 'depth' from a network of the
   stage before, which is its teacher too; 'final' from such a network, on labels. Without tables the rows are generated
   and the model may be left out: a random one is then trained, on labels (`adapt.width_loss`) and by itself.
@@ -67,6 +70,8 @@ def adapt_job(config: RunConfig) -> AdaptJob:
     ConfigError, DataError: fields, weights or files that do not fit.
   """
   stage, adapt = config.adapt.stages[-1], config.adapt
+  if adapt.base != 'finetune':
+    return _pretraining(config)
   if config.finetune.benchmark in SQUAD:
     raise ConfigError(
       f'config.finetune.benchmark: {config.finetune.benchmark}: adaptive networks are trained for classes and scores, '
@@ -95,6 +100,16 @@ def adapt_job(config: RunConfig) -> AdaptJob:
   metric, keep = rows.metrics[0], adapt.keep_best and len(evals) > 0
   keeper = BestCells(grid, encoder, task.model, metric, metric != 'mse', data.tokenizer, config.data.seq_len, keep)
   return AdaptJob(task, data, keeper, {'start': params_digest(bundle.params)})
+
+
+def _pretraining(config: RunConfig) -> AdaptJob:
+  """All cells on the objective of `adapt.base`; compared by their loss."""
+  task, data = {'mlm': mlm_job, 'electra': electra_job, 'distill': distill_job}[config.adapt.base](config)
+  encoder = from_config_dict(EncoderConfig, task.model['encoder'], 'encoder.')
+  _check_cells(config, encoder)
+  keep, grid = config.adapt.keep_best and len(data.evals) > 0, cells(config.adapt, encoder)
+  keeper = BestCells(grid, encoder, task.model, 'loss', False, data.tokenizer, data.train.seq_len, keep)
+  return AdaptJob(task, data, keeper, {})
 
 
 def _check_cells(config: RunConfig, encoder: EncoderConfig) -> None:

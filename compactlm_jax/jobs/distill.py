@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import jax
 
@@ -12,6 +14,7 @@ from compactlm_jax.jobs.data import JobData, generated, prepared
 from compactlm_jax.jobs.models import load_model, tokenizer_of
 from compactlm_jax.nn.encoder import init_encoder
 from compactlm_jax.tasks.distill import make_distill_task
+from compactlm_jax.tasks.elastic_pretrain import make_elastic_distill_task
 from compactlm_jax.types import Task
 
 
@@ -27,7 +30,7 @@ def distill_job(config: RunConfig) -> tuple[Task, JobData]:
   data = prepared(config, fingerprint, teacher.tokenizer)
   start = load_model(config.model) if config.model else None
   student = start.config.with_run_options(config.encoder) if start else config.encoder
-  task = make_distill_task(
+  task = _maker(config)(
     student,
     teacher.config,
     teacher.params,
@@ -39,6 +42,13 @@ def distill_job(config: RunConfig) -> tuple[Task, JobData]:
   return task, data
 
 
+def _maker(config: RunConfig) -> Callable[..., Task]:
+  """What makes the task: of one student, or of one whose sub-networks all learn."""
+  return (
+    functools.partial(make_elastic_distill_task, adapt=config.adapt) if config.task == 'adapt' else make_distill_task
+  )
+
+
 def _distill_generated(config: RunConfig) -> tuple[Task, JobData]:
   """A random teacher, twice as deep: for trying the machinery without any file."""
   if config.data.path:
@@ -47,4 +57,4 @@ def _distill_generated(config: RunConfig) -> tuple[Task, JobData]:
   # Wide kernels: a fresh teacher's relations are almost uniform, and there would be nothing to learn.
   deeper = dataclasses.replace(deeper, initializer_range=0.1)
   teacher = init_encoder(deeper, jax.random.key(config.seed + 1))
-  return make_distill_task(config.encoder, deeper, teacher, config.distill), generated(config)
+  return _maker(config)(config.encoder, deeper, teacher, config.distill), generated(config)

@@ -1,4 +1,4 @@
-"""Jobs that pre-train: replaced-token detection, masked and causal language modelling."""
+"""Jobs that pre-train: replaced-token detection, masked and causal language modelling; the first two elastic too."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from compactlm_jax.interop.pretrained import electra_start, mlm_start
 from compactlm_jax.interop.tokenizer_files import read_tokenizer
 from compactlm_jax.jobs.data import JobData, generated, prepared
 from compactlm_jax.jobs.models import load_generator, load_model, tokenizer_folder, tokenizer_of
+from compactlm_jax.tasks.elastic_pretrain import make_elastic_electra_task, make_elastic_mlm_task
 from compactlm_jax.tasks.electra import make_electra_task
 from compactlm_jax.tasks.lm import make_lm_task
 from compactlm_jax.tasks.mlm import make_mlm_task
@@ -37,6 +38,8 @@ def electra_job(config: RunConfig) -> tuple[Task, JobData]:
   start, fresh = electra_start(found, generator, encoder, small, config.electra.sharing)
   if found or generator:
     _report(fresh)
+  if config.task == 'adapt':
+    return make_elastic_electra_task(encoder, config.electra, config.mask, special, config.adapt, start), data
   return make_electra_task(encoder, config.electra, config.mask, special, start), data
 
 
@@ -61,7 +64,10 @@ def mlm_job(config: RunConfig) -> tuple[Task, JobData]:
   """
   data, special = _rows(config)
   found, encoder = _encoder(config, data)
-  return make_mlm_task(encoder, config.mask, special, _start(found, encoder)), data
+  start = _start(found, encoder)
+  if config.task == 'adapt':
+    return make_elastic_mlm_task(encoder, config.mask, special, config.adapt, start), data
+  return make_mlm_task(encoder, config.mask, special, start), data
 
 
 def lm_job(config: RunConfig) -> tuple[Task, JobData]:

@@ -24,8 +24,14 @@ from compactlm_jax.nn.encoder import encoder_shapes
 from compactlm_jax.nn.heads import Classifier
 from compactlm_jax.nn.span import SpanHead
 from compactlm_jax.parallel import batch_sharding, check_batch_size, param_shardings, state_shardings
+from compactlm_jax.plan.flops import objective_of
 from compactlm_jax.tasks.adapt import make_adapt_task
 from compactlm_jax.tasks.distill import check_distill, make_distill_task
+from compactlm_jax.tasks.elastic_pretrain import (
+  make_elastic_distill_task,
+  make_elastic_electra_task,
+  make_elastic_mlm_task,
+)
 from compactlm_jax.tasks.electra import make_electra_task
 from compactlm_jax.tasks.finetune import make_finetune_task
 from compactlm_jax.tasks.lm import make_lm_task
@@ -85,7 +91,7 @@ def resolve(config: RunConfig) -> Plan:
     )
   config = dataclasses.replace(config, encoder=encoder)
   teacher = None
-  if config.task == 'distill':
+  if objective_of(config) == 'distill':
     teacher, assumed = _teacher(config)
     notes += assumed
   if config.labelled and config.teacher:
@@ -189,7 +195,7 @@ def make_task(plan: Plan, teacher_params: Params | None) -> Task:
       learning_rate=learning_rate_schedule(config.optimizer, steps),
     )
   if config.task == 'adapt':
-    return _adapt_task(plan, teacher_params)
+    return _adapt_task(plan, teacher_params) if config.labelled else _elastic_task(plan, teacher_params)
   if config.task == 'finetune':
     return _labelled_task(plan, teacher_params)
   if config.task == 'electra':
@@ -214,6 +220,17 @@ def _adapt_task(plan: Plan, teacher_params: Params | None) -> Task:
     teacher=None if plan.teacher is None or teacher_params is None else (teacher_params, plan.teacher),
     distill=config.distill,
   )
+
+
+def _elastic_task(plan: Plan, teacher_params: Params | None) -> Task:
+  """The task of elastic pre-training."""
+  config = plan.config
+  if config.adapt.base == 'mlm':
+    return make_elastic_mlm_task(config.encoder, config.mask, _SPECIAL, config.adapt)
+  if config.adapt.base == 'electra':
+    return make_elastic_electra_task(config.encoder, config.electra, config.mask, _SPECIAL, config.adapt)
+  assert plan.teacher is not None and teacher_params is not None
+  return make_elastic_distill_task(config.encoder, plan.teacher, teacher_params, config.distill, config.adapt)
 
 
 def _labelled_task(plan: Plan, teacher_params: Params | None) -> Task:

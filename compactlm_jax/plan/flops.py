@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 
 from compactlm_jax.compress.subnet import subnet_config
-from compactlm_jax.config import SQUAD, Cell, EncoderConfig, RunConfig, cells
+from compactlm_jax.config import SQUAD, Cell, EncoderConfig, OptimizerConfig, RunConfig, cells
 from compactlm_jax.nn.flops import encoder_flops, layer_flops, mlm_head_flops, span_head_flops
 from compactlm_jax.tasks.distill import layer_pairs
 
@@ -25,6 +25,10 @@ def model_flops(config: RunConfig, teacher: EncoderConfig | None = None) -> floa
     config: the run as `plan.abstract.resolve` has it: the trained encoder, the number of classes.
     teacher: of distillation, or of fine-tuning.
   """
+  if config.task == 'adapt':
+    return config.batch_size * (
+      _adaptive_flops(config, teacher) if config.labelled else _elastic_flops(config, teacher)
+    )
   rows, length, encoder = config.batch_size, config.data.seq_len, config.encoder
   own = length * encoder_flops(encoder, length)
   if config.task == 'electra':
@@ -35,8 +39,6 @@ def model_flops(config: RunConfig, teacher: EncoderConfig | None = None) -> floa
     return TRAINED * rows * (own + config.mask.slots(length) * mlm_head_flops(encoder))
   if config.task == 'lm':
     return TRAINED * rows * (own + (length - 1) * mlm_head_flops(encoder))
-  if config.task == 'adapt' and config.labelled:
-    return rows * _adaptive_flops(config, teacher)
   if config.labelled:
     trained = own + _head_flops(encoder, config, config.finetune.pooled)
     if teacher is None:
@@ -64,14 +66,51 @@ def _adaptive_flops(config: RunConfig, teacher: EncoderConfig | None) -> float:
   if adapt.term == 'relations' and teacher is not None:
     # The relations themselves; the teacher's are made anew for each cell.
     costs = [c + TRAINED * _pairs_flops(s, config) + _pairs_flops(teacher, config) for c, s in zip(costs, sizes)]
-  others = costs[1:-1]
-  if adapt.sampling == 'sandwich' and adapt.random_cells < len(others):
-    costs = [costs[0], costs[-1], adapt.random_cells * sum(others) / len(others)]
+  trained = _of_a_step(costs, config)
   if teacher is None:
-    return sum(costs)
+    return trained
   same = stage == 'depth' and adapt.depth_teacher == 'same_width'
   taught = {subnet_config(teacher, Cell(cell.width, 1.0, cell.hidden)) for cell in grid} if same else {teacher}
-  return sum(costs) + sum(forward(own, own.pooler) for own in taught)
+  return trained + sum(forward(own, own.pooler) for own in taught)
+
+
+def _elastic_flops(config: RunConfig, teacher: EncoderConfig | None) -> float:
+  """FLOPs of a row of elastic pre-training: its cells, and once what they share (a generator, a teacher)."""
+  alone = dataclasses.replace(config, task=objective_of(config), batch_size=1, optimizer=OptimizerConfig())
+  shared = 0.0
+  if alone.task == 'electra':
+    small = config.electra.generator_encoder(config.encoder)
+    length, slots = config.data.seq_len, config.mask.slots(config.data.seq_len)
+    shared = TRAINED * (length * encoder_flops(small, length) + slots * mlm_head_flops(small))
+  elif teacher is not None:
+    taught, _ = layer_pairs(config.encoder, teacher, config.distill)
+    shared = _relations_flops(teacher, config, tuple(taught))
+  own = [
+    dataclasses.replace(alone, encoder=subnet_config(config.encoder, cell))
+    for cell in cells(config.adapt, config.encoder)
+  ]
+  if alone.task == 'electra':
+    length = config.data.seq_len
+    costs = [
+      TRAINED * length * (encoder_flops(e, length) + 2 * e.hidden_size * (e.hidden_size + 1))
+      for e in (run.encoder for run in own)
+    ]
+  else:
+    costs = [model_flops(run, teacher) - shared for run in own]
+  return _of_a_step(costs, config) + shared
+
+
+def _of_a_step(costs: list[float], config: RunConfig) -> float:
+  """The sum over the cells that a step trains, on average."""
+  others, adapt = costs[1:-1], config.adapt
+  if adapt.sampling == 'sandwich' and adapt.random_cells < len(others):
+    return costs[0] + costs[-1] + adapt.random_cells * sum(others) / len(others)
+  return sum(costs)
+
+
+def objective_of(config: RunConfig) -> str:
+  """The task whose loss a step minimises: of an adaptive network that of each of its sub-networks."""
+  return config.adapt.base if config.task == 'adapt' else config.task
 
 
 def _head_flops(encoder: EncoderConfig, config: RunConfig, pooled: bool) -> float:
