@@ -1,7 +1,11 @@
-"""What a model does with one sentence: attention, value relations and convolution kernels, token by token."""
+"""What a model does with one sentence: attention, value relations and convolution kernels, token by token.
+
+And what heads that are left of a larger network do, beside those that it had.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -11,6 +15,7 @@ from jaxtyping import Array, Float
 
 from compactlm_jax.analysis.concentration import attention_probabilities
 from compactlm_jax.analysis.statistics import Model, value_relation
+from compactlm_jax.compress.subnet import kept_layers
 from compactlm_jax.config import EncoderConfig
 from compactlm_jax.nn.attention import SpanDynamicConv
 from compactlm_jax.nn.encoder import encode
@@ -56,6 +61,45 @@ def _maps(config: EncoderConfig, params: Params, ids_1T: Array) -> Maps:
   kernels = params['encoder']['layers']['attention']['conv']
   taps = [_taps(config, _at(kernels, i), out.hidden_NBTD[i], qkv.q_BTHK) for i, qkv in enumerate(out.qkv)]
   return Maps(jnp.stack(attention), jnp.stack(values), jnp.stack(taps))
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadMatch:
+  """A layer of a network before heads were cut, and the layer that was left of it.
+
+  Attributes:
+    layer: 1-based, in the larger network.
+    small_layer: 1-based, in the smaller one.
+    overlap_gH: attention that a remaining head (row) and a head of the larger network (column) have in common:
+      sum over keys of the smaller probability, mean over queries; 1 is the same map.
+  """
+
+  layer: int
+  small_layer: int
+  overlap_gH: np.ndarray
+
+
+def cut_heads(large: EncoderConfig, small: EncoderConfig) -> bool:
+  """Whether `small` could be what is left of `large` after heads or layers were cut: heads of the same size."""
+  fewer = (small.num_heads, small.num_layers) != (large.num_heads, large.num_layers)
+  none_more = small.num_heads <= large.num_heads and small.num_layers <= large.num_layers
+  return fewer and none_more and small.head_size == large.head_size
+
+
+def matched_heads(large: Maps, small: Maps) -> tuple[HeadMatch, ...]:
+  """For each layer of a sub-network the layer that it was cut from (`compress.subnet.kept_layers`), head by head.
+
+  Args:
+    large: of the larger network, on the same sentence.
+    small: of what is left of it (`cut_heads`).
+  """
+  layers, kept = len(small.attention_NHTT), len(large.attention_NHTT)
+  found = []
+  for number, source in enumerate(kept_layers(kept, layers / kept)):
+    own_gTT, whole_HTT = np.asarray(small.attention_NHTT[number]), np.asarray(large.attention_NHTT[source])
+    shared = np.minimum(own_gTT[:, None], whole_HTT[None]).sum(-1).mean(-1)
+    found.append(HeadMatch(source + 1, number + 1, shared))
+  return tuple(found)
 
 
 def _at(params: Params, layer: int) -> Params:

@@ -52,6 +52,58 @@ def attention_picture(attention_HTT: np.ndarray, tokens: Sequence[str], title: s
   return _token_maps(panels, tokens, title, 'attention probability', vmax=1.0)
 
 
+def cut_picture(
+  before_HTT: np.ndarray, after_gTT: np.ndarray, overlap_gH: np.ndarray, tokens: Sequence[str], title: str
+) -> bytes:
+  """A layer before and after heads were cut: all of its heads, then those that are left, then how alike they are.
+
+  Args:
+    before_HTT: attention of the larger network's heads.
+    after_gTT: of the heads that are left.
+    overlap_gH: attention that they have in common, a row for each head that is left.
+    tokens: of the sentence.
+    title: of the picture.
+  """
+  shown, columns = min(len(tokens), MAX_TOKENS), max(_COLUMNS, math.ceil(len(before_HTT) / 3))
+  side, labels = max(1.7, 0.2 + 0.105 * shown), _labels(tokens)
+  rows = [math.ceil(len(maps) / columns) for maps in (before_HTT, after_gTT)]
+  tall = 0.7 + 0.24 * len(after_gTT) + 0.5
+  with _canvas((columns * side + 1.2, sum(rows) * (side + 0.25) + tall + 2.2), _with_count(title, tokens)) as made:
+    figure, done = made
+    heights = [rows[0] * side + 0.9, rows[1] * side + 0.9, tall]
+    bands: Any = figure.subfigures(3, 1, height_ratios=heights)
+    upper, middle, lower = bands
+    parts = ((upper, before_HTT, rows[0], 'before: head'), (middle, after_gTT, rows[1], 'after: head'))
+    for part, maps, count, name in parts:
+      axes = list(part.subplots(count, columns, squeeze=False).flat)
+      for number, (axis, map_TT) in enumerate(zip(axes, maps)):
+        image = axis.imshow(map_TT[:shown, :shown], cmap='Blues', vmin=0, vmax=1)
+        most = f', most like {overlap_gH[number].argmax() + 1}' if maps is after_gTT else ''
+        axis.set_title(f'{name} {number + 1}{most}', fontsize=8)
+        left, bottom = number % columns == 0, number + columns >= len(maps)
+        axis.set_xticks(range(shown), labels if bottom else [], rotation=90, fontsize=6, parse_math=False)
+        axis.set_yticks(range(shown), labels if left else [], fontsize=6, parse_math=False)
+        axis.tick_params(length=1.2, pad=1.2)
+      for axis in axes[len(maps) :]:
+        axis.remove()
+      _bar(part, image, axes[: len(maps)], 'attention probability')
+    _overlap(lower, overlap_gH)
+  return done.getvalue()
+
+
+def _overlap(figure: Any, overlap_gH: np.ndarray) -> None:
+  """A heat map of heads that are left (rows) and heads that were there (columns)."""
+  axis = figure.subplots()
+  image = axis.imshow(overlap_gH, cmap='viridis', vmin=0, vmax=1, aspect='auto')
+  for (row, column), number in np.ndenumerate(overlap_gH):
+    axis.text(column, row, f'{number:.2f}', ha='center', va='center', fontsize=6.5, color='wk'[int(number > 0.6)])
+  axis.set_xticks(range(overlap_gH.shape[1]), range(1, overlap_gH.shape[1] + 1), fontsize=7)
+  axis.set_yticks(range(overlap_gH.shape[0]), range(1, overlap_gH.shape[0] + 1), fontsize=7)
+  axis.set_xlabel('head before', fontsize=8)
+  axis.set_ylabel('head after', fontsize=8)
+  _bar(figure, image, [axis], 'attention in common')
+
+
 def relation_picture(values_NTT: np.ndarray, tokens: Sequence[str], title: str) -> bytes:
   """Value relations of all layers on one sentence, heads averaged, a panel each; one scale for all.
 
@@ -248,22 +300,28 @@ def _figure(
   panels: int, size: tuple[float, float], title: str, columns: int = _COLUMNS
 ) -> Iterator[tuple[Figure, list[Axes], io.BytesIO]]:
   """(figure, one pair of axes per panel, where the PNG is written at the end); `size` of a panel is in inches."""
+  columns = min(columns, panels)
+  rows = math.ceil(panels / columns)
+  with _canvas((columns * size[0] + 0.8, rows * size[1] + 0.5), title) as (figure, done):
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for unused in axes[panels:]:
+      unused.remove()
+    yield figure, axes[:panels], done
+
+
+@contextlib.contextmanager
+def _canvas(size: tuple[float, float], title: str) -> Iterator[tuple[Figure, io.BytesIO]]:
+  """(an empty figure of so many inches, where the PNG is written at the end)."""
   require_matplotlib()
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
   from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-  columns = min(columns, panels)
-  rows = math.ceil(panels / columns)
-  width = columns * size[0] + 0.8
-  figure = Figure((width, rows * size[1] + 0.5), _DPI, layout=ConstrainedLayoutEngine(h_pad=0.08))
+  figure = Figure(size, _DPI, layout=ConstrainedLayoutEngine(h_pad=0.08))
   canvas, done = FigureCanvasAgg(figure), io.BytesIO()
-  axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-  for unused in axes[panels:]:
-    unused.remove()
-  font = 10 if width < 10 else 12
-  figure.suptitle(textwrap.fill(title, int(width * 120 / font)), fontsize=font, parse_math=False)
-  yield figure, axes[:panels], done
+  font = 10 if size[0] < 10 else 12
+  figure.suptitle(textwrap.fill(title, int(size[0] * 120 / font)), fontsize=font, parse_math=False)
+  yield figure, done
   with warnings.catch_warnings():  # tokens of scripts that the font lacks are drawn as boxes
     warnings.filterwarnings('ignore', 'Glyph', UserWarning)
     canvas.print_png(done)

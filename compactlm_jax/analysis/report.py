@@ -12,7 +12,7 @@ import numpy as np
 from compactlm_jax.analysis import plots
 from compactlm_jax.analysis.components import Component
 from compactlm_jax.analysis.concentration import RADIUS
-from compactlm_jax.analysis.maps import Maps
+from compactlm_jax.analysis.maps import Maps, cut_heads, matched_heads
 from compactlm_jax.analysis.sparsity import Sparsity
 from compactlm_jax.analysis.statistics import Findings, Heads, Model
 
@@ -101,7 +101,7 @@ def draw(analysis: Analysis) -> dict[str, tuple[bytes, str]]:
   heads = (analysis.findings.heads, analysis.findings.other_heads)
   for subject, sums in zip(analysis.subjects, heads):
     pictures |= _draw_subject(subject, sums, analysis.tokens)
-  pictures |= _draw_pairs(analysis) | _draw_sparsity(analysis)
+  pictures |= _draw_pairs(analysis) | _draw_cut(analysis) | _draw_sparsity(analysis)
   rows, length = analysis.timed
   title = f'Cost of the parts, a batch of {rows} x {length} tokens'
   pictures['components.png'] = (
@@ -162,6 +162,29 @@ def _draw_pairs(analysis: Analysis) -> dict[str, tuple[bytes, str]]:
       f'Linear CKA of hidden states between every two layers of {both}; 1 is alike up to rotation and scale.',
     ),
   }
+
+
+def _draw_cut(analysis: Analysis) -> dict[str, tuple[bytes, str]]:
+  """Each layer before and after heads were cut, where one model could be a sub-network of the other."""
+  if len(analysis.subjects) < 2:
+    return {}
+  pictures: dict[str, tuple[bytes, str]] = {}
+  for large, small in (analysis.subjects, analysis.subjects[::-1]):
+    if not cut_heads(large.model.config, small.model.config):
+      continue
+    for match in matched_heads(large.maps, small.maps):
+      before_HTT, after_gTT = (
+        np.asarray(subject.maps.attention_NHTT[layer - 1])
+        for subject, layer in ((large, match.layer), (small, match.small_layer))
+      )
+      title = f'Heads of layer {match.layer} of {large.name}, and of layer {match.small_layer} of {small.name}'
+      pictures[f'cut_layer_{match.small_layer:02d}.png'] = (
+        plots.cut_picture(before_HTT, after_gTT, match.overlap_gH, analysis.tokens, title),
+        f'Self-attention of layer {match.layer} of {large.name} before heads were cut, of what is left of it in layer '
+        f'{match.small_layer} of {small.name}, and the attention that every two of their heads have in common on this '
+        'sentence: a head that is like several of them does what they did.',
+      )
+  return pictures
 
 
 def _draw_sparsity(analysis: Analysis) -> dict[str, tuple[bytes, str]]:

@@ -1,11 +1,13 @@
 """Maps of one sentence: attention against the formula, kernels against what the convolution does with them."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compactlm_jax.analysis.maps import sentence_maps
+from compactlm_jax.analysis.maps import Maps, cut_heads, matched_heads, sentence_maps
 from compactlm_jax.analysis.statistics import analysed
 from compactlm_jax.config import EncoderConfig
 from compactlm_jax.nn.attention import SpanDynamicConv
@@ -65,3 +67,38 @@ def test_a_model_without_convolution_has_no_kernels():
   config = EncoderConfig(hidden_size=8, num_layers=1, num_heads=2, vocab_size=40, max_positions=8)
   params = map_named(lambda _, leaf: jnp.ones(leaf.shape), encoder_shapes(config))
   assert sentence_maps(analysed(params, config), [1, 2]).taps_NHTW is None
+
+
+def test_heads_that_are_left_are_compared_with_those_of_their_own_layer():
+  """Two of four layers (the first and the third) and one of three heads, which mixes two of them: half of each.
+
+  Mutations: the first two layers; overlap of keys in place of queries; rows and columns exchanged.
+  """
+  rng = np.random.default_rng(0)
+  before = rng.dirichlet(np.full(5, 0.05), (4, 3, 5))  # [N, H, T, T]: each query has a key or two of its own
+  mixed = 0.5 * before[[0, 2], 0] + 0.5 * before[[0, 2], 2]
+  after = np.stack([mixed, before[[0, 2], 1]], 1)
+  blank = np.zeros((4, 5, 5))
+  found = matched_heads(Maps(before, blank), Maps(after, blank[:2]))
+  assert [(match.layer, match.small_layer) for match in found] == [(1, 1), (3, 2)]
+  for match in found:
+    for head, other in np.ndindex(2, 3):
+      own, whole = after[match.small_layer - 1, head], before[match.layer - 1, other]
+      shared = np.mean([sum(min(p, q) for p, q in zip(*rows)) for rows in zip(own, whole)])
+      np.testing.assert_allclose(match.overlap_gH[head, other], shared, rtol=1e-6)
+    assert match.overlap_gH[1].argmax() == 1 and match.overlap_gH[1, 1] == pytest.approx(1)
+    assert min(match.overlap_gH[0, [0, 2]]) >= 0.5 - 1e-9 > match.overlap_gH[0, 1]
+
+
+def test_what_could_have_been_cut_out_of_what():
+  """Mutations: equal sizes; heads of another size; more layers."""
+  full = EncoderConfig(hidden_size=16, num_layers=4, num_heads=4, vocab_size=40, max_positions=8)
+
+  def changed(**fields):
+    return dataclasses.replace(full, **fields)
+
+  assert cut_heads(full, changed(num_heads=2)) and cut_heads(full, changed(num_layers=3))
+  assert cut_heads(full, changed(num_heads=2, hidden_size=8))
+  assert not cut_heads(full, full) and not cut_heads(changed(num_heads=2), full)
+  assert not cut_heads(full, changed(num_heads=2, head_size=8))
+  assert not cut_heads(full, changed(num_heads=2, num_layers=5))

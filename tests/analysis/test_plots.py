@@ -39,6 +39,29 @@ def test_queries_are_rows_and_keys_are_columns():
   assert len(found) > 50 and found[:, 0].max() < 0.3 and found[:, 1].min() > 0.5
 
 
+def test_a_cut_layer_shows_all_heads_and_those_that_are_left():
+  """Each head adds as many dark pixels, those that are left lie lower; common attention is bright where it is whole.
+
+  Mutations: draw the first heads twice; leave out the last head; leave out the map of common attention.
+  """
+  dark = np.array([0.03137, 0.18824, 0.41961])  # the last colour of 'Blues'
+
+  def drawn(shown, common):
+    maps = np.zeros((7, 7, 7))
+    maps[list(shown), 0, 6] = 1.0
+    return plots.cut_picture(maps[:5], maps[5:], common, TOKENS, 'x')
+
+  nothing, common = np.zeros((2, 5)), np.eye(2, 5)
+  frame = {tuple(place) for place in places(drawn((), nothing), dark)}  # of the colour bars
+  cells = [[p for p in places(drawn([head], nothing), dark) if tuple(p) not in frame] for head in (0, 4, 5, 6)]
+  assert min(map(len, cells)) > 50
+  tops = [min(row for row, _ in cell) for cell in cells]
+  assert tops[0] < tops[1] < tops[2] == pytest.approx(tops[3], abs=0.01)
+  yellow = np.array([0.99325, 0.90616, 0.14394])  # the last colour of 'viridis'
+  before, after = (len(places(drawn((), found), yellow)) for found in (nothing, common))
+  assert after - before > 500
+
+
 def test_taps_beyond_the_sentence_are_grey():
   """Mutation: draw them as 0."""
   taps_HTW = np.full((2, 7, 9), 1 / 9)

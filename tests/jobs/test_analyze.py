@@ -12,13 +12,14 @@ from tiny import ENCODER
 
 from compactlm_jax import cli
 from compactlm_jax.analysis.report import KEYS
-from compactlm_jax.config import EncoderConfig
+from compactlm_jax.config import Cell, EncoderConfig
 from compactlm_jax.data.tokenizer import train_wordpiece
 from compactlm_jax.errors import DataError
 from compactlm_jax.interop.bundle import Bundle, save_pretrained
 from compactlm_jax.interop.folder import open_folder
 from compactlm_jax.interop.tokenizer_files import read_tokenizer
-from compactlm_jax.jobs import analyze
+from compactlm_jax.jobs import analyze, load_model
+from compactlm_jax.jobs.grid import cell_bundle
 from compactlm_jax.nn.encoder import encoder_shapes
 from compactlm_jax.tree import map_named
 
@@ -212,6 +213,21 @@ def test_refusals(files, tmp_path, capsys, monkeypatch, flags, code, message):
   assert got == code if code else got in (65, 78)
   assert 'Traceback' not in said and re.search(message, said), said
   assert not (tmp_path / 'out').exists()
+
+
+def test_a_sub_network_is_drawn_beside_what_it_was_cut_from(files, tmp_path):
+  """Whichever is named first. Mutations: no picture if it is the first; the layers of the other one."""
+  cut, output = tmp_path / 'cut', tmp_path / 'out'
+  save_pretrained(cell_bundle(load_model(str(files / 'plain')), Cell(0.5, 0.5)), cut)
+  flags = [f'--model={cut}', f'--compare={files / "plain"}', f'--text={files / "text.txt"}', f'--output={output}']
+  assert cli.main(['analyze', *flags]) == 0
+  found = strict(output / 'analysis.json')
+  drawn = [name for name in found['pictures'] if name.startswith('cut_')]
+  assert drawn == ['cut_layer_01.png'] and (output / drawn[0]).read_bytes().startswith(b'\x89PNG')
+  assert 'layer 1 of plain before heads were cut' in found['pictures'][drawn[0]]
+  sizes = {role: (model['heads'], model['layers']) for role, model in found['models'].items()}
+  assert sizes == {'model': (1, 1), 'compare': (2, 2)}
+  assert np.shape(found['layer_pairs']['attention_kl']) == (2, 1)
 
 
 def test_rows_are_batched_once_each_in_few_shapes(files):
