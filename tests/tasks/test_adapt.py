@@ -1,0 +1,282 @@
+"""DynaBERT's stages: parity with a PyTorch BERT that is sliced by hand, options, teachers, evaluation, refusals."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import STILL
+
+from compactlm_jax.compress.subnet import subnet, subnet_config
+from compactlm_jax.config import AdaptConfig, Cell, DistillConfig, FinetuneConfig
+from compactlm_jax.data.batches import Batches
+from compactlm_jax.data.synthetic import synthetic_table
+from compactlm_jax.errors import ConfigError
+from compactlm_jax.losses.adapt import hidden_mse, soft_cross_entropy
+from compactlm_jax.losses.classification import cross_entropy
+from compactlm_jax.losses.minilm import relation_loss
+from compactlm_jax.nn.encoder import encode
+from compactlm_jax.tasks.adapt import make_adapt_task, terms
+from compactlm_jax.tasks.finetune import make_finetune_task
+from compactlm_jax.types import Batch
+
+ENCODER = dataclasses.replace(STILL, num_layers=4, num_heads=4, head_size=4)
+PLAIN = FinetuneConfig(dropout=0.0)
+GRID = AdaptConfig(widths=(0.5, 1.0), depths=(0.5, 0.75, 1.0))
+SMALL = AdaptConfig(widths=(0.5, 1.0), depths=(0.5, 1.0))
+ROWS = synthetic_table(rows=32, seq_len=16, vocab_size=64)
+_FIRST = Batches(ROWS, 8, 0).batch(0)
+LENGTHS = np.array([16, 9, 3, 12, 16, 5, 7, 10])
+MASK = (np.arange(16)[None] < LENGTHS[:, None]).astype(np.int32)
+BATCH = dataclasses.replace(_FIRST, attention_mask=MASK, weights=np.ones(8, np.float32))
+KEY = jax.random.key(0)
+MINILM = DistillConfig(relation_heads=4)
+
+
+def fine_tuned(seed, encoder=ENCODER, classes=ROWS.classes):
+  """Weights whose heads, layers and outputs differ, as training makes them."""
+  params = make_finetune_task(encoder, classes, PLAIN).init(jax.random.key(seed))
+  keys = iter(jax.random.split(jax.random.key(seed + 100), len(jax.tree.leaves(params))))
+  return jax.tree.map(lambda leaf: leaf + 0.2 * jax.random.normal(next(keys), leaf.shape), params)
+
+
+START, TEACHER = fine_tuned(1), fine_tuned(2)
+
+
+def make(stage, adapt=SMALL, teacher=(TEACHER, ENCODER), distill=MINILM, **fields):
+  given = {'encoder': ENCODER, 'classes': ROWS.classes, 'finetune': PLAIN, 'start': START, **fields}
+  encoder, classes, finetune = (given.pop(name) for name in ('encoder', 'classes', 'finetune'))
+  return make_adapt_task(encoder, classes, finetune, adapt, stage, teacher=teacher, distill=distill, **given)
+
+
+def value(task, params=None, batch=BATCH, key=KEY):
+  loss = jax.jit(lambda p, f: task.loss(p, f, batch, key, jnp.int32(0)))
+  return loss(task.init(KEY) if params is None else params, task.frozen)
+
+
+def torch_network(torch, tree, width, layers, batch):
+  """(hidden states, logits) of leftmost heads and neurons of the given layers, of a BERT written out."""
+  f, heads, neurons = torch.nn.functional, round(width * 4), round(width * 4) * 32 // 4
+  encoder, kept = tree['encoder'], heads * 4
+
+  def norm(x, p):
+    return f.layer_norm(x, x.shape[-1:], p['scale'], p['bias'], 1e-12)
+
+  def split(x):
+    return x.reshape(*x.shape[:2], heads, 4).transpose(1, 2)
+
+  tables = encoder['embeddings']
+  ids, types = (torch.tensor(np.asarray(x)).long() for x in (batch.input_ids, batch.token_type_ids))
+  x = tables['word']['embedding'][ids] + tables['position']['embedding'][: ids.shape[1]]
+  hidden = [norm(x + tables['token_type']['embedding'][types], tables['norm'])]
+  blocked = torch.tensor(batch.attention_mask)[:, None, None] == 0
+  for i in layers:
+    p = {name: {n: leaf[i] for n, leaf in part.items()} for name, part in encoder['layers'].items() if 'ffn' in name}
+    a = encoder['layers']['attention']
+    q, k, v = (
+      split(hidden[-1] @ a[name]['kernel'][i][:, :kept] + a[name]['bias'][i][:kept])
+      for name in ('query', 'key', 'value')
+    )
+    scores = (q @ k.transpose(-1, -2) / math.sqrt(4)).masked_fill(blocked, -1e9)
+    context = (scores.softmax(-1) @ v).transpose(1, 2).reshape(*ids.shape, kept)
+    attended = context @ a['output']['kernel'][i][:kept] + a['output']['bias'][i]
+    between = {n: leaf[i] for n, leaf in encoder['layers']['attention_norm'].items()}
+    x = norm(hidden[-1] + attended, between)
+    inner = f.gelu(x @ p['ffn_in']['kernel'][:, :neurons] + p['ffn_in']['bias'][:neurons])
+    hidden.append(norm(x + inner @ p['ffn_out']['kernel'][:neurons] + p['ffn_out']['bias'], p['ffn_norm']))
+  return hidden, hidden[-1][:, 0] @ tree['classifier']['kernel'] + tree['classifier']['bias']
+
+
+def torch_losses(torch, stage, depth_teacher, student, teacher):
+  """The original's loop: one backward pass for each cell. Losses in its order, depths from the full one down."""
+  f, losses = torch.nn.functional, []
+  for depth in (1.0, 0.75, 0.5) if stage == 'depth' else (1.0,):
+    layers = [math.floor(i / depth) for i in range(round(depth * 4))]
+    for width in (1.0, 0.5):
+      with torch.no_grad():
+        own = width if depth_teacher == 'same_width' and stage == 'depth' else 1.0
+        states, target = torch_network(torch, teacher, own, range(4), BATCH)
+      hidden, logits = torch_network(torch, student, width, layers, BATCH)
+      soft = -(target.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
+      states = [states[i] for i in [*layers, 4]]
+      errors = sum(f.mse_loss(mine, theirs) for mine, theirs in zip(hidden, states, strict=True))
+      loss = 1.0 * soft + (0.1 if stage == 'width' else 1.0) * errors
+      loss.backward()
+      losses.append(loss.item())
+  return losses
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize('stage,depth_teacher', [('width', 'full'), ('depth', 'full'), ('depth', 'same_width')])
+def test_losses_and_their_added_gradients_are_those_of_a_sliced_pytorch_bert(stage, depth_teacher):
+  """Padding counts among hidden states. Mutation: shift the kept layers of the teacher by one; a cell left out."""
+  torch = pytest.importorskip('torch')
+  student = jax.tree.map(lambda leaf: torch.tensor(np.asarray(leaf), requires_grad=True), START)
+  teacher = jax.tree.map(lambda leaf: torch.tensor(np.asarray(leaf)), TEACHER)
+  losses = torch_losses(torch, stage, depth_teacher, student, teacher)
+  task = make(stage, dataclasses.replace(GRID, depth_teacher=depth_teacher))
+  gradient = jax.jit(jax.value_and_grad(task.loss, has_aux=True))
+  (found, metrics), grads = gradient(task.init(KEY), task.frozen, BATCH, KEY, jnp.int32(0))
+  np.testing.assert_allclose(found, sum(losses), rtol=1e-5)
+  np.testing.assert_allclose((metrics['loss_full'], metrics['loss_smallest']), (losses[0], losses[-1]), rtol=1e-5)
+  wanted = jax.tree.map(lambda leaf: leaf.grad.numpy(), student)
+  # The gradient of the key's bias is 0 but for rounding: what counts is the size of the others.
+  noise = 1e-6 * max(np.abs(leaf).max() for leaf in jax.tree.leaves(wanted))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=noise), grads, wanted)
+
+
+def network(params, cell, batch=BATCH, **options):
+  """What `encode` returns for a cell, and its logits."""
+  own = subnet(params, ENCODER, cell)
+  rows = (batch.input_ids, batch.attention_mask, batch.token_type_ids)
+  out = encode(own, subnet_config(ENCODER, cell), *rows, **options)
+  return out, out.last_BTD[:, 0] @ own['classifier']['kernel'] + own['classifier']['bias'][None]
+
+
+def test_options_of_the_hidden_states():
+  """Real positions alone, and weights. Mutation: take another weight in 'depth', or count padding."""
+  adapt = dataclasses.replace(SMALL, hidden_tokens='real', logit_weight=0.5, depth_hidden_weight=3.0)
+  loss, metrics = value(make('depth', adapt))
+  target, logits = network(TEACHER, Cell(), all_hidden=True)
+  wanted, soft, errors = 0.0, [], []
+  for cell, layers in ((Cell(w, d), (0, 1, 2, 3) if d == 1 else (0, 2)) for d in (1.0, 0.5) for w in (1.0, 0.5)):
+    out, own = network(START, cell, all_hidden=True)
+    soft.append(soft_cross_entropy(logits, own).mean())
+    errors.append(hidden_mse(target.hidden_NBTD[np.array([*layers, 4])], out.hidden_NBTD, MASK).mean())
+    wanted += 0.5 * soft[-1] + 3.0 * errors[-1]
+  np.testing.assert_allclose(loss, wanted, rtol=1e-5)
+  np.testing.assert_allclose(metrics['distil_loss'], np.mean(soft), rtol=1e-5)
+  np.testing.assert_allclose(metrics['hidden_loss'], np.mean(errors), rtol=1e-5)
+  given, _ = value(make('depth', adapt, term_weight=0.25))
+  np.testing.assert_allclose(given, 0.5 * np.sum(soft) + 0.25 * np.sum(errors), rtol=1e-5)
+
+
+def test_relations_are_the_term_and_the_teacher_may_be_of_another_size():
+  """Mutation: compare another layer than the last kept one."""
+  wide = dataclasses.replace(ENCODER, num_layers=2, num_heads=8, hidden_size=32)
+  teacher = fine_tuned(3, wide)
+  config = DistillConfig(relations=('qq', 'kk', 'vv'), relation_heads=2)
+  task = make('width', dataclasses.replace(SMALL, term='relations', hidden_weight=2.0), (teacher, wide), config)
+  loss, metrics = value(task)
+  rows = (BATCH.input_ids, BATCH.attention_mask, BATCH.token_type_ids)
+  target = encode(teacher, wide, *rows, qkv_layers=(2,))
+  logits = target.last_BTD[:, 0] @ teacher['classifier']['kernel'] + teacher['classifier']['bias'][None]
+  soft, relations = [], []
+  for width in (1.0, 0.5):
+    out, own = network(START, Cell(width), qkv_layers=(4,))
+    parts, weights = relation_loss(target.qkv[0], out.qkv[0], MASK, config)
+    relations.append(sum((part * weights).sum() / weights.sum() for part in parts.values()))
+    soft.append(soft_cross_entropy(logits, own).mean())
+  np.testing.assert_allclose(metrics['relation_loss'], np.mean(relations), rtol=1e-4)
+  np.testing.assert_allclose(loss, np.sum(soft) + 2.0 * np.sum(relations), rtol=1e-4)
+
+
+def test_labels_teach_the_last_stage_and_if_asked_for_the_first():
+  """Mutation: distil in the stage 'final'."""
+  wanted = [cross_entropy(network(START, Cell(w, 1.0))[1], jnp.asarray(BATCH.labels)).mean() for w in (1.0, 0.5)]
+  loss, metrics = value(make('width', dataclasses.replace(SMALL, width_loss='labels'), None))
+  np.testing.assert_allclose(loss, sum(wanted), rtol=1e-5)
+  assert 'hidden_loss' not in metrics and make('width', dataclasses.replace(SMALL, width_loss='labels')).frozen is None
+  final = make('final', SMALL, None)
+  wanted += [cross_entropy(network(START, Cell(w, 0.5))[1], jnp.asarray(BATCH.labels)).mean() for w in (1.0, 0.5)]
+  loss, metrics = value(final)
+  np.testing.assert_allclose(loss, sum(wanted), rtol=1e-5)
+  np.testing.assert_allclose(metrics['task_loss'], np.mean(wanted), rtol=1e-5)
+  assert final.model['cells'] == ['1x1', '0.5x1', '1x0.5', '0.5x0.5'] and final.model['stage'] == 'final'
+
+
+@pytest.mark.parametrize('score_logits', ['mse', 'none'])
+def test_scores_are_taught_or_not_and_keep_their_units(score_logits):
+  """Mutation: forget that the head that is started from answers in units of the labels."""
+  start, teacher = fine_tuned(4, classes=()), fine_tuned(5, classes=())
+  finetune = dataclasses.replace(PLAIN, score_scale=5.0)
+  fields = {'start': start, 'teacher': (teacher, ENCODER), 'classes': (), 'finetune': finetune}
+  task = make('width', dataclasses.replace(SMALL, score_logits=score_logits, widths=(1.0,)), **fields)
+  batch = dataclasses.replace(BATCH, labels=np.linspace(0, 5, 8).astype(np.float32))
+  loss, metrics = value(task, batch=batch)
+  (out, mine), (target, theirs) = (network(p, Cell(), all_hidden=True) for p in (start, teacher))
+  error = np.mean((np.asarray(mine - theirs) / 5) ** 2) if score_logits == 'mse' else 0.0
+  states = hidden_mse(target.hidden_NBTD, out.hidden_NBTD).mean()
+  np.testing.assert_allclose(loss, error + 0.1 * states, rtol=1e-4)
+  assert ('distil_loss' in metrics) == (score_logits == 'mse') and 'accuracy' not in metrics
+  found = task.evaluate(task.init(KEY), task.frozen, batch)
+  np.testing.assert_allclose(found['outputs'], mine, rtol=1e-4, atol=1e-5)
+  wanted = np.mean((np.asarray(mine)[:, 0] - batch.labels) ** 2) / 25
+  np.testing.assert_allclose(found['loss'][0] / found['loss'][1], wanted, rtol=1e-4)
+
+
+def test_evaluation_gives_the_outputs_of_every_cell():
+  """Of a stage of widths, those at full depth. Mutation: slice no layer."""
+  params = make('final').init(KEY)
+  found = make('final').evaluate(params, None, BATCH)
+  for cell in (Cell(), Cell(0.5), Cell(1.0, 0.5), Cell(0.5, 0.5)):
+    np.testing.assert_allclose(found[f'outputs@{cell.name}'], network(START, cell)[1], rtol=1e-4, atol=1e-5)
+  np.testing.assert_array_equal(found['outputs'], found['outputs@1x1'])
+  np.testing.assert_array_equal(found['labels'], BATCH.labels)
+  unlabelled = dataclasses.replace(BATCH, labels=None)
+  assert set(make('width').evaluate(params, None, unlabelled)) == {'outputs', 'outputs@1x1', 'outputs@0.5x1'}
+
+
+def test_a_sandwich_with_teachers_of_its_own_width():
+  """Cells that are not in every step run their teacher themselves. Mutation: give them the full one."""
+  adapt = dataclasses.replace(GRID, depths=(0.5, 1.0), widths=(0.25, 0.5, 1.0), depth_teacher='same_width')
+  every = value(make('depth', adapt))[1]
+  adapt = dataclasses.replace(adapt, sampling='sandwich', random_cells=3)
+  found, metrics = value(make('depth', adapt))
+  np.testing.assert_allclose(metrics['loss_full'], every['loss_full'], rtol=1e-5)
+  np.testing.assert_allclose(metrics['loss_smallest'], every['loss_smallest'], rtol=1e-5)
+  losses = []
+  for cell in (Cell(0.5), Cell(0.25), Cell(1.0, 0.5), Cell(0.5, 0.5)):
+    target, logits = network(TEACHER, Cell(cell.width), all_hidden=True)
+    out, own = network(START, cell, all_hidden=True)
+    states = target.hidden_NBTD if cell.depth == 1 else target.hidden_NBTD[np.array([0, 2, 4])]
+    losses.append(float(soft_cross_entropy(logits, own).mean() + hidden_mse(states, out.hidden_NBTD).mean()))
+  rest = float(found - metrics['loss_full'] - metrics['loss_smallest'])
+  assert min(abs(sum(losses) - left - rest) for left in losses) < 1e-4 * rest
+
+
+def test_terms_are_measured_without_their_weights():
+  """Mutation: weigh them."""
+  batches = [BATCH, dataclasses.replace(BATCH, input_ids=np.asarray(BATCH.input_ids)[::-1].copy())]
+  task = make('width', dataclasses.replace(SMALL, logit_weight=7.0), term_weight=3.0)
+  each = [value(task, batch=batch)[1] for batch in batches]
+  wanted = [np.mean([float(m[name]) for m in each]) for name in ('distil_loss', 'hidden_loss')]
+  np.testing.assert_allclose(terms(task, task.init(KEY), batches), wanted, rtol=1e-5)
+  with pytest.raises(ConfigError, match="config.adapt.balance: 'auto' compares"):
+    terms(make('final'), task.init(KEY), batches)
+
+
+def test_what_does_not_fit_is_refused():
+  """Before anything is computed."""
+  shallow, narrow = dataclasses.replace(ENCODER, num_layers=3), dataclasses.replace(ENCODER, hidden_size=8)
+  bare, three = {'encoder': TEACHER['encoder']}, {'classes': ('a', 'b', 'c')}
+  relations = {'adapt': dataclasses.replace(SMALL, term='relations'), 'distill': DistillConfig()}
+  for message, fields in (
+    ("config.adapt.stages: 'all'", {'stage': 'all'}),
+    ("config.teacher: the stage 'depth' learns from a fine-tuned model", {'stage': 'depth', 'teacher': None}),
+    ('config.teacher: this model has no classifier; fine-tune it', {'teacher': (bare, ENCODER)}),
+    ('config.teacher: its head has 2 output', {**three, 'start': fine_tuned(1, classes=('a', 'b', 'c'))}),
+    ('config.model: this model has no classifier; fine-tune it', {'start': bare}),
+    (r'config.model: its head has 2 output\(s\), the task needs 3', three),
+    ('config.teacher: it has 3 layers and the network 4', {'teacher': (TEACHER, shallow)}),
+    ('config.teacher: its hidden states have 8 channels', {'teacher': (TEACHER, narrow)}),
+    ('config.adapt.widths: 0.1 of 4 heads is none', {'adapt': dataclasses.replace(SMALL, widths=(0.1, 1.0))}),
+    ('config.distill.relation_heads', relations),
+    ('config.finetune.keep_layers', {'finetune': dataclasses.replace(PLAIN, keep_layers=(1, 2))}),
+    ('config.finetune.pooled', {'encoder': dataclasses.replace(ENCODER, pooler=True)}),
+  ):  # fmt: skip
+    with pytest.raises(ConfigError, match=message):
+      make(**{'stage': 'width', **fields})
+
+
+def test_one_program_serves_all_steps():
+  """Whatever cells a sandwich draws. Mutation: choose the cells by the step on the host."""
+  task = make('depth', dataclasses.replace(SMALL, sampling='sandwich', random_cells=1))
+  program = jax.jit(lambda p, b, key, step: task.loss(p, task.frozen, b, key, step)[0])
+  params, found = task.init(KEY), set()
+  for step in range(6):
+    batch = Batch(BATCH.input_ids, MASK, BATCH.token_type_ids, BATCH.labels, BATCH.weights)
+    found.add(round(float(program(params, batch, jax.random.key(step), jnp.int32(step))), 4))
+  assert len(found) == 2 and program._cache_size() == 1
