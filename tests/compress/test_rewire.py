@@ -13,6 +13,7 @@ from compactlm_jax.compress.shrink import shrink
 from compactlm_jax.compress.subnet import subnet, subnet_config
 from compactlm_jax.config import Cell
 from compactlm_jax.errors import ConfigError, NumericsError
+from compactlm_jax.nn.encoder import encoder_shapes
 from compactlm_jax.tree import named_leaves
 
 
@@ -106,6 +107,11 @@ def test_equal_importance_changes_nothing():
   first = rewire({**params, 'classifier': {}}, config, two, neurons)['encoder']['layers']['attention']['query']['bias']
   expected = params['encoder']['layers']['attention']['query']['bias'][:, of_heads([1, 3, 0, 2], config.head_size)]
   np.testing.assert_array_equal(first, expected)
+  wide = dataclasses.replace(config, intermediate_size=200)  # many equals: a short sort is stable whatever its kind
+  tree = jax.tree.map(lambda like: np.zeros(like.shape, np.float32), encoder_shapes(wide))
+  tree['encoder']['layers']['ffn_in']['bias'] = np.tile(np.arange(200.0), (3, 1))
+  found = rewire(tree, wide, heads, np.tile(np.arange(200) % 2, (3, 1)))['encoder']['layers']['ffn_in']['bias']
+  np.testing.assert_array_equal(found, np.tile([*range(1, 200, 2), *range(0, 200, 2)], (3, 1)))
 
 
 def test_a_sub_network_of_the_rewired_one_keeps_the_best():
