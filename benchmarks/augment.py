@@ -99,10 +99,11 @@ def main() -> None:
   parser.add_argument('--batch', type=int, default=128)
   parser.add_argument('--context', default=CONTEXTS[0], choices=CONTEXTS)
   parser.add_argument('--rounds', type=int, default=2)
+  parser.add_argument('--threads', type=int, default=0, help='of PyTorch; 0 takes all cores, 1 where they are busy')
   parser.add_argument('--json', default='')
   args = parser.parse_args()
   keep_memory()
-  torch.set_num_threads(os.cpu_count() or 1)
+  torch.set_num_threads(args.threads or os.cpu_count() or 1)
   bundle = with_head(clm.from_pretrained(args.model))
   finder = Finder.of(bundle, context=args.context, batch_size=args.batch)
   rows = [row[args.column] for _, row in table_rows(args.texts)]
