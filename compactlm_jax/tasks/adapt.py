@@ -107,7 +107,7 @@ def terms(task: Task, params: Params, batches: Iterable[Batch]) -> tuple[float, 
     metrics = task.loss(params, frozen, batch, jax.random.fold_in(jax.random.key(0), index), index)[1]
     return {name: metrics[name] for name in names if name in metrics}
 
-  found = [measure(params, task.frozen, batch, jnp.int32(i)) for i, batch in enumerate(batches)]
+  found = [measure(params, task.frozen, batch, jnp.int32(i)) for i, batch in enumerate(batches if task.frozen else ())]
   if not found or set(found[0]) != set(names):
     raise ConfigError(
       "config.adapt.balance: 'auto' compares the losses of outputs and of hidden states or relations, and this stage "

@@ -42,6 +42,11 @@ def run(task, params):
   return gradient(params, task.frozen, BATCH, KEY, jnp.int32(0))
 
 
+def cut(params, cell):
+  """On the host."""
+  return subnet(jax.tree.map(np.asarray, params), STILL, cell)
+
+
 def assert_same(found, wanted):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), found, wanted)
 
@@ -49,7 +54,7 @@ def assert_same(found, wanted):
 def test_masked_models_of_every_size():
   """The mean of what separate models lose, each with masks of its own. Mutation: give every cell the same key."""
   task = make_elastic_mlm_task(STILL, MASK, SPECIAL, ADAPT)
-  params = task.init(KEY)
+  params = jax.jit(task.init)(KEY)
   own = [make_mlm_task(subnet_config(STILL, cell), MASK, SPECIAL) for cell in CELLS]
 
   def wanted(params):
@@ -61,10 +66,10 @@ def test_masked_models_of_every_size():
   np.testing.assert_allclose(value, expected, rtol=1e-5)
   assert_same(grads, expected_grads)
   assert 'mlm_accuracy' in metrics and task.model['cells'] == NAMES and task.model['stage'] == 'pretrain'
-  found = task.evaluate(params, None, BATCH)
+  found = jax.jit(task.evaluate)(params, None, BATCH)
   for each, cell in zip(own, CELLS):
     np.testing.assert_allclose(
-      found[f'loss@{cell.name}'], each.evaluate(subnet(params, STILL, cell), None, BATCH)['loss'], rtol=1e-5
+      found[f'loss@{cell.name}'], jax.jit(each.evaluate)(cut(params, cell), None, BATCH)['loss'], rtol=1e-5
     )
   assert found['loss'] == found['loss@1x1-h16'] and found['mlm_accuracy'] == found['mlm_accuracy@1x1-h16']
 
@@ -74,7 +79,7 @@ def test_discriminators_of_every_size_read_what_one_generator_wrote(monkeypatch)
   calls, corrupt = [], elastic_pretrain.corrupt
   monkeypatch.setattr(elastic_pretrain, 'corrupt', lambda *args: calls.append(1) or corrupt(*args))
   task = make_elastic_electra_task(STILL, ELECTRA, MASK, SPECIAL, ADAPT)
-  params = task.init(KEY)
+  params = jax.jit(task.init)(KEY)
   (value, metrics), grads = run(task, params)
   assert len(calls) == 1
   np.testing.assert_allclose(value, metrics['mlm_loss'] + 50 * metrics['rtd_loss'], rtol=1e-5)
@@ -97,7 +102,7 @@ def test_evaluation_of_discriminators():
     make_elastic_electra_task(STILL, ELECTRA, MASK, SPECIAL, ADAPT),
     make_electra_task(STILL, ELECTRA, MASK, SPECIAL),
   )
-  params = task.init(KEY)
+  params = jax.jit(task.init)(KEY)
   found, wanted = (jax.jit(each.evaluate)(params, None, BATCH) for each in (task, base))
   for name, pair in wanted.items():
     np.testing.assert_allclose(found[name], pair, rtol=1e-5)
@@ -115,7 +120,7 @@ def test_students_of_every_size_learn_the_relations_of_one_teacher():
   teacher = dataclasses.replace(STILL, num_layers=4, num_heads=4, hidden_size=32, head_size=8)
   taught = init_encoder(teacher, jax.random.key(9))
   task = make_elastic_distill_task(STILL, teacher, taught, config, ADAPT)
-  params = task.init(KEY)
+  params = jax.jit(task.init)(KEY)
   own = [make_distill_task(subnet_config(STILL, cell), teacher, taught, config) for cell in CELLS]
 
   def wanted(params):
@@ -127,7 +132,7 @@ def test_students_of_every_size_learn_the_relations_of_one_teacher():
   np.testing.assert_allclose(value, expected, rtol=1e-4)
   assert_same(grads, expected_grads)
   assert {'relation_qq', 'relation_kk', 'relation_vv'} < set(metrics)
-  found = task.evaluate(params, task.frozen, BATCH)
+  found = jax.jit(task.evaluate)(params, task.frozen, BATCH)
   np.testing.assert_allclose(found['loss@1x1-h16'], found['loss'], rtol=1e-4)
   assert {f'loss@{name}' for name in NAMES} < set(found)
   with pytest.raises(ConfigError, match=r'relation_heads: 16 does not divide the encoder.* width 8'):
