@@ -117,10 +117,11 @@ def _asked(config: RunConfig, checkpoint: str, bundle: Bundle | None) -> RunConf
     return config if generated else dataclasses.replace(config, model=checkpoint, teacher='')
   if bundle is None:
     return config
-  missing = [head for head in _NEEDED[config.task] if head not in bundle.params]
+  objective = config.adapt.base if config.task == 'adapt' else config.task
+  missing = [head for head in _NEEDED[objective] if head not in bundle.params]
   if missing:
-    raise ConfigError(f'{checkpoint}: has no {missing[0]}, which config.task={config.task} evaluates; train it first')
-  if config.task != 'electra':
+    raise ConfigError(f'{checkpoint}: has no {missing[0]}, which the objective {objective} evaluates; train it first')
+  if objective != 'electra':
     return dataclasses.replace(config, model=checkpoint)
   if not (epath.Path(checkpoint) / GENERATOR).exists():
     raise ConfigError(f'{checkpoint}: has no folder {GENERATOR}, whose tokens it judges; export the run whole')

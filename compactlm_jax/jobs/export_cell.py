@@ -216,7 +216,8 @@ def _chosen(checkpoint: str, network: Network, wanted: Wanted, timing: Timed) ->
 def _scored(checkpoint: str, network: Network, best: bool) -> tuple[Sequence[GridRow], str]:
   """(sub-networks with their scores, the metric to choose by) of a run; with `best`, each one's best."""
   rows = scored_rows(checkpoint)
-  metric = first_metric(rows)
+  pretrained = network.adapt is not None and network.adapt.base != 'finetune'
+  metric = 'loss' if pretrained else first_metric(rows)  # as what is kept for `best` was compared
   if metric is None:
     raise ConfigError(f'{checkpoint}: its sub-networks have no scores; it had no held-out rows')
   known = {cell.name for cell in network.grid}

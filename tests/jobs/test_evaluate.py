@@ -182,7 +182,7 @@ def test_a_run_that_does_not_fit_is_refused(change, message, files, runs):
 def test_folders_that_do_not_fit_are_refused(files, runs, tmp_path):
   with pytest.raises(ConfigError, match='its head was never trained; fine-tune it first'):
     run_evaluate(config(files), str(files / 'model'))
-  with pytest.raises(ConfigError, match='has no mlm_head, which config.task=mlm evaluates'):
+  with pytest.raises(ConfigError, match='has no mlm_head, which the objective mlm evaluates'):
     run_evaluate(tiny_config('mlm'), str(files / 'model'))
   with pytest.raises(ConfigError, match='--output: name a folder'):
     run_evaluate(config(files, 'mnli'), str(files / 'model'), 'test')
