@@ -11,7 +11,7 @@ from compactlm_jax.data.tokenizer import Tokenizer
 from compactlm_jax.errors import ConfigError
 from compactlm_jax.interop.bundle import Bundle
 from compactlm_jax.jobs.data import check_tokenizer
-from compactlm_jax.jobs.models import is_run, load_model, tokenizer_of
+from compactlm_jax.jobs.models import load_model, tokenizer_of
 
 
 def starting_model(config: RunConfig) -> tuple[Bundle, Tokenizer]:
@@ -37,9 +37,9 @@ def teacher_model(config: RunConfig, rows: RowSource) -> Bundle:
     DataError, StorageError: see `load_model`.
   """
   bundle = load_model(config.teacher)
-  # A run on generated rows has no tokenizer, its vocabulary stands for one.
-  words = synthetic_fingerprint(bundle.config.vocab_size) if is_run(config.teacher) and not bundle.tokenizer else ''
-  if (words or tokenizer_of(config.teacher).fingerprint()) != rows.fingerprint:
+  # Generated rows have no tokenizer, the size of the vocabulary stands for one.
+  generated = rows.fingerprint == synthetic_fingerprint(bundle.config.vocab_size)
+  if not generated and tokenizer_of(config.teacher).fingerprint() != rows.fingerprint:
     raise ConfigError(f'config.teacher: {config.teacher} has another tokenizer than {config.model or "the rows"}')
   _check_length(config, bundle.config, 'teacher')
   return bundle

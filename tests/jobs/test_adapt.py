@@ -3,19 +3,19 @@
 import dataclasses
 import json
 import logging
-import pathlib
 import shutil
 
 import jax
 import numpy as np
 import pytest
+from labelled_files import VOCAB, write_files
 from tiny import ENCODER, tiny_config
 
 from compactlm_jax.checkpoint import load_params
 from compactlm_jax.compress.subnet import subnet
 from compactlm_jax.config import AdaptConfig, Cell, DataConfig, FinetuneConfig, OptimizerConfig
 from compactlm_jax.errors import ConfigError
-from compactlm_jax.interop.bundle import from_pretrained
+from compactlm_jax.interop.bundle import Bundle, from_pretrained, save_pretrained
 from compactlm_jax.jobs import build_job, load_model, params_digest, run_train
 from compactlm_jax.jobs import stages as stages_module
 from compactlm_jax.jobs.finished import finished_results
@@ -107,33 +107,26 @@ def test_the_best_network_and_each_cell_at_its_best_are_kept(whole):
         assert all(np.array_equal(found[leaf], expected[leaf]) for leaf in expected)
 
 
-def test_an_interrupted_stage_resumes_and_a_finished_one_is_kept(whole, teacher, tmp_path, caplog):
-  """Killed in the stage 'depth' after a save: best.json may be ahead of it. Same bits in the end.
+def test_an_interrupted_stage_resumes_and_finished_ones_are_kept(whole, teacher, tmp_path, caplog):
+  """Killed after a save, in a directory that has moved since; best.json may be ahead. Same bits in the end.
 
-  Mutations: run finished stages again; start the next stage before this one is over; forget what was kept.
+  Mutations: run finished stages again; record the paths of stages; forget what was kept.
   """
   results, folder = whole
   cut = tmp_path / 'moved'
   shutil.copytree(folder, cut)
-  depth = cut / 'stages' / 'depth'
-  shutil.rmtree(depth / 'checkpoints' / '4')
-  (depth / 'results.json').unlink()
-  for name in ('checkpoints', 'results.json', 'config.json', 'best', 'best.json', 'metrics.jsonl'):
-    path = cut / name
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
-  width = {path: path.stat().st_mtime_ns for path in (cut / 'stages' / 'width').rglob('*')}
+  shutil.rmtree(cut / 'checkpoints' / '4')
+  (cut / 'results.json').unlink()
+  before = {path: path.stat().st_mtime_ns for path in (cut / 'stages').rglob('*')}
   with caplog.at_level(logging.INFO):
     again = run_train(config_of(teacher), str(cut))
   assert 'stages/width is finished and kept' in caplog.text and 'resuming at step 2 of 4' in caplog.text
-  assert {path: path.stat().st_mtime_ns for path in (cut / 'stages' / 'width').rglob('*')} == width
+  assert {path: path.stat().st_mtime_ns for path in (cut / 'stages').rglob('*')} == before
   for name in ('metrics', 'grid', 'best'):
     assert again[name] == results[name]
-  for run in ('stages/depth', '.'):
-    assert record(cut / run) == record(folder / run)
-    digests = [
-      params_digest(load_model(str(root / run / part)).params) for root in (cut, folder) for part in ('', 'best')
-    ]
-    assert digests[:2] == digests[2:]
+  assert record(cut) == record(folder)
+  for part in ('', 'best'):
+    assert params_digest(load_model(str(cut / part)).params) == params_digest(load_model(str(folder / part)).params)
 
 
 def test_a_stage_of_another_configuration_is_not_continued(whole, teacher, tmp_path, monkeypatch):
@@ -184,10 +177,8 @@ def test_heads_and_neurons_are_sorted_before_widths_are_trained(teacher, monkeyp
   batch = job.batches.batch(0)
   rows = (batch.input_ids, batch.attention_mask)
   np.testing.assert_allclose(encode(found, SMALL, *rows).last_BTD, encode(start, SMALL, *rows).last_BTD, atol=1e-5)
-  build_job(config_of(teacher, {**adapt, 'importance_rows': 'train'}))
-  assert not np.array_equal(seen['heads'], dev['heads'])
-  build_job(config_of(teacher, {**adapt, 'importance_sum': 'published'}))
-  assert not np.array_equal(seen['heads'], dev['heads'])
+  build_job(config_of(teacher, {**adapt, 'importance_rows': 'train', 'importance_sum': 'published'}))
+  assert not np.allclose(seen['heads'], dev['heads'])
   plain = build_job(config_of(teacher, {**adapt, 'rewire': False})).task.init(jax.random.key(0))
   np.testing.assert_array_equal(plain['encoder']['layers']['ffn_in']['kernel'][0], kernel)
 
@@ -219,12 +210,65 @@ def test_bad_input_is_refused_before_anything_is_computed(teacher, tmp_path):
       build_job(config_of(**{'teacher': teacher, 'adapt': adapt, **changes}))
   with pytest.raises(ConfigError, match=r'ascending shares in \(0, 1\]'):
     AdaptConfig(depths=(0.5, 1.0, 1.5))
-  distilled = tmp_path / 'distilled'
-  run_train(tiny_config('distill', encoder=SMALL, steps=1), str(distilled))
-  with pytest.raises(ConfigError, match='distilled has no classifier; fine-tune it'):
-    build_job(config_of(distilled))
-  fresh = tmp_path / 'fresh'
-  run_train(tiny_config('finetune', encoder=SMALL, steps=1, optimizer=OptimizerConfig(learning_rate=0.0)), str(fresh))
-  with pytest.raises(ConfigError, match='it was not fine-tuned for this task|was not fine-tuned'):
-    build_job(config_of(fresh, {'stages': ('width',)}))
-  assert pathlib.Path(fresh).exists()
+  encoder = load_model(str(teacher)).params['encoder']
+  head = {'kernel': np.zeros((16, 2), np.float32), 'bias': np.zeros(2, np.float32)}
+  for name, params in (('bare', {}), ('fresh', {'classifier': head})):
+    save_pretrained(Bundle(SMALL, {'encoder': encoder, **params}), tmp_path / name)
+  with pytest.raises(ConfigError, match='bare has no classifier; fine-tune it'):
+    build_job(config_of(tmp_path / 'bare'))
+  with pytest.raises(ConfigError, match='it was not fine-tuned for this task'):
+    build_job(config_of(tmp_path / 'fresh', {'stages': ('width',)}))
+
+
+def test_augmented_rows_are_trained_on_until_the_last_stage(tmp_path):
+  """Labels by their names, whatever their order in the file; of a benchmark as its files write them.
+
+  Mutations: augmented rows in every stage; number the labels anew.
+  """
+  files = write_files(tmp_path, dataclasses.replace(SMALL, vocab_size=VOCAB))
+  bundle = from_pretrained(files / 'model')
+  head = {'kernel': np.zeros((16, 2), np.float32), 'bias': np.zeros(2, np.float32)}
+  tuned = dataclasses.replace(bundle, params={**bundle.params, 'classifier': head}, labels=('no', 'yes'))
+  save_pretrained(tuned, files / 'tuned')
+  (files / 'aug.tsv').write_text('label\ttext\n' + 'yes\tcold river\n' * 3)
+  data = DataConfig(train=str(files / 'train.tsv'), dev=str(files / 'dev.tsv'), seq_len=12)
+  augmented = {'augmented': str(files / 'aug.tsv'), 'rewire': False, 'balance_batches': 1}
+  jobs = {
+    stage: build_job(config_of(files / 'tuned', {**augmented, 'stages': (stage,)}, data=data, steps=0, epochs=8.0))
+    for stage in ('depth', 'final')
+  }
+  assert [job.total_steps for job in jobs.values()] == [2, 40]
+  assert set(np.asarray(jobs['depth'].batches.batch(0).labels)) == {1}
+  assert jobs['depth'].identity['data'] != jobs['final'].identity['data']
+  assert jobs['depth'].files.keys() == jobs['final'].files.keys() and len(jobs['depth'].evals) == 1
+  (files / 'aug.tsv').write_text('label\ttext\nmaybe\tcold river\n')
+  with pytest.raises(ConfigError, match="aug.tsv has the label 'maybe'; the task has no, yes"):
+    build_job(config_of(files / 'tuned', {**augmented, 'stages': ('depth',)}, data=data))
+  (files / 'glue' / 'RTE').mkdir(parents=True)
+  for name in ('train', 'dev'):
+    (files / 'glue' / 'RTE' / f'{name}.tsv').write_text(
+      'index\tsentence1\tsentence2\tlabel\n0\tcold river\twarm tree\tentailment\n1\ta\tb\tnot_entailment\n'
+    )
+  (files / 'aug.tsv').write_text('sentence1\tsentence2\tlabel\n' + 'cold river\twarm tree\tnot_entailment\n' * 16)
+  save_pretrained(dataclasses.replace(tuned, labels=('entailment', 'not_entailment')), files / 'rte')
+  job = build_job(
+    config_of(
+      files / 'rte', {**augmented, 'stages': ('depth',)}, data=DataConfig(path=str(files / 'glue'), seq_len=12),
+      finetune=FinetuneConfig(benchmark='rte'),
+    )
+  )  # fmt: skip
+  batch = job.batches.batch(0)
+  assert set(np.asarray(batch.labels)) == {1} and np.asarray(batch.token_type_ids).max() == 1
+
+
+def test_the_objectives_of_pre_training(tmp_path):
+  """Cells of a masked model are compared by their loss, and load. Mutation: the highest loss is the best."""
+  adapt = {'base': 'mlm', 'widths': (1.0,), 'depths': (1.0,), 'hidden_sizes': (8, 16), 'combine': 'mean'}
+  results = run_train(config_of('', adapt, steps=2, eval_every=1), str(tmp_path))
+  full, small = results['grid']
+  assert (full['hidden'], small['hidden']) == (16, 8) and full['metrics'] == results['metrics']
+  losses = [row['eval_loss'] for row in read_metrics(tmp_path) if 'eval_loss' in row] + [full['metrics']['loss']]
+  assert results['best']['1x1-h16']['value'] == min(losses)
+  cell = from_pretrained(tmp_path / 'best' / 'cells' / '0.5x1-h8')
+  assert (cell.config.hidden_size, cell.config.num_heads, cell.config.embedding_size) == (8, 1, 8)
+  assert 'mlm_head' in cell.params

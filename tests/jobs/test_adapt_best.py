@@ -38,28 +38,27 @@ def keeper(metric='accuracy', higher=True, **fields):
   return BestCells(GRID, SMALL, MODEL, metric, higher, None, 16, **fields)
 
 
-def offered(best, workdir, scores, first=0):
-  """Evaluations of step 1, 2, ... of (full, half), from `first` on; returns best.json."""
-  best.start(workdir, first)
+def offered(best, workdir, scores, weights=0):
+  """Evaluations of step 1, 2, ... of (full, half) in a fresh run; returns best.json."""
+  best.start(workdir, 0)
   for step, (full, half) in enumerate(scores, 1):
-    if step > first:
-      found = {best.metric: full, f'{best.metric}@{HALF}': half}
-      best.offer(TrainState(jnp.int32(step), params_at(step), ()), found, {'model': MODEL, 'task': 'adapt'})
+    found = {best.metric: full, f'{best.metric}@{HALF}': half}
+    best.offer(TrainState(jnp.int32(step), params_at(step + weights), ()), found, {'model': MODEL, 'task': 'adapt'})
   return read_best(workdir)
 
 
 def test_of_equal_values_the_earliest_stays_and_what_is_not_finite_never(tmp_path):
   """Mutations: keep the latest; let NaN in; compare cells by the sum."""
   nan = float('nan')
-  found = offered(keeper(), epath.Path(tmp_path), [(0.5, 0.3), (0.4, 0.4), (nan, 0.9), (0.5, 0.4)])
+  found = offered(keeper(), epath.Path(tmp_path), [(nan, 0.1), (0.5, 0.3), (nan, 0.9), (0.5, 0.4)])
   assert found == {
     ALL: {'value': pytest.approx(0.9), 'step': 4},
-    '1x1': {'value': 0.5, 'step': 1},
+    '1x1': {'value': 0.5, 'step': 2},
     HALF: {'value': 0.9, 'step': 3},
   }
   assert load_params(tmp_path / 'best')[1]['step'] == 4
   half, full = (from_pretrained(tmp_path / 'best' / 'cells' / name).params for name in (HALF, '1x1'))
-  assert float(full['classifier']['kernel'][0, 0]) == 1 and float(half['classifier']['kernel'][0, 0]) == 3
+  assert float(full['classifier']['kernel'][0, 0]) == 2 and float(half['classifier']['kernel'][0, 0]) == 3
   np.testing.assert_array_equal(
     half['encoder']['layers']['ffn_in']['kernel'],
     subnet(params_at(3), SMALL, GRID[1])['encoder']['layers']['ffn_in']['kernel'],
@@ -70,10 +69,10 @@ def test_losses_are_better_when_lower_and_a_fresh_run_starts_with_nothing(tmp_pa
   """Mutations: always take the highest; keep what a run of another configuration left."""
   workdir = epath.Path(tmp_path)
   assert offered(keeper('loss', False), workdir, [(2.0, 3.0), (1.0, 4.0)])[ALL] == {'value': 5.0, 'step': 1}
-  assert offered(keeper('loss', False), workdir, [(7.0, 7.0)]) == {
+  assert offered(keeper('loss', False), workdir, [(7.0, 7.0)], weights=9) == {
     name: {'value': value, 'step': 1} for name, value in ((ALL, 14.0), ('1x1', 7.0), (HALF, 7.0))
   }
-  assert float(load_params(tmp_path / 'best')[0]['classifier']['kernel'][0, 0]) == 1
+  assert float(load_params(tmp_path / 'best')[0]['classifier']['kernel'][0, 0]) == 10
   (workdir / 'best.json').write_text('{')
   with pytest.raises(StorageError, match='best.json'):
     read_best(workdir)
@@ -90,11 +89,11 @@ def contents(folder):
   return {p.relative_to(folder): p.read_bytes() for p in files}
 
 
-@pytest.mark.parametrize('call', [1, 2, 3, 5])
+@pytest.mark.parametrize('call', [1, 2, 3, 4, 6])
 def test_killed_at_any_moment_it_ends_with_the_same_files(tmp_path, monkeypatch, call, uninterrupted):
   """best.json never names what is not there. Mutations: note before the export; refuse a step that is there already.
 
-  Moments: between network and note; before and after the export of a cell; before the last note.
+  Moments: before and after the network is saved; before and after a cell is; before the last note.
   """
   workdir = epath.Path(tmp_path)
   offered(keeper(), workdir, [FIRST])
@@ -114,6 +113,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_files(tmp_path, monkeypatch,
   with monkeypatch.context() as m, pytest.raises(Kill):
     m.setattr(module, 'save_pretrained', dying(module.save_pretrained))
     m.setattr(BestCells, '_note', dying(BestCells._note))
+    m.setattr(BestCells, '_save', dying(BestCells._save))
     best.offer(TrainState(jnp.int32(2), params_at(2), ()), found, {'model': MODEL, 'task': 'adapt'})
   record = read_best(workdir)
   for name in ('1x1', HALF):
