@@ -64,7 +64,7 @@ def test_the_gradient_of_all_cells_is_that_of_their_sum(combine):
 
 
 def test_what_is_shared_is_computed_once_and_has_a_loss_of_its_own():
-  """Its loss is added whole under 'mean' too. Mutation: let gradients into what is shared."""
+  """Its loss is added whole under 'mean' too. Mutation: forget the gradient of its own loss."""
   count = {'read': 0, 'share': 0}
 
   def read(params, batch, shared):
@@ -137,7 +137,7 @@ def test_it_is_differentiated_as_any_loss_by_the_step():
 
 
 def test_memory_is_that_of_one_cell():
-  """Activations of cells are not alive together. Mutation: sum the losses and differentiate the sum."""
+  """Activations of cells are not alive together. Mutation: unroll the loop, with barriers between the cells."""
 
   def cell(index):
     def loss(read, shared, frozen, batch, key, step):
