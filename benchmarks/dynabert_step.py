@@ -7,6 +7,7 @@ those steps compare no hidden states. A sandwich is compared with the cells that
 turns; the quickest counts. Memory is what the compiler reserves for temporaries beside parameters, optimiser and batch.
 
 Usage: python benchmarks/dynabert_step.py [--layers=4] [--hidden=256] [--heads=4] [--rows=16] [--length=64] [--rounds=5]
+  [--cases=final,depth,sandwich]
 """
 
 from __future__ import annotations
@@ -92,6 +93,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   for name, value in (('layers', 4), ('hidden', 256), ('heads', 4), ('rows', 16), ('length', 64), ('rounds', 5)):
     parser.add_argument(f'--{name}', type=int, default=value)
+  parser.add_argument('--cases', default='final,depth,sandwich')
   args = parser.parse_args()
   keep_memory()
   encoder = EncoderConfig(
@@ -106,11 +108,8 @@ def main() -> None:
   every, sandwich = AdaptConfig(), AdaptConfig(sampling='sandwich')
   grid = cells(every, encoder)
   others = separate(encoder, start, grid, batch)
-  cases = [
-    ('final, all cells', 'final', every),
-    ('depth, all cells', 'depth', every),
-    ('final, sandwich', 'final', sandwich),
-  ]
+  known = {'final': ('final', every), 'depth': ('depth', every), 'sandwich': ('final', sandwich)}
+  cases = [(name, *known[name]) for name in args.cases.split(',')]
   steps = []
   for _, stage, adapt in cases:
     given: dict[str, Any] = {'start': start, 'teacher': (start, encoder), 'distill': DistillConfig()}
@@ -119,7 +118,7 @@ def main() -> None:
   seconds = best_of(calls, args.rounds)
   alone, together, teacher = seconds[: len(grid)], seconds[len(grid) : -1], seconds[-1]
   drawn = alone[0] + alone[-1] + sandwich.random_cells * sum(alone[1:-1]) / (len(grid) - 2)
-  sums = [sum(alone), sum(alone) + teacher, drawn]
+  sums = {'final': sum(alone), 'depth': sum(alone) + teacher, 'sandwich': drawn}
   print(f'L{args.layers} H{args.hidden} A{args.heads}, {args.rows} x {args.length}, {len(grid)} cells, float32')
   print(
     f'separate steps: {sum(each.compile_seconds for each in others):.0f} s to compile, {len(others)} programs, ', end=''
@@ -128,7 +127,8 @@ def main() -> None:
     f'largest {max(each.temporaries for each in others):.0f} MB; forward pass of the teacher {teacher * 1e3:.0f} ms\n'
   )
   print('| step | ms | sum of separate ms | ratio | compile s | programs | temporaries MB |\n|---|' + '---:|' * 6)
-  for (name, *_), own, one, whole in zip(cases, together, steps, sums):
+  for (name, *_), own, one in zip(cases, together, steps):
+    whole = sums[name]
     numbers = [f'{own * 1e3:.0f}', f'{whole * 1e3:.0f}', f'{own / whole:.2f}', f'{one.compile_seconds:.0f}']
     print('| ' + ' | '.join([name, *numbers, str(one.programs()), f'{one.temporaries:.0f}']) + ' |')
 
