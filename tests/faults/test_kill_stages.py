@@ -88,6 +88,7 @@ def uninterrupted(tmp_path_factory, cache):
   return outcome(workdir)
 
 
+@pytest.mark.slow
 def test_killed_in_two_stages_it_ends_with_the_same_bits(tmp_path, uninterrupted, cache):
   """Mutations: start the second stage from the teacher after a kill; measure importance on what was trained."""
   assert killed_after(start(tmp_path, cache), tmp_path / 'stages' / 'width', 5)
