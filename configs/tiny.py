@@ -88,7 +88,7 @@ VARIANTS = {
     data=DataConfig(seq_len=64),
     optimizer=OptimizerConfig(learning_rate=2e-3, weight_decay=0.0),
     finetune=FinetuneConfig(dropout=0.1),
-    adapt=AdaptConfig(widths=(0.5, 1.0), depths=(0.5, 1.0), width_loss='labels'),
+    adapt=AdaptConfig(widths=(0.5, 1.0), depths=(0.5, 1.0), stages=('width', 'depth'), width_loss='labels'),
     **{**COMMON, 'steps': 30, 'checkpoint_every': 10},
   ),
 }

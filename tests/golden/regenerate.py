@@ -27,7 +27,7 @@ def losses(task):
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   config = dataclasses.replace(from_config_dict(RunConfig, module.get_config(task)), seed=0)
-  if task == 'adapt':  # of its three stages the one with everything: all cells, a teacher, hidden states
+  if task == 'adapt':  # of its stages the one with everything: all cells, a teacher, hidden states
     config = dataclasses.replace(config, steps=STEPS, adapt=dataclasses.replace(config.adapt, stages=('depth',)))
   return run_steps(config, STEPS, jax.devices()[:1])[0]
 
