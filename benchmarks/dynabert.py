@@ -63,7 +63,7 @@ def fine_tuning(args: argparse.Namespace) -> RunConfig:
     model=args.model,
     log_every=25,
     checkpoint_every=100_000,
-    encoder=EncoderConfig(hidden_dropout=0.1, attention_dropout=0.1, scan_unroll=1),
+    encoder=EncoderConfig(hidden_dropout=0.1, attention_dropout=0.1),
     data=DataConfig(seq_len=128, buckets=(32, 64, 128), group_by_length=True, **rows),
     finetune=finetune,
     optimizer=OptimizerConfig(learning_rate=1e-4, warmup_fraction=0.1, weight_decay=0.0, epsilon=1e-8),

@@ -62,12 +62,8 @@ SIZES = AdaptConfig(
 )
 """The published table of (layers, hidden size)."""
 
-BERT6 = EncoderConfig(num_layers=6, pooler=True, scan_unroll=1)
+BERT6 = EncoderConfig(num_layers=6, pooler=True)
 """BERT-base with half of its layers."""
-
-
-ONE_AT_A_TIME = EncoderConfig(scan_unroll=1)
-"""Layers in a loop: written out, the twelve sub-networks of a BERT-base have a hundred of them to compile."""
 
 
 def labelled(**finetune) -> RunConfig:
@@ -78,7 +74,6 @@ def labelled(**finetune) -> RunConfig:
     batch_size=32,
     eval_every=50,
     data=DataConfig(seq_len=128),
-    encoder=ONE_AT_A_TIME,
     adapt=AdaptConfig(),
     finetune=FinetuneConfig(**finetune),
     optimizer=OptimizerConfig(learning_rate=2e-5, weight_decay=0.0, epsilon=1e-8),
@@ -121,7 +116,7 @@ VARIANTS = {
   ),
   'pretrain-electra': pretrained(
     'electra',
-    EncoderConfig(architecture='electra', num_layers=6, scan_unroll=1),
+    EncoderConfig(architecture='electra', num_layers=6),
     766_000,
     10_000,
     2e-4,
