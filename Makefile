@@ -19,10 +19,10 @@ demo: .venv-demo/ready
 	.venv-demo/bin/compactlm demo --workdir=$(DEMO_DIR)
 
 test: .venv/ready
-	.venv/bin/python -m pytest -n 2
+	.venv/bin/python -m pytest -n 2 --dist loadfile
 
 slow: .venv/ready
-	.venv/bin/python -m pytest -n 2 -m slow
+	.venv/bin/python -m pytest -n 2 --dist loadfile -m slow
 
 lint: .venv/ready
 	.venv/bin/ruff check .

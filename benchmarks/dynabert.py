@@ -24,22 +24,19 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from prune import split
+from prune import dense, split
 
-from compactlm_jax.compress.subnet import subnet, subnet_config
 from compactlm_jax.config import (
   AdaptConfig,
   Cell,
-  DataConfig,
-  EncoderConfig,
   FinetuneConfig,
-  OptimizerConfig,
   RunConfig,
 )
 from compactlm_jax.cpu import keep_memory
 from compactlm_jax.interop.bundle import save_pretrained
 from compactlm_jax.jobs.commands import run_train
 from compactlm_jax.jobs.evaluate import run_evaluate
+from compactlm_jax.jobs.grid_rows import cell_bundle
 from compactlm_jax.jobs.models import load_model
 from compactlm_jax.report.grid import over_runs, read_rows
 from compactlm_jax.report.grid_plot import draw_grid
@@ -52,22 +49,13 @@ Found = dict[str, dict[str, list[float]]]
 def fine_tuning(args: argparse.Namespace) -> RunConfig:
   """The teacher's run."""
   if args.table:
-    train, dev = split(pathlib.Path(args.table), pathlib.Path(args.workdir) / 'data')
-    rows, finetune = {'train': train, 'dev': dev, 'train_rows': args.rows}, FinetuneConfig()
+    base = dense(args, *split(pathlib.Path(args.table), pathlib.Path(args.workdir) / 'data'))
   else:
-    rows, finetune = {'path': args.glue}, FinetuneConfig(benchmark=args.task)
-  return RunConfig(
-    task='finetune',
-    epochs=args.epochs,
-    batch_size=32,
-    model=args.model,
-    log_every=25,
-    checkpoint_every=100_000,
-    encoder=EncoderConfig(hidden_dropout=0.1, attention_dropout=0.1),
-    data=DataConfig(seq_len=128, buckets=(32, 64, 128), group_by_length=True, **rows),
-    finetune=finetune,
-    optimizer=OptimizerConfig(learning_rate=1e-4, warmup_fraction=0.1, weight_decay=0.0, epsilon=1e-8),
-  )
+    base = dense(args, '', '')
+    rows = dataclasses.replace(base.data, path=args.glue, train_rows=0)
+    base = dataclasses.replace(base, data=rows, finetune=FinetuneConfig(benchmark=args.task))
+  # Few lengths: a step of twelve sub-networks takes its time to compile.
+  return dataclasses.replace(base, data=dataclasses.replace(base.data, seq_len=128, buckets=(32, 64, 128)))
 
 
 def adapted(base: RunConfig, teacher: str, **changes: Any) -> RunConfig:
@@ -80,8 +68,7 @@ def separate(base: RunConfig, cell: Cell, folder: pathlib.Path, epochs: float) -
   """A run of the cell's size, from that part of the pre-trained encoder."""
   if not folder.exists():
     whole = load_model(base.model)
-    params = subnet({'encoder': whole.params['encoder']}, whole.config, cell)
-    save_pretrained(dataclasses.replace(whole, params=params, config=subnet_config(whole.config, cell)), folder)
+    save_pretrained(cell_bundle(dataclasses.replace(whole, params={'encoder': whole.params['encoder']}), cell), folder)
   return dataclasses.replace(base, model=str(folder), epochs=epochs)
 
 

@@ -20,14 +20,14 @@ import numpy as np
 from etils import epath
 
 from compactlm_jax.checkpoint import Checkpoints
-from compactlm_jax.compress.subnet import subnet, subnet_config
 from compactlm_jax.config import Cell, EncoderConfig
 from compactlm_jax.errors import StorageError
-from compactlm_jax.interop.bundle import Bundle, save_pretrained
+from compactlm_jax.interop.bundle import save_pretrained
 from compactlm_jax.interop.tokenizer_files import TokenizerFiles
-from compactlm_jax.jobs.grid_rows import grid_rows, metrics_of_cells
+from compactlm_jax.jobs.grid_rows import cell_bundle, grid_rows, metrics_of_cells
 from compactlm_jax.jobs.models import towers_of
 from compactlm_jax.parallel import replicated
+from compactlm_jax.train.rundir import write_whole
 from compactlm_jax.types import Params, TrainState
 
 log = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ class BestCells:
     for cell in better:
       if jax.process_index() == 0:
         with _quiet():
-          save_pretrained(_cell_of(bundle, cell), best / CELLS / cell.name)
+          save_pretrained(cell_bundle(bundle, cell), best / CELLS / cell.name)
       self._note(cell.name, values[cell], step)
 
   def results(self, params: Params, scores: Mapping[str, float]) -> Mapping[str, Any]:
@@ -120,9 +120,7 @@ class BestCells:
   def _note(self, name: str, value: float, step: int) -> None:
     self._record[name] = {'value': value, 'step': step}
     if jax.process_index() == 0 and self._workdir is not None:
-      draft = self._workdir / f'{RECORD}.tmp'
-      draft.write_text(json.dumps(self._record, indent=2) + '\n')
-      draft.replace(self._workdir / RECORD)
+      write_whole(self._workdir / RECORD, json.dumps(self._record, indent=2) + '\n')
 
   def _save(self, folder: epath.Path, step: int, state: TrainState, metadata: Mapping[str, Any]) -> None:
     if jax.process_index() == 0 and self.tokenizer is not None:
@@ -145,12 +143,6 @@ def read_best(workdir: epath.PathLike) -> dict[str, dict[str, Any]]:
     return dict(json.loads(path.read_text())) if path.exists() else {}
   except (OSError, ValueError) as e:
     raise StorageError(f'{path}: cannot be read ({e}); remove it and the folder {BEST} to keep anew') from e
-
-
-def _cell_of(bundle: Bundle, cell: Cell) -> Bundle:
-  return dataclasses.replace(
-    bundle, params=subnet(bundle.params, bundle.config, cell), config=subnet_config(bundle.config, cell)
-  )
 
 
 def _whole(params: Params) -> Params:

@@ -33,6 +33,7 @@ from compactlm_jax.errors import ConfigError, DataError, PreemptedError, Storage
 from compactlm_jax.jobs.augment_rows import Rows, Writer, open_rows
 from compactlm_jax.jobs.candidates import Finder, load_masked_model
 from compactlm_jax.jobs.models import params_digest
+from compactlm_jax.jobs.output import output_table
 from compactlm_jax.train.signals import StopRequest
 
 SHARD_ROWS = 256
@@ -141,7 +142,7 @@ def run_augment(source: str, model: str, output: str, options: Options, overwrit
     PreemptedError: a signal asked to stop; finished shards are kept.
     StorageError: the output cannot be written.
   """
-  target = _target(output)
+  target = output_table(output)
   rows = open_rows(source, options.task, options.text_columns)
   bundle = load_masked_model(model)
   vectors = read_vectors(options.vectors) if options.vectors else None
@@ -359,15 +360,6 @@ def _parts(target: pathlib.Path) -> pathlib.Path:
 
 def _report_file(target: pathlib.Path) -> pathlib.Path:
   return target.with_name(f'{target.name}.json')
-
-
-def _target(output: str) -> pathlib.Path:
-  target = pathlib.Path(output)
-  if target.suffix not in ('.tsv', '.jsonl'):
-    raise ConfigError(f'--output: {output} must end in .tsv or .jsonl')
-  if not target.absolute().parent.is_dir():
-    raise ConfigError(f'--output: the folder of {output} is not there')
-  return target
 
 
 def _stop_words(path: str) -> frozenset[str]:

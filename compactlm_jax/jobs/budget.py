@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 
 from compactlm_jax.errors import ConfigError
+from compactlm_jax.report.aligned import aligned
 from compactlm_jax.report.grid import TITLES, GridRow, over_runs, shown
 from compactlm_jax.report.summary import lower_is_better
 
@@ -143,9 +144,7 @@ def as_text(choice: Choice, note: str = '') -> str:
     found = over_runs([[row]]).found
     cells = [shown(name, found.get(name, {}).get(row.cell))[0] for name in (choice.metric, *columns)]
     lines.append([row.cell.name, *cells, _verdict(choice, row)])
-  widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-  texts = ['| ' + ' | '.join(c.ljust(w) for c, w in zip(line, widths)) + ' |' for line in lines]
-  table = '\n'.join([texts[0], '|' + '|'.join('-' * (w + 2) for w in widths) + '|', *texts[1:]])
+  table = aligned(lines, left=len(lines[0]))
   head = f'{choice.row.cell.name} is the best sub-network by {choice.metric} with {" and ".join(_limits(choice))}.'
   return '\n\n'.join([head, table, *([note] if note else [])])
 

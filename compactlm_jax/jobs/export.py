@@ -22,7 +22,7 @@ from compactlm_jax.interop.onnx_export import export_onnx
 from compactlm_jax.interop.pretrained import save_pretraining
 from compactlm_jax.interop.sparse import SizeReport, save_sparse
 from compactlm_jax.interop.sparse_matrix import VALUES
-from compactlm_jax.jobs.latency import Latencies, measure
+from compactlm_jax.jobs.latency import SEQ_LEN, Latencies, measure
 from compactlm_jax.jobs.models import is_run, load_model, load_towers
 from compactlm_jax.tree import named_leaves
 
@@ -31,13 +31,10 @@ log = logging.getLogger(__name__)
 FORMATS = ('hf', 'sparse', 'onnx')
 LAYOUTS = ('auto', 'shrunk', 'padded')
 BATCH_SIZES = (1, 32)
-SEQ_LEN = 128
-"""Tokens of a row whose latency is measured, if the model has so many positions."""
-
 _WORTH = 0.1
 """Share of the layers' parameters from which on 'auto' gives up the stock sizes."""
 
-_SECONDS = 30.0
+SECONDS = 30.0
 """For each batch size, after which no more is timed."""
 
 
@@ -192,7 +189,7 @@ def _measured(done: Export, dense: Bundle, zeros: Mapping[str, Any], sizes: Size
     log.info('measuring latency here; --nolatency leaves it out')
     smaller = done.bundle.config != dense.config  # zeros alone are multiplied like any other number
     models = {'dense': dense, **({'exported': done.bundle} if smaller else {})}
-    timings = measure(models, BATCH_SIZES, min(SEQ_LEN, dense.config.max_positions), seconds=_SECONDS)
+    timings = measure(models, BATCH_SIZES, min(SEQ_LEN, dense.config.max_positions), seconds=SECONDS)
   return dataclasses.replace(
     done,
     dense_config=dense.config,

@@ -17,7 +17,7 @@ from compactlm_jax.interop.bundle import Bundle, from_pretrained
 from compactlm_jax.jobs import export_tables
 from compactlm_jax.jobs.adapt_best import ALL, BEST, CELLS, read_best
 from compactlm_jax.jobs.budget import Choice, as_text, choose, parse_budgets
-from compactlm_jax.jobs.export import BATCH_SIZES, Export, check_options, export_model, run_export
+from compactlm_jax.jobs.export import BATCH_SIZES, SECONDS, Export, check_options, export_model, run_export
 from compactlm_jax.jobs.grid import (
   Network,
   Timed,
@@ -34,9 +34,6 @@ from compactlm_jax.jobs.models import is_run
 from compactlm_jax.report.grid import GridRow, as_entries, first_metric
 
 log = logging.getLogger(__name__)
-
-_SECONDS = 30.0
-"""For each batch size, after which no more is timed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +178,7 @@ def run_export_cell(
   if latency:
     log.info('measuring latency here; --nolatency leaves it out')
     models = {'full network': network.bundle, 'exported': done.bundle}
-    done = dataclasses.replace(done, latency=measure(models, BATCH_SIZES, length, seconds=_SECONDS))
+    done = dataclasses.replace(done, latency=measure(models, BATCH_SIZES, length, seconds=SECONDS))
   whole, own = sized([GridRow(network.grid[0]), GridRow(cell)], network, length)
   return CellExport(done, cell, whole, own, network, length, choice, note)
 

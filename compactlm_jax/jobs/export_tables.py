@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from compactlm_jax.config import runs
 from compactlm_jax.errors import ConfigError, StorageError
 from compactlm_jax.jobs.export import Export
 from compactlm_jax.jobs.latency import Latencies
+from compactlm_jax.report.aligned import aligned
 
 
 def as_text(export: Export) -> str:
@@ -91,7 +92,7 @@ def _zeros(zeros: Any) -> str:
     f"Zeros: {gone:,} of {zeros['weights']:,} weights in the encoder's matrices ({_percent(1 - zeros['density'])} %; "
     f'{zeros["nonzero"]:,} remain), in % of each:'
   )
-  return said + '\n\n' + _table(('layer', *short, 'all'), rows)
+  return said + '\n\n' + aligned([('layer', *short, 'all'), *rows], left=1)
 
 
 def _sizes(export: Export) -> list[str]:
@@ -101,7 +102,7 @@ def _sizes(export: Export) -> list[str]:
     return []
   rows = [(str(i + 1), str(heads), str(neurons)) for i, (heads, neurons) in enumerate(_per_layer(export))]
   head = f'Heads (of {dense.num_heads}) and neurons (of {dense.intermediate_size}) that are left:'
-  return [head + '\n\n' + _table(('layer', 'heads', 'neurons'), rows)]
+  return [head + '\n\n' + aligned([('layer', 'heads', 'neurons'), *rows], left=1)]
 
 
 def _bytes(export: Export) -> str:
@@ -110,7 +111,7 @@ def _bytes(export: Export) -> str:
     ("encoder's layers", export.layers, export.dense_layers),
   ]
   cells = [(what, f'{own:,}', f'{whole:,}', f'{100 * own / whole:.1f} %') for what, own, whole in rows]
-  return 'Bytes on disk\n\n' + _table(('', 'exported', 'dense', 'of dense'), cells)
+  return 'Bytes on disk\n\n' + aligned([('', 'exported', 'dense', 'of dense'), *cells], left=1)
 
 
 def _latency(found: Latencies) -> str:
@@ -129,7 +130,7 @@ def _latency(found: Latencies) -> str:
   notes = list(found.notes)
   if len({row.name for row in found.rows}) == 1:
     notes.append('The exported model has the shapes of the dense one: its zeros are multiplied, and save no time here.')
-  return '\n\n'.join([*said, _table(head, rows), *notes])
+  return '\n\n'.join([*said, aligned([head, *rows], left=1), *notes])
 
 
 def _per_layer(export: Export) -> list[tuple[int, int]]:
@@ -143,14 +144,3 @@ def _per_layer(export: Export) -> list[tuple[int, int]]:
 
 def _percent(share: float) -> str:
   return f'{100 * share:.2f}'
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-  """Columns of equal width, numbers to the right."""
-  widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-  lines = [
-    '| ' + ' | '.join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))) + ' |'
-    for row in (head, *rows)
-  ]
-  rule = '|' + '|'.join(('-' * (w + 1) + ':') if i else '-' * (w + 2) for i, w in enumerate(widths)) + '|'
-  return '\n'.join([lines[0], rule, *lines[1:]])

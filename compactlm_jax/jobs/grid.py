@@ -11,26 +11,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from etils import epath
 
 from compactlm_jax.checkpoint import load_params
-from compactlm_jax.compress.subnet import subnet, subnet_config
 from compactlm_jax.config import AdaptConfig, Cell, RunConfig, cells, from_config_dict
 from compactlm_jax.errors import ConfigError
 from compactlm_jax.interop.bundle import Bundle, from_pretrained
 from compactlm_jax.interop.folder import open_folder
 from compactlm_jax.interop.tokenizer_files import read_tokenizer
-from compactlm_jax.jobs.grid_rows import size_of
-from compactlm_jax.jobs.latency import JAX, measure
+from compactlm_jax.jobs.grid_rows import cell_bundle, size_of
+from compactlm_jax.jobs.latency import JAX, SEQ_LEN, measure
 from compactlm_jax.jobs.models import is_run, towers_of
 from compactlm_jax.report.grid import GridRow, as_csv, as_entries, as_tables, over_runs, read_rows
 from compactlm_jax.report.grid_plot import draw_grid
 
 log = logging.getLogger(__name__)
-
-SEQ_LEN = 128
-"""Tokens of a row where no run says how long its rows are, if the model has so many positions."""
 
 _CLOSE = 5e-3  # .667 names a depth of 2/3
 
@@ -86,25 +81,6 @@ def load_network(path: str) -> Network:
     log.info('%s: sub-networks are discriminators; the generator is left out', path)
   adapt = from_config_dict(AdaptConfig, model['adapt'], 'adapt.') if 'adapt' in model else None
   return Network(bundle, str(path), adapt, tuple(model.get('cells', ())), seq_len_of(path))
-
-
-def cell_bundle(bundle: Bundle, cell: Cell) -> Bundle:
-  """One sub-network as a model of its own.
-
-  Args:
-    bundle: the full network; a generator is no part of it.
-    cell: which one.
-
-  Raises:
-    ConfigError: see `compress.subnet.subnet_config`.
-  """
-  config, host = subnet_config(bundle.config, cell), jax.tree.map(np.asarray, bundle.params)
-  if config == bundle.config:
-    return bundle
-  # Cut on the host, without a program for each shape; what stays whole (embeddings) is shared by all sub-networks.
-  cut = subnet(host, bundle.config, cell)
-  params = jax.tree.map(lambda own, of, whole: whole if own is of else jnp.asarray(own), cut, host, bundle.params)
-  return dataclasses.replace(bundle, params=params, config=config)
 
 
 def asked_cell(network: Network, width: float | None, depth: float | None, hidden: int | None) -> Cell:

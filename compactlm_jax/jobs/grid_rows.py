@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from compactlm_jax.compress.subnet import subnet, subnet_config
 from compactlm_jax.config import Cell, EncoderConfig
+from compactlm_jax.interop.bundle import Bundle
 from compactlm_jax.nn.flops import encoder_flops
 from compactlm_jax.types import Params, Score
 
@@ -86,6 +89,25 @@ def size_of(cell: Cell, encoder: EncoderConfig, params: Params, seq_len: int) ->
   shapes = jax.eval_shape(lambda tree: subnet(tree, encoder, cell), params)
   count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
   return count, seq_len * encoder_flops(subnet_config(encoder, cell), seq_len)
+
+
+def cell_bundle(bundle: Bundle, cell: Cell) -> Bundle:
+  """One sub-network as a model of its own.
+
+  Args:
+    bundle: the full network; a generator is no part of it.
+    cell: which one.
+
+  Raises:
+    ConfigError: see `compress.subnet.subnet_config`.
+  """
+  config, host = subnet_config(bundle.config, cell), jax.tree.map(np.asarray, bundle.params)
+  if config == bundle.config:
+    return bundle
+  # Cut on the host, without a program for each shape; what stays whole (embeddings) is shared by all sub-networks.
+  cut = subnet(host, bundle.config, cell)
+  params = jax.tree.map(lambda own, of, whole: whole if own is of else jnp.asarray(own), cut, host, bundle.params)
+  return dataclasses.replace(bundle, params=params, config=config)
 
 
 def cell_of(row: Mapping[str, Any]) -> Cell:

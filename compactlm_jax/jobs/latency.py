@@ -23,6 +23,9 @@ from compactlm_jax.tasks.span import span_logits
 from compactlm_jax.types import Batch, Params
 
 JAX, ONNXRUNTIME = 'jax', 'onnxruntime'
+SEQ_LEN = 128
+"""Tokens of a row whose latency is measured where nothing else is asked, if the model has so many positions."""
+
 _FEWEST = 3  # rounds, whatever they cost
 
 log = logging.getLogger(__name__)

@@ -24,6 +24,7 @@ from compactlm_jax.data.table import numbered_lines, table_rows
 from compactlm_jax.data.windows import make_windows
 from compactlm_jax.errors import ConfigError, DataError, StorageError
 from compactlm_jax.jobs.models import load_model
+from compactlm_jax.jobs.output import output_table
 from compactlm_jax.jobs.predict import CHUNK, Reader, Usage, class_names, classify_texts, require_classifier
 from compactlm_jax.jobs.squad import span_answers
 from compactlm_jax.tasks.span import make_span_task
@@ -94,7 +95,7 @@ def predict_file(
     DataError: damaged files.
     StorageError: the output cannot be written.
   """
-  target = _target(output)
+  target = output_table(output)
   if bool(question) != bool(context):
     raise ConfigError('--question, --context: name both columns')
   columns = (question, context) if question else tuple(text_columns)
@@ -114,15 +115,6 @@ def predict_file(
     reader = Reader.of(bundle, ('classifier',), batch_size, seq_len=seq_len or None)
     answer = _class_answerer(reader, target.suffix == '.jsonl')
   return _write(target, itertools.chain([first], rows), answer)
-
-
-def _target(output: str) -> pathlib.Path:
-  target = pathlib.Path(output)
-  if target.suffix not in ('.tsv', '.jsonl'):
-    raise ConfigError(f'--output: {output} must end in .tsv or .jsonl')
-  if not target.absolute().parent.is_dir():
-    raise ConfigError(f'--output: the folder of {output} is not there')
-  return target
 
 
 def _write(target: pathlib.Path, rows: Iterator[Row], answerer: Answerer) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from compactlm_jax.config import Cell
 from compactlm_jax.errors import ConfigError
+from compactlm_jax.report.aligned import aligned
 from compactlm_jax.report.summary import Summary, lower_is_better, summarize
 
 COSTS = ('params', 'flops', 'latency_ms')
@@ -181,7 +182,7 @@ def as_tables(grid: Grid, quantities: Sequence[str] = ()) -> str:
     lines = [[corner, *grid.column_labels()], *([f'{d:.3g}', *row] for d, row in zip(grid.depths, cells))]
     spread = any('±' in text for row in cells for text in row)
     over = f', mean ± standard deviation over {grid.runs} runs' if spread else ''
-    parts.append(f'{title_of(quantity)}{over}:\n\n{_table(lines)}')
+    parts.append(f'{title_of(quantity)}{over}:\n\n{aligned(lines)}')
   return '\n\n'.join(parts)
 
 
@@ -217,10 +218,3 @@ def _row(entry: Mapping[str, Any]) -> GridRow:
 def _text(quantity: str, summary: Summary | None) -> str:
   mean, spread = shown(quantity, summary)
   return f'{mean} ± {spread}' if spread else mean
-
-
-def _table(lines: Sequence[Sequence[str]]) -> str:
-  """Columns of equal width, numbers to the right; the first line is the head."""
-  widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-  texts = ['| ' + ' | '.join(cell.rjust(width) for cell, width in zip(line, widths)) + ' |' for line in lines]
-  return '\n'.join([texts[0], '|' + '|'.join('-' * (width + 1) + ':' for width in widths) + '|', *texts[1:]])

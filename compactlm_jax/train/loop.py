@@ -22,7 +22,7 @@ from compactlm_jax.parallel import check_batch_size, make_mesh, param_shardings,
 from compactlm_jax.train.evaluate import Evaluation, make_evaluate, make_finished
 from compactlm_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from compactlm_jax.train.reporter import Reporter
-from compactlm_jax.train.rundir import open_run
+from compactlm_jax.train.rundir import open_run, write_whole
 from compactlm_jax.train.signals import StopRequest
 from compactlm_jax.train.step import compile_step, init_state, make_train_step
 from compactlm_jax.types import Batch, Params, Task, TrainState
@@ -176,8 +176,5 @@ def _finish(
   known = {'metrics': dict(scores), 'task': job.task.name, 'steps': job.total_steps, 'seconds': round(seconds, 3)}
   results = {**known, **further}
   if jax.process_index() == 0:
-    target = epath.Path(workdir) / 'results.json'
-    draft = target.with_suffix('.json.tmp')
-    draft.write_text(json.dumps(results, indent=2) + '\n')
-    draft.replace(target)
+    write_whole(epath.Path(workdir) / 'results.json', json.dumps(results, indent=2) + '\n')
   return results

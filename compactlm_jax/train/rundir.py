@@ -135,7 +135,7 @@ class _Lock:
         'started': _now(),
         'token': token,
       }
-      _replace(self._path, json.dumps(mine) + '\n')
+      write_whole(self._path, json.dumps(mine) + '\n')
       self._token = token
 
   def release(self) -> None:
@@ -335,10 +335,11 @@ def _now() -> str:
 
 
 def _write_record(path: epath.Path, record: Mapping[str, Any]) -> None:
-  _replace(path / 'config.json', json.dumps(record, indent=2) + '\n')
+  write_whole(path / 'config.json', json.dumps(record, indent=2) + '\n')
 
 
-def _replace(path: epath.Path, text: str) -> None:
+def write_whole(path: epath.Path, text: str) -> None:
+  """Writes a file that appears whole or not at all."""
   draft = path.parent / f'{path.name}.tmp'
   draft.write_text(text)
   draft.replace(path)
