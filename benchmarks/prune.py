@@ -1,7 +1,7 @@
 """Pruning methods on sentence polarity with a small real encoder: accuracy at 10 % and 3 % of the encoder's weights.
 
 Usage: python benchmarks/prune.py --model=FOLDER --table=TSV --workdir=RUNS [--seeds=1] [--rows=4000] [--epochs=8]
-  [--methods=...] [--densities=.1,.03] [--teacher=0,1]
+  [--methods=...] [--densities=.1,.03] [--teacher=0,1] [--initial_warmup=1] [--final_warmup=2]
 FOLDER is a BERT-like encoder with its tokenizer, TSV a table with the columns label and text (.gz is read), for example
 the 10,662 sentences of MR polarity; a tenth of it is held out, by a shuffle that is always the same. Runs that are over
 are not run again; the table is printed after each, and written to RUNS/prune.json.
@@ -75,9 +75,9 @@ def dense(args: argparse.Namespace, train: str, dev: str) -> RunConfig:
   )
 
 
-def pruned(base: RunConfig, method: str, density: float, teacher: str) -> RunConfig:
-  """The run of a method."""
-  fields = {'density': density, **{**METHODS, **STRUCTURED}[method]}
+def pruned(base: RunConfig, method: str, density: float, teacher: str, **given: Any) -> RunConfig:
+  """The run of a method; given: other fields of `config.prune`."""
+  fields = {'density': density, **{**METHODS, **STRUCTURED}[method], **given}
   return dataclasses.replace(base, task='prune', teacher=teacher, prune=PruneConfig(**fields))
 
 
@@ -102,6 +102,10 @@ def main() -> None:
   parser.add_argument('--epochs', type=float, default=8.0)
   parser.add_argument('--methods', default=','.join(METHODS))
   parser.add_argument('--densities', default='.1,.03')
+  parser.add_argument(
+    '--initial_warmup', type=float, default=1.0, help='prune.initial_warmup; the warm-up is a tenth of the run'
+  )
+  parser.add_argument('--final_warmup', type=float, default=2.0, help='prune.final_warmup')
   parser.add_argument('--teacher', default='0,1', help='0 without, 1 with distillation from the dense run')
   args = parser.parse_args()
   keep_memory()
@@ -117,13 +121,14 @@ def main() -> None:
 
   for seed in range(args.seeds):
     run('dense', base, seed)
+  warmups = {'initial_warmup': args.initial_warmup, 'final_warmup': args.final_warmup}
   grid = itertools.product(
     range(args.seeds), args.teacher.split(','), map(float, args.densities.split(',')), args.methods.split(',')
   )
   for seed, taught, density, method in grid:
     teacher = str(workdir / 'dense' / 'seed-0') if int(taught) else ''
     name = f'{method} {density:.0%}{" distilled" if teacher else ""}'
-    run(name, pruned(base, method, density, teacher), seed)
+    run(name, pruned(base, method, density, teacher, **warmups), seed)
 
 
 if __name__ == '__main__':
