@@ -1,0 +1,293 @@
+#!/usr/bin/env bash
+# One command for runs on Cloud TPU VMs; launch/README.md is its page. Flags as --flag=value, the run's command after --.
+#
+#   tpu.sh create   make the VM, or reuse the one of that name      --type=v3-8 [--spot] [--queued [--valid_until=6h]]
+#   tpu.sh install  the package on all workers                      --source=git+https://HOST/REPOSITORY@TAG | FILE.whl
+#   tpu.sh run      start in a detached terminal on all workers     -- compactlm train ...
+#   tpu.sh watch    wait for the end; restart what a preemption or a reboot ended (a new VM only with --recreate or
+#                   --queued, then with the flags of create and install too)                     -- compactlm train ...
+#   tpu.sh logs     follow (Ctrl-C leaves the run alone)            [--worker=0|all]
+#   tpu.sh status | stop (save and end the run; the VM stays, and costs) | delete (asks, unless --yes)
+#   tpu.sh copy     a run directory to or from a bucket             SOURCE TARGET [--on_vm]
+#
+# Always: --name= --zone= --project= (or LAUNCH_NAME, LAUNCH_ZONE, LAUNCH_PROJECT). --dry_run prints the gcloud commands
+# and runs none. Exit codes: 0 done, 74 the cloud failed, 75 preempted, 78 a flag or a mismatch; watch: the run's own.
+#
+# Runs with bash 3.2 (macOS). No function relies on `set -e`, which is off inside a condition.
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=SCRIPTDIR/flags.sh
+source "$here/flags.sh"
+exec 3>&1 # dry runs print here, also from inside $(...)
+scratch=$(mktemp)
+trap 'rm -f "$scratch"' EXIT
+
+# Every gcloud command passes here. --quiet: nothing may wait for an answer at night; deleting asks by itself.
+tpus() { # KIND VERB NAME ...
+  set -- gcloud compute tpus "$@" "--zone=$zone" "--project=$project" --quiet
+  if [[ -z $dry_run ]]; then "$@"; else shown "$@" >&3; fi
+}
+
+# Prints what gcloud tells, or NOT_FOUND. Only that very answer counts as absent: a lost network must not lead to a
+# second VM.
+describe() { # KIND FORMAT ASSUMED_IN_A_DRY_RUN
+  if tpus "$1" describe "$name" "--format=$2" 2>"$scratch"; then
+    [[ -z $dry_run ]] || echo "$3"
+  elif grep -q NOT_FOUND "$scratch"; then
+    echo NOT_FOUND
+  else
+    cat "$scratch" >&2
+    fail 74 "cannot ask for the state of $name. Is \`gcloud auth login\` done, and the Cloud TPU API enabled?"
+  fi
+}
+
+vm_info() { # ASSUMED
+  describe tpu-vm 'value(state,acceleratorType.basename(),runtimeVersion)' "$1"
+}
+
+queue_info() { # ASSUMED
+  local node='tpu.nodeSpec[0].node'
+  describe queued-resources "value(state.state,$node.acceleratorType.basename(),$node.runtimeVersion)" "$1"
+}
+
+same_machine() { # STATE TYPE VERSION, as found
+  [[ $2 == "$type" && $3 == "$version" ]] ||
+    fail 78 "$name exists as $2 with $3, not $type with $version: take another --name, or delete it first"
+}
+
+default_version() { # of the TPU software, https://cloud.google.com/tpu/docs/runtimes
+  case $type in
+    v2-* | v3-* | v4-*) echo tpu-ubuntu2204-base ;;
+    v5litepod-*) echo v2-alpha-tpuv5-lite ;;
+    v5p-*) echo v2-alpha-tpuv5 ;;
+    v6e-*) echo v2-alpha-tpuv6e ;;
+    *) fail 78 "--type=$type: which --version=? And is it a type, such as v3-8?" ;;
+  esac
+}
+
+create() {
+  local info
+  [[ -n $version ]] || version=$(default_version) || exit
+  info=$(vm_info NOT_FOUND) || exit
+  case $info in
+    NOT_FOUND)
+      [[ -z $queued ]] || { create_queued && return; }
+      tpus tpu-vm create "$name" "--accelerator-type=$type" "--version=$version" ${spot:+--spot} ||
+        fail 74 "not created (see above). Quota: launch/README.md; no capacity: another zone, --spot or --queued"
+      return
+      ;;
+    PREEMPTED* | TERMINATED*) fail 75 "$name is $info and cannot come back: delete it, then create it again" ;;
+  esac
+  # shellcheck disable=SC2086 # three words
+  same_machine $info
+  case $info in
+    READY*) say "reusing $name" ;;
+    STOPPED*) tpus tpu-vm start "$name" || fail 74 "$name could not be started" ;;
+    *) fail 74 "$name exists and is $info: try again in a minute" ;;
+  esac
+}
+
+# The request has the name of its VM, so that it is found again and never made twice.
+create_queued() {
+  local info
+  info=$(queue_info NOT_FOUND) || exit
+  if [[ $info == NOT_FOUND ]]; then
+    tpus queued-resources create "$name" "--node-id=$name" "--accelerator-type=$type" "--runtime-version=$version" \
+      ${spot:+--spot} ${valid_until:+"--valid-until-duration=$valid_until"} ||
+      fail 74 "the request was refused (see above). Quota: launch/README.md"
+  else
+    # shellcheck disable=SC2086 # three words
+    same_machine $info
+  fi
+  while :; do
+    info=$(queue_info ACTIVE) || exit
+    case $info in
+      ACTIVE*) return ;;
+      FAILED* | SUSPEND* | DELETING* | NOT_FOUND) fail 74 "the request is $info: delete it, then create it again" ;;
+    esac
+    say "$name: $info (Ctrl-C is harmless: create again waits on for the same request)"
+    sleep "$poll"
+  done
+}
+
+ready() {
+  local info
+  info=$(vm_info READY) || exit
+  case $info in
+    READY*) ;;
+    NOT_FOUND) fail 78 "there is no $name in $zone: create it first" ;;
+    PREEMPTED* | TERMINATED*) fail 75 "$name is $info: delete it, then create, install and run again" ;;
+    *) fail 74 "$name is $info: try again in a minute" ;;
+  esac
+}
+
+remote() { # WORKERS COMMAND ...; each argument arrives as it is
+  local workers=$1 line
+  shift
+  line=$(shown "$@")
+  tpus tpu-vm ssh "$name" "--worker=$workers" "--command=$line"
+}
+
+unreachable() {
+  fail 74 "the command failed on a worker of $name, or ssh to it (see above)"
+}
+
+install() {
+  local files
+  case $source in
+    git+*://*@*/*@*) fail 78 '--source: no user or password in the address, it would be shown' ;;
+    git+*://*@*) files=("$here/worker.sh") ;;
+    *.whl)
+      [[ -f $source ]] || fail 78 "--source: there is no file $source"
+      files=("$here/worker.sh" "$source" "$here/../configs") # configs/ is not part of the package
+      ;;
+    *) fail 78 '--source= git+https://HOST/REPOSITORY@TAG, or a .whl file' ;;
+  esac
+  ready
+  remote all mkdir -p compactlm || unreachable
+  tpus tpu-vm scp --recurse "${files[@]}" "$name:compactlm/" --worker=all || unreachable
+  remote all bash compactlm/worker.sh install "$source" || unreachable
+}
+
+need_command() {
+  [[ $# -gt 0 && $* != *$'\n'* ]] || fail 78 'give the command after --, without line breaks: -- compactlm train ...'
+}
+
+run() { # COMMAND ...
+  need_command "$@"
+  ready
+  remote all bash compactlm/worker.sh start "$@" || unreachable
+}
+
+logs() {
+  local lost=0
+  ready
+  until remote "$worker" tail -n 100 -F compactlm/run.log; do
+    lost=$((lost + 1))
+    [[ $lost -lt 5 ]] || unreachable
+    say "ssh to $name was lost; connecting again"
+    sleep "$poll"
+  done
+}
+
+status() {
+  local vm request
+  vm=$(vm_info READY) || exit
+  request=$(queue_info ACTIVE) || exit
+  echo "$name: $vm; queued request: $request"
+  [[ $vm != READY* ]] || remote all bash compactlm/worker.sh status || unreachable
+}
+
+stop() {
+  ready
+  remote all bash compactlm/worker.sh stop || unreachable
+  say "the VM is still there and costs; \`delete\` ends that"
+}
+
+# A request goes with its VM; a VM without a request goes alone. Looks for both, whatever the flags: what stays, costs.
+remove() {
+  local request vm
+  request=$(queue_info "$([[ -n $queued ]] && echo ACTIVE || echo NOT_FOUND)") || exit
+  vm=$(vm_info READY) || exit
+  if [[ $request != NOT_FOUND ]]; then
+    tpus queued-resources delete "$name" --force || fail 74 "$name was not deleted (see above)"
+  elif [[ $vm != NOT_FOUND ]]; then
+    tpus tpu-vm delete "$name" || fail 74 "$name was not deleted (see above)"
+  else
+    say "there is no $name in $zone"
+  fi
+}
+
+delete() {
+  local answer=''
+  if [[ -z $yes && -z $dry_run ]]; then
+    printf 'Delete the TPU VM %s (%s, project %s) with its disk? [y/N] ' "$name" "$zone" "$project" >&2
+    read -r answer || fail 78 'no answer; without a terminal, pass --yes'
+    [[ $answer == [yY] || $answer == [yY][eE][sS] ]] || { say 'kept' && return; }
+  fi
+  remove
+}
+
+# Sets `verdict` to lost, the exit code of the run, or nothing while it runs; fails if ssh does.
+observe() {
+  local lines
+  lines=$(remote all bash compactlm/worker.sh status) || return
+  [[ -z $dry_run ]] || lines='compactlm-status worker exited 0'
+  lines=$(grep '^compactlm-status ' <<<"$lines") || return
+  say "$lines"
+  if grep -Eq ' (lost|absent)$' <<<"$lines"; then
+    verdict=lost
+  elif ! grep -q ' running ' <<<"$lines"; then # one code of several: the first that is not 0
+    verdict=$(awk '$4 && !code { code = $4 } END { print code + 0 }' <<<"$lines")
+  fi
+}
+
+watch() { # COMMAND ...
+  local info made=0 unheard=0 verdict known='' broken=''
+  need_command "$@"
+  [[ -z $recreate$queued || -n $source && -n $type ]] || fail 78 'a new VM also needs --type= and --source='
+  while :; do
+    verdict='' info=$(vm_info READY) || info=UNKNOWN
+    case $info in
+      READY*) known=yes && observe || info=UNKNOWN ;;
+      PREEMPTED* | TERMINATED*) known=yes verdict=gone ;;
+      NOT_FOUND) verdict=gone ;;
+    esac
+    [[ -z $broken ]] || verdict=gone
+    if [[ $info == UNKNOWN ]]; then unheard=$((unheard + 1)); else unheard=0; fi
+    [[ $unheard -lt 20 ]] || fail 74 "$name did not answer $unheard times; it may still run: look with status"
+    [[ $verdict != [0-9]* ]] || return "$verdict"
+    if [[ -n $verdict ]]; then
+      [[ $verdict == lost || -n $recreate$queued ]] || fail 75 "$name is $info: start anew, or watch with --recreate"
+      made=$((made + 1))
+      [[ $made -le $attempts ]] || fail 75 "$name was lost more than $attempts times"
+      say "$name: $verdict ($info); start $made of $attempts"
+      broken=''
+      if [[ $verdict == lost ]]; then (run "$@"); else again "$known" "$@"; fi || broken=$verdict
+      [[ $broken != lost ]] || broken=''
+    fi
+    sleep "$poll"
+  done
+}
+
+again() { # KNOWN COMMAND ...; a new VM in the place of a lost one
+  # The lock in the run directory names the old host, which is gone for certain once `remove` returns.
+  [[ -z $1 || $2 != compactlm || ${3:-} != train ]] || set -- "$@" --steal_lock
+  (remove && create && install && run "${@:2}")
+}
+
+copy() { # SOURCE TARGET
+  [[ $# -eq 2 ]] || fail 78 'copy SOURCE TARGET: a folder and gs://BUCKET/..., in either order'
+  if [[ -z $on_vm ]]; then
+    COMPACTLM_DRY_RUN=$dry_run bash "$here/worker.sh" copy "$@"
+  else
+    ready
+    remote 0 bash compactlm/worker.sh copy "$@" || unreachable
+  fi
+}
+
+main() {
+  local verb=${1:-} words=()
+  [[ $# -eq 0 ]] || shift
+  while [[ $# -gt 0 && $1 != -- ]]; do
+    if [[ $1 == -* ]]; then set_flag "$1"; else words+=("$1"); fi
+    shift
+  done
+  [[ $# -eq 0 ]] || shift
+  set -- ${words[@]+"${words[@]}"} "$@"
+  case $verb in
+    create | install | logs | status | stop | delete) [[ $# -eq 0 ]] || fail 78 "$verb takes flags only, not $1" ;;
+    run | watch | copy) ;;
+    *)
+      sed -n '3,/^# Runs with/ s/^# \{0,1\}//p' "$here/tpu.sh" | sed '$d' >&2
+      exit 78
+      ;;
+  esac
+  [[ $verb == copy && -z $on_vm ]] || check_flags
+  [[ -n $dry_run ]] || command -v gcloud >/dev/null ||
+    fail 78 'gcloud is not on PATH: install the Google Cloud CLI (https://cloud.google.com/sdk/docs/install)'
+  "$verb" "$@"
+}
+
+main "$@"

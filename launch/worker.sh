@@ -1,0 +1,204 @@
+#!/usr/bin/env bash
+# What tpu.sh runs on every worker of a TPU VM; everything lives in ~/compactlm. Also usable by hand there.
+#
+#   worker.sh install git+https://HOST/REPOSITORY@TAG | FILE.whl    a virtual environment with the package
+#   worker.sh start COMMAND ...       in a detached terminal, supervised; a second start of the same command does nothing
+#   worker.sh supervise COMMAND ...   the same in the foreground; its output goes to ~/compactlm/run.log
+#   worker.sh status | stop
+#   worker.sh copy SOURCE TARGET      a run directory to or from a bucket
+#
+# Restarts by exit code (README.md of the package): 75 always; 74 at most 3 times, waiting longer each time; others never.
+# On a pod every worker decides alone, by its own process's code. That agrees because `compactlm train` leaves with 75
+# on all workers together, and a worker that comes back first waits in jax.distributed for the rest (5 minutes by
+# default: every pause here is shorter).
+set -euo pipefail
+
+self=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/$(basename "${BASH_SOURCE[0]}")
+root=${COMPACTLM_ROOT:-$HOME/compactlm}
+pause=${COMPACTLM_PAUSE:-10} # seconds
+uv_version=0.13.9
+python_version=3.12
+
+fail() { # CODE MESSAGE
+  echo "worker.sh: $2" >&2
+  exit "$1"
+}
+
+# Images for v2 to v6e are Ubuntu 22.04, whose Python 3.10 is too old. uv brings a Python of its own: no root, and no
+# apt, which unattended upgrades lock for the first minutes of a VM.
+fetch_uv() {
+  [[ -x $root/bin/uv ]] && return
+  curl --proto '=https' --retry 5 -LsSf "https://astral.sh/uv/$uv_version/install.sh" |
+    env UV_INSTALL_DIR="$root/bin" UV_NO_MODIFY_PATH=1 sh || fail 74 "uv $uv_version could not be fetched; try again"
+}
+
+fetch_source() { # git+URL@REF: a clone, because configs/ is not part of the package
+  local url=${1#git+}
+  rm -rf "$root/src"
+  # Not `clone --branch`, which takes no commit.
+  git init --quiet "$root/src"
+  git -C "$root/src" fetch --quiet --depth 1 "${url%@*}" "${url##*@}" ||
+    fail 74 "cannot fetch $1: check the address and the tag"
+  git -C "$root/src" checkout --quiet FETCH_HEAD
+  rm -rf "$root/configs"
+  cp -R "$root/src/configs" "$root/configs"
+}
+
+# JAX's own index of libtpu wheels (-f .../libtpu_releases.html) is not needed: PyPI has libtpu for JAX 0.10 and newer.
+install() { # SOURCE
+  local place
+  mkdir -p "$root"
+  case ${1:-} in
+    git+*@*)
+      fetch_source "$1"
+      place=$root/src
+      ;;
+    *.whl) place=$root/$(basename "$1") ;;
+    *) fail 78 "source ${1:-is missing}: give git+https://HOST/REPOSITORY@TAG or a .whl file" ;;
+  esac
+  fetch_uv
+  [[ -x $root/venv/bin/python ]] || "$root/bin/uv" venv --quiet --python "$python_version" "$root/venv" ||
+    fail 74 "Python $python_version could not be installed; try again"
+  # A new version of a wheel or a branch may carry the same version number, hence --reinstall-package.
+  "$root/bin/uv" pip install --quiet --python "$root/venv/bin/python" --reinstall-package compactlm-jax \
+    "compactlm-jax[tpu] @ file://$place" ||
+    fail 74 "$1 could not be installed; see the message above"
+  "$root/bin/uv" pip freeze --python "$root/venv/bin/python" | grep -E '^(compactlm-jax|jax|jaxlib|libtpu)\b' || true
+}
+
+# The process id alone is not enough: after a reboot another process may have it.
+running() {
+  local pid
+  pid=$(cat "$root/supervisor.pid" 2>/dev/null) && ps -o args= -p "$pid" 2>/dev/null | grep -q 'worker.sh supervise'
+}
+
+start() { # COMMAND ...
+  [[ $# -gt 0 && $* != *$'\n'* ]] || fail 78 'start: give a command, without line breaks'
+  if running; then
+    [[ $(cat "$root/command") == "$(printf '%s\n' "$@")" ]] || fail 77 "another command runs; stop it first"
+    echo 'already running'
+    return
+  fi
+  mkdir -p "$root"
+  rm -f "$root/supervisor.pid" "$root/exits"
+  printf '%s\n' "$@" >"$root/command" # a file, because tmux would read some characters of an argument as its own
+  if command -v tmux >/dev/null; then
+    tmux new-session -d -s compactlm bash "$self" supervise
+  else
+    setsid nohup bash "$self" supervise </dev/null >/dev/null 2>&1 &
+  fi
+  for _ in $(seq 100); do
+    [[ -s $root/supervisor.pid || -s $root/exits ]] && echo "started; log: $root/run.log" && return
+    sleep 0.1
+  done
+  fail 70 "the supervisor did not start; try: bash $self supervise"
+}
+
+child='' stopping=''
+
+forward() { # the command saves and leaves with 75; it is not restarted
+  stopping=yes
+  [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true
+}
+
+attempt() { # NUMBER COMMAND ...; sets `code`
+  local number=$1
+  shift
+  echo "--- $(date -u +%FT%TZ) attempt $number: $*"
+  "$@" </dev/null &
+  child=$!
+  code=0
+  wait "$child" || code=$?
+  while kill -0 "$child" 2>/dev/null; do # a signal ends `wait` before the command ends
+    code=0
+    wait "$child" || code=$?
+  done
+  child=''
+  echo "$(date -u +%FT%TZ) $number $code" >>"$root/exits"
+  echo "--- $(date -u +%FT%TZ) attempt $number ended with $code"
+}
+
+supervise() { # [COMMAND ...]; without one, what `start` was given
+  local number=0 storage=0 code=0 rest line
+  cd "$root"
+  if [[ $# -eq 0 ]]; then
+    while IFS= read -r line; do set -- "$@" "$line"; done <"$root/command"
+  fi
+  export PATH="$root/venv/bin:$PATH"
+  trap forward TERM INT HUP
+  exec >>"$root/run.log" 2>&1
+  echo $$ >"$root/supervisor.pid"
+  while :; do
+    number=$((number + 1))
+    attempt "$number" "$@"
+    case $code in
+      75) rest=$pause ;;
+      74) storage=$((storage + 1)) rest=$((pause << (storage - 1))) ;;
+      *) break ;;
+    esac
+    [[ -z $stopping && $storage -le 3 ]] || break
+    sleep "$rest" & # in the background: a trap runs only when the foreground command has ended
+    wait $! || true
+    [[ -z $stopping ]] || break
+  done
+  rm -f "$root/supervisor.pid"
+  exit "$code"
+}
+
+# One line that tpu.sh reads. `lost`: the supervisor ended without a result, as after a reboot.
+status() {
+  local state=absent
+  if running; then
+    state="running attempt=$(($({ cat "$root/exits" 2>/dev/null || true; } | wc -l) + 1))"
+  elif [[ -s $root/supervisor.pid ]]; then
+    state=lost
+  elif [[ -s $root/exits ]]; then
+    state="exited $(tail -n 1 "$root/exits" | cut -d ' ' -f 3)"
+  fi
+  echo "compactlm-status $(hostname) $state"
+}
+
+stop() {
+  running || { echo 'nothing runs' && return; }
+  kill -TERM "$(cat "$root/supervisor.pid")"
+  for _ in $(seq "${COMPACTLM_GRACE:-300}"); do
+    running || { status && return; }
+    sleep 1
+  done
+  fail 74 'still saving; ask again with status'
+}
+
+rsync() { # in a dry run, prints as tpu.sh does
+  if [[ -n ${COMPACTLM_DRY_RUN:-} ]]; then
+    printf '%s' gcloud
+    printf ' %q' storage rsync "$@"
+    echo
+  else
+    gcloud storage rsync "$@" || fail 74 'gcloud storage failed; run the same command again, it copies what is missing'
+  fi
+}
+
+# Half-written checkpoints and the lock stay behind. In a bucket a checkpoint counts only with a commit file, which one
+# written to a disk (where a rename commits) does not have: it is added last, when all else has arrived.
+copy() { # SOURCE TARGET
+  local marker='commit_success\.txt' others='.*\.orbax-checkpoint-tmp.*|^lock$'
+  if [[ $1 == gs://* && $2 != gs://* ]]; then
+    [[ -n ${COMPACTLM_DRY_RUN:-} ]] || mkdir -p "$2"
+    rsync "$1" "$2" --recursive "--exclude=$others"
+  elif [[ $1 != gs://* && $2 == gs://* ]]; then
+    [[ -d $1 ]] || fail 78 "there is no folder $1"
+    rsync "$1" "$2" --recursive "--exclude=$others|.*$marker\$"
+    [[ -n ${COMPACTLM_DRY_RUN:-} ]] || find "$1" -type d -path '*/checkpoints/*' -name '[0-9]*' ! -name '*[!0-9]*' \
+      -exec sh -c 'for step; do [ ! -e "$step/manifest" ] || : >>"$step/commit_success.txt"; done' sh {} +
+    rsync "$1" "$2" --recursive "--exclude=$others"
+  else
+    fail 78 'copy: one of SOURCE and TARGET is a folder, the other gs://BUCKET/...'
+  fi
+}
+
+verb=${1:-}
+[[ $# -eq 0 ]] || shift
+case $verb in
+  install | start | supervise | status | stop | copy) "$verb" "$@" ;;
+  *) fail 78 'usage: worker.sh install SOURCE | start COMMAND ... | supervise COMMAND ... | status | stop | copy FROM TO' ;;
+esac
