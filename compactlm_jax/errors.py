@@ -36,6 +36,12 @@ class PreemptedError(CompactLMError):
   exit_code = 75
 
 
+class PeerError(CompactLMError):
+  """Another process of the job is gone or did not come; a restart continues from the last checkpoint. Exit code 75."""
+
+  exit_code = 75
+
+
 class LockedError(CompactLMError):
   """Another run holds the directory. Exit code 77."""
 

@@ -12,6 +12,7 @@ from absl import flags
 
 from compactlm_jax.cli.augment import AUGMENT
 from compactlm_jax.cli.flags import Command, all_of, choice, fraction, number, several, switch, text
+from compactlm_jax.cli.worker import define_processes
 from compactlm_jax.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -249,6 +250,7 @@ COMMANDS = {
       ),
       text('seed_shard', '', 'I/N runs every N-th of the seeds from the I-th on, I from 0 to N-1: one machine of N.'),
       switch('steal_lock', 'Take the directory over from a run on another host that is known to be dead.'),
+      define_processes,
     ),
     ('config', 'workdir'),
     _train,

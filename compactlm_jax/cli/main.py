@@ -17,7 +17,11 @@ from typing import Any
 from absl import flags
 
 from compactlm_jax.cli.commands import COMMANDS
+from compactlm_jax.cli.worker import is_worker, launch_of, start_worker, watched
+from compactlm_jax.distributed import Group, lost_peer
 from compactlm_jax.errors import CompactLMError, ConfigError
+
+_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO)
 
 
 def usage() -> str:
@@ -140,28 +144,47 @@ def main(argv: Sequence[str] | None = None) -> int:
   if {'--help', '-h', '--helpfull', '--helpshort'} & set(rest):
     print(command_help(name))
     return 0
-  return _guarded(name, rest)
+  again = sys.orig_argv[1:] if argv is None else ['-m', 'compactlm_jax', *arguments]
+  with _log_to_stderr():
+    return _guarded(name, rest, again)
 
 
-def _guarded(name: str, arguments: Sequence[str]) -> int:
+def _guarded(name: str, arguments: Sequence[str], again: Sequence[str]) -> int:
+  group: Group | None = None
   try:
-    with _log_to_stderr():
-      print(COMMANDS[name].run(_parse(name, arguments)))
-    return 0
-  except CompactLMError as e:
-    print(f'compactlm {name}: {e}', file=sys.stderr)
-    return e.exit_code
-  except KeyboardInterrupt:
-    print(f'compactlm {name}: interrupted', file=sys.stderr)
-    return 130
-  except Exception as e:
-    if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO):
-      where = f': {e.filename}' if e.filename else ''
-      print(f'compactlm {name}: {e.strerror}{where}; free space or fix permissions', file=sys.stderr)
-      return 74
-    traceback.print_exc()
-    print(f'compactlm {name}: this is a bug in compactlm-jax; the lines above say where', file=sys.stderr)
-    return 70
+    values = _parse(name, arguments)
+    launch = launch_of(values) if 'coordinator' in values else None
+    if launch is not None and not is_worker():
+      return watched(name, again)
+    if launch is not None:
+      group = start_worker(launch)
+      logging.getLogger('compactlm_jax').setLevel(logging.WARNING if group.index else logging.INFO)
+    said = COMMANDS[name].run(values)
+    if group is None or not group.index:
+      print(said, flush=True)
+    code, why = 0, ''
+  except BaseException as e:
+    if not isinstance(e, (Exception, KeyboardInterrupt)):
+      raise
+    code, why = _explain(name, e)
+  return group.end(code, why) if group is not None else code
+
+
+def _explain(name: str, error: BaseException) -> tuple[int, str]:
+  """Says what went wrong; (exit code, the line that says it)."""
+  if isinstance(error, CompactLMError):
+    code, why = error.exit_code, str(error)
+  elif isinstance(error, KeyboardInterrupt):
+    code, why = 130, 'interrupted'
+  elif isinstance(error, OSError) and error.errno in _STORAGE:
+    code, why = 74, f'{error.strerror}{f": {error.filename}" if error.filename else ""}; free space or fix permissions'
+  elif lost := lost_peer(error):
+    code, why = 75, f'another process is gone ({lost}); a restart continues from the last checkpoint'
+  else:
+    traceback.print_exception(error)
+    code, why = 70, 'this is a bug in compactlm-jax; the lines above say where'
+  print(f'compactlm {name}: {why}', file=sys.stderr)
+  return code, why
 
 
 def entry() -> Any:

@@ -6,8 +6,7 @@ import signal
 import threading
 from types import FrameType, TracebackType
 
-import jax
-from jax.experimental import multihost_utils
+from compactlm_jax.distributed import group
 
 
 class StopRequest:
@@ -21,6 +20,7 @@ class StopRequest:
 
   def __init__(self) -> None:
     self._asked = False
+    self._group = group()
     self._previous: dict[int, object] = {}
 
   def __enter__(self) -> StopRequest:
@@ -45,12 +45,9 @@ class StopRequest:
     if number == signal.SIGINT and self._asked:
       raise KeyboardInterrupt
     self._asked = True
+    if self._group is not None:
+      self._group.ask_stop()
 
   def requested(self, step: int) -> bool:
-    """True once a stop was asked for (on any process)."""
-    if jax.process_count() > 1:
-      return self._asked_anywhere(step)
-    return self._asked
-
-  def _asked_anywhere(self, step: int) -> bool:
-    return bool(multihost_utils.reached_preemption_sync_point(step))
+    """True once a stop was asked for; with several processes, on any of them, and at the same call on all."""
+    return self._asked if self._group is None else self._group.stop_now()
