@@ -63,7 +63,7 @@ def _train(values: flags.FlagValues) -> str:
   keep_memory()
   config = from_config_dict(RunConfig, values.config)
   allowed = tuple(name.strip() for name in values.allow_change.split(',') if name.strip())
-  options = {'allow_change': allowed, 'steal_lock': values.steal_lock}
+  options = {'allow_change': allowed, 'steal_lock': values.steal_lock, 'profile': values.profile}
   if values.seeds is not None:
     return _train_seeds(config, values, options)
   if values.seed_shard:
@@ -250,6 +250,7 @@ COMMANDS = {
       ),
       text('seed_shard', '', 'I/N runs every N-th of the seeds from the I-th on, I from 0 to N-1: one machine of N.'),
       switch('steal_lock', 'Take the directory over from a run on another host that is known to be dead.'),
+      text('profile', '', 'START:STOP traces these steps into WORKDIR/profile, for xprof or TensorBoard.'),
       define_processes,
     ),
     ('config', 'workdir'),

@@ -8,7 +8,7 @@ import itertools
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -21,6 +21,7 @@ from compactlm_jax.metrics import MetricsWriter
 from compactlm_jax.parallel import check_batch_size, make_mesh, param_shardings, state_shardings, to_global
 from compactlm_jax.train.evaluate import Evaluation, make_evaluate, make_finished
 from compactlm_jax.train.optimizer import learning_rate_schedule, make_optimizer
+from compactlm_jax.train.profile import Profile
 from compactlm_jax.train.reporter import Reporter
 from compactlm_jax.train.rundir import open_run, write_whole
 from compactlm_jax.train.signals import StopRequest
@@ -75,7 +76,9 @@ class Job:
   keeper: Keeper | None = None
 
 
-def train(job: Job, workdir: str, *, allow_change: tuple[str, ...] = (), steal_lock: bool = False) -> dict[str, Any]:
+def train(
+  job: Job, workdir: str, *, allow_change: tuple[str, ...] = (), steal_lock: bool = False, profile: str = ''
+) -> dict[str, Any]:
   """Runs a job to its last step, from its newest intact checkpoint if there is one.
 
   Args:
@@ -83,23 +86,23 @@ def train(job: Job, workdir: str, *, allow_change: tuple[str, ...] = (), steal_l
     workdir: the run directory; created if absent.
     allow_change: configuration fields that may differ from those of the run that is resumed.
     steal_lock: take the directory over from a run on another host that is known to be dead.
+    profile: 'START:STOP', steps to trace into WORKDIR/profile; '' for none.
 
   Returns:
     What results.json holds.
 
   Raises:
     PreemptedError: a signal asked to stop; the state is saved.
-    NumericsError: too many non-finite updates in a row.
-    LockedError, ConfigError, DataError, StorageError: see those classes.
+    NumericsError, LockedError, ConfigError, DataError, StorageError: see those classes.
   """
   started, config, total = time.monotonic(), job.config, job.total_steps
   with contextlib.ExitStack() as stack:
+    trace = stack.enter_context(Profile(profile, epath.Path(workdir) / 'profile', total))
     stack.enter_context(open_run(workdir, config, dict(job.identity), allow_change=allow_change, steal_lock=steal_lock))
     stop = stack.enter_context(StopRequest())
     _keep_files(job, epath.Path(workdir))
     checkpoints = stack.enter_context(Checkpoints(epath.Path(workdir) / 'checkpoints', keep=config.keep))
     mesh, state, frozen, step_fn = _set_up(job, checkpoints)
-    evaluate, finished = make_evaluate(job.task, mesh), make_finished(job.task, mesh)
     first = int(state.step)
     if first >= total and (results := _results_of(workdir, total)):
       log.info('all %d steps are done; results.json is kept (delete it to evaluate again)', total)
@@ -107,18 +110,12 @@ def train(job: Job, workdir: str, *, allow_change: tuple[str, ...] = (), steal_l
     writer = stack.enter_context(MetricsWriter(workdir, total, start_step=first))
     reporter = Reporter(job.task, config, learning_rate_schedule(config.optimizer, total), writer, workdir)
     metadata = {'model': dict(job.task.model), 'task': job.task.name, 'identity': dict(job.identity)}
+    evaluated = _evaluator(job, mesh, frozen, metadata)
     if job.keeper is not None:
       job.keeper.start(epath.Path(workdir), first)
 
-    def evaluated(state: TrainState) -> tuple[Params, dict[str, float]]:
-      params = finished(state.params)
-      scores = {name: value for held in job.evals for name, value in evaluate(params, frozen, held).items()}
-      if job.keeper is not None:
-        job.keeper.offer(TrainState(state.step, params, ()), scores, metadata)
-      return params, scores
-
     for step, batch in itertools.islice(job.batches.prefetch(first), max(0, total - first)):
-      state, metrics = step_fn(state, frozen, to_global(mesh, batch))
+      state, metrics = trace.run(step, step_fn, state, frozen, to_global(mesh, batch))
       done, stopping = step + 1, stop.requested(step + 1)
       reporter.add(done, metrics, batch, state, frozen)
       # Before the save: a run that resumes from this step does not evaluate it again.
@@ -152,6 +149,22 @@ def _set_up(job: Job, checkpoints: Checkpoints) -> tuple[Any, TrainState, Any, A
   frozen = None if job.task.frozen is None else jax.device_put(job.task.frozen, param_shardings(mesh, job.task.frozen))
   step_fn = make_train_step(job.task, tx, config.seed, config.optimizer.accumulate, mesh)
   return mesh, state, frozen, compile_step(step_fn, mesh, state, frozen)
+
+
+def _evaluator(
+  job: Job, mesh: Any, frozen: Any, metadata: Mapping[str, Any]
+) -> Callable[[TrainState], tuple[Params, dict[str, float]]]:
+  """State -> finished parameters and their metrics, which the keeper gets to see."""
+  evaluate, finished = make_evaluate(job.task, mesh), make_finished(job.task, mesh)
+
+  def evaluated(state: TrainState) -> tuple[Params, dict[str, float]]:
+    params = finished(state.params)
+    scores = {name: value for held in job.evals for name, value in evaluate(params, frozen, held).items()}
+    if job.keeper is not None:
+      job.keeper.offer(TrainState(state.step, params, ()), scores, metadata)
+    return params, scores
+
+  return evaluated
 
 
 def _keep_files(job: Job, workdir: epath.Path) -> None:
