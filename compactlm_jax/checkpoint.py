@@ -31,9 +31,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from compactlm_jax import stepdir
+from compactlm_jax import stepdir, storage
 from compactlm_jax.errors import ConfigError, NumericsError, StorageError
-from compactlm_jax.stepdir import DamagedError, StepDirectory, absolute, free_bytes
+from compactlm_jax.stepdir import DamagedError, StepDirectory
 from compactlm_jax.tree import named_leaves, nested
 from compactlm_jax.types import Params, TrainState
 
@@ -91,12 +91,13 @@ class Checkpoints:
     retries: int = 3,
     on_event: _Event = lambda name, step: None,
   ) -> None:
-    self._directory, self._keep, self._retries, self._event = absolute(directory), max(keep, 2), retries, on_event
+    self._directory, self._keep = storage.absolute(directory), max(keep, 2)
+    self._retries, self._event = retries, on_event
     self._context = ocp.Context()
     self._context.array.saving.use_compression = False  # float noise shrinks by 7 % and takes 5 times as long
     if commit_file:
       self._context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
-    self._steps = StepDirectory(self._directory, commit_file or stepdir.is_remote(directory))
+    self._steps = StepDirectory(self._directory, commit_file or storage.is_remote(directory))
     self._worker: threading.Thread | None = None
     self._error: BaseException | None = None
     self._last_good: int | None = None  # saved or restored, and verified, by this object
@@ -214,7 +215,7 @@ class Checkpoints:
   def _start(self, step: int, state: TrainState, metadata: Mapping[str, Any]) -> None:
     self._saving = step
     size = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
-    free = free_bytes(self._directory)
+    free = storage.free_bytes(self._directory)
     if not _all_processes(free is None or jax.process_index() != 0 or free >= 2 * size):
       self._error = OSError(f'{free} bytes free, {2 * size} wanted before a save')
       return
@@ -305,9 +306,9 @@ def load_params(directory: epath.PathLike, step: int | None = None) -> tuple[Par
     ConfigError: there is no checkpoint, or no such step.
     StorageError: none is intact.
   """
-  folder = absolute(directory)
+  folder = storage.absolute(directory)
   folder = folder / 'checkpoints' if (folder / 'checkpoints').exists() else folder
-  known = StepDirectory(folder, stepdir.is_remote(folder)).steps()
+  known = StepDirectory(folder, storage.is_remote(folder)).steps()
   if not known or (step is not None and step not in known):
     raise ConfigError(f'{folder}: no {"checkpoint" if step is None else f"step {step}"}; steps here: {known or "none"}')
   steps = known[::-1] if step is None else [step]
@@ -357,8 +358,7 @@ def _read(path: epath.Path, leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
     name: np.broadcast_to(np.zeros((), jnp.dtype(leaf['dtype'])), tuple(leaf['shape']))
     for name, leaf in leaves.items()
   }
-  context = ocp.Context()
-  context.pytree.loading.partial_load = True
+  (context := ocp.Context()).pytree.loading.partial_load = True
   if jax.process_count() > 1:
     # Each process reads by itself, without barriers. All must read equally often: Orbax counts operations per process
     # and uses the count in the barriers of the next save.

@@ -25,6 +25,7 @@ from etils import epath
 from tqdm.auto import tqdm
 
 from compactlm_jax.errors import ConfigError, StorageError
+from compactlm_jax.storage import GrowingFile, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ class MetricsWriter:
     try:
       self._hours_before = _device_hours(workdir)
       _keep_until(self._path, start_step)
-      self._file = self._path.open('a')
+      self._file = GrowingFile(self._path)
     except OSError as e:
       raise StorageError(f'{self._path}: cannot be written ({e}); free space or fix permissions') from e
     if sys.stderr.isatty() if bar is None else bar:
@@ -129,12 +130,23 @@ class MetricsWriter:
       return
     try:
       self._file.write(json.dumps({'step': step, **{k: _number(v) for k, v in values.items()}}, allow_nan=False) + '\n')
-      self._file.flush()
     except OSError as e:
       raise StorageError(f'{self._path}: cannot be written at step {step} ({e}); free space, then resume') from e
     if self._board is not None:
       for name, value in values.items():
         self._board.add_scalar(name, float(value), step)
+
+  def sync(self) -> None:
+    """Before a checkpoint: all lines so far are in the file, in a bucket too.
+
+    Raises:
+      StorageError: see `write`.
+    """
+    if self._active:
+      try:
+        self._file.sync()
+      except OSError as e:
+        raise StorageError(f'{self._path}: cannot be written ({e}); free space, then resume') from e
 
   def close(self) -> None:
     """Closes the file, the bar and TensorBoard."""
@@ -215,9 +227,7 @@ def _keep_until(path: epath.Path, step: int) -> None:
   old = path.read_text()
   new = ''.join(line + '\n' for line in _whole_lines(old) if json.loads(line)['step'] <= step)
   if new != old:
-    draft = path.with_suffix('.jsonl.tmp')
-    draft.write_text(new)
-    draft.replace(path)
+    write_whole(path, new)
 
 
 def _open_board(folder: epath.Path) -> _Board:

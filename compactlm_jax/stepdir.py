@@ -13,7 +13,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -21,6 +20,7 @@ import numpy as np
 from etils import epath
 
 from compactlm_jax.errors import ConfigError, StorageError
+from compactlm_jax.storage import children
 
 log = logging.getLogger(__name__)
 
@@ -32,16 +32,6 @@ _TEMPORARY = '.orbax-checkpoint-tmp'
 
 class DamagedError(Exception):
   """Why one checkpoint cannot be used. checkpoint.py catches it and tries an older one."""
-
-
-def is_remote(path: epath.PathLike) -> bool:
-  """True for object stores such as gs://."""
-  return '://' in str(path)
-
-
-def absolute(path: epath.PathLike) -> epath.Path:
-  """The path from the root, as Orbax wants it; object stores have no other."""
-  return epath.Path(path) if is_remote(path) else epath.Path(path).resolve()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,17 +48,15 @@ class StepDirectory:
 
   def steps(self) -> list[int]:
     """Committed steps, ascending."""
-    if not self.path.exists():
-      return []
-    return sorted(int(p.name) for p in self.path.iterdir() if p.name.isdigit() and self._counts(p))
+    return sorted(int(p.name) for p in children(self.path) if p.name.isdigit() and self._counts(p))
 
   def bad(self) -> list[str]:
     """Names of the checkpoints that were set aside."""
-    return sorted(p.name for p in self.path.iterdir() if '.bad' in p.name) if self.path.exists() else []
+    return sorted(p.name for p in children(self.path) if '.bad' in p.name)
 
   def clean(self) -> None:
     """Removes what stopped saves and deletions left. Only for the holder of the lock, with no save under way."""
-    for child in list(self.path.iterdir()):
+    for child in children(self.path):
       if (child / _DELETING).exists():
         self.delete(int(child.name))
       elif _TEMPORARY in child.name or (child.name.isdigit() and not self._counts(child)):
@@ -80,7 +68,7 @@ class StepDirectory:
     path = self.path / str(step)
     (path / _DELETING).write_text('')
     event('deleting', step)
-    for child in list(path.iterdir()):
+    for child in children(path):
       if child.is_dir():
         child.rmtree()
       elif child.name != _DELETING:
@@ -99,11 +87,6 @@ class StepDirectory:
 
   def _counts(self, child: epath.Path) -> bool:
     return not (child / _DELETING).exists() and (not self.commit_file or (child / _COMMITTED).exists())
-
-
-def free_bytes(path: epath.PathLike) -> int | None:
-  """Bytes free on the disk of an existing path; None where that is not known (object stores)."""
-  return None if is_remote(path) else shutil.disk_usage(path).free
 
 
 @contextlib.contextmanager

@@ -11,13 +11,14 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / 'compactlm_jax'
 FILES = sorted(PACKAGE.rglob('*.py'))
 
-BASE = {'errors', 'filenames', 'types', 'config', 'tree'}
+BASE = {'errors', 'filenames', 'types', 'config', 'tree', 'storage'}
 ALLOWED = {
   'errors': set(),
   'filenames': set(),
   'types': set(),
   'config': {'errors'},
   'tree': {'errors'},
+  'storage': {'errors'},
   'ops': BASE,
   'data': BASE,
   'parallel': BASE,

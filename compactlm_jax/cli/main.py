@@ -20,6 +20,7 @@ from compactlm_jax.cli.commands import COMMANDS
 from compactlm_jax.cli.worker import is_worker, launch_of, start_worker, watched
 from compactlm_jax.distributed import Group, lost_peer
 from compactlm_jax.errors import CompactLMError, ConfigError
+from compactlm_jax.storage import own_error
 
 _STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO)
 
@@ -178,6 +179,8 @@ def _explain(name: str, error: BaseException) -> tuple[int, str]:
     code, why = 130, 'interrupted'
   elif isinstance(error, OSError) and error.errno in _STORAGE:
     code, why = 74, f'{error.strerror}{f": {error.filename}" if error.filename else ""}; free space or fix permissions'
+  elif own := own_error(error):
+    code, why = own.exit_code, str(own)
   elif lost := lost_peer(error):
     code, why = 75, f'another process is gone ({lost}); a restart continues from the last checkpoint'
   else:

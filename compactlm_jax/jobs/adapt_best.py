@@ -27,7 +27,7 @@ from compactlm_jax.interop.tokenizer_files import TokenizerFiles
 from compactlm_jax.jobs.grid_rows import cell_bundle, grid_rows, metrics_of_cells
 from compactlm_jax.jobs.models import towers_of
 from compactlm_jax.parallel import replicated
-from compactlm_jax.train.rundir import write_whole
+from compactlm_jax.storage import write_whole
 from compactlm_jax.types import Params, TrainState
 
 log = logging.getLogger(__name__)

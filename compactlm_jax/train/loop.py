@@ -19,11 +19,12 @@ from compactlm_jax.config import RunConfig
 from compactlm_jax.errors import PreemptedError
 from compactlm_jax.metrics import MetricsWriter
 from compactlm_jax.parallel import check_batch_size, make_mesh, param_shardings, state_shardings, to_global
+from compactlm_jax.storage import write_whole
 from compactlm_jax.train.evaluate import Evaluation, make_evaluate, make_finished
 from compactlm_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from compactlm_jax.train.profile import Profile
 from compactlm_jax.train.reporter import Reporter
-from compactlm_jax.train.rundir import open_run, write_whole
+from compactlm_jax.train.rundir import open_run
 from compactlm_jax.train.signals import StopRequest
 from compactlm_jax.train.step import compile_step, init_state, make_train_step
 from compactlm_jax.types import Batch, Params, Task, TrainState
@@ -124,6 +125,7 @@ def train(
         writer.write(done, {f'eval_{name}': value for name, value in evaluated(state)[1].items()})
       if stopping or done == total or done % config.checkpoint_every == 0:
         reporter.flush()
+        writer.sync()
         checkpoints.save(done, state, metadata, wait=stopping or done == total)
       if stopping and done < total:
         raise PreemptedError(f'asked to stop: step {done} is saved in {workdir}; the same command continues from it')

@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import datetime
 import hashlib
-import importlib.metadata
 import json
 import logging
 import os
 import pathlib
-import platform
 import re
 import secrets
 import shlex
@@ -21,13 +19,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 
 from compactlm_jax.config import RunConfig, from_config_dict, to_json
+from compactlm_jax.distributed import group as this_group
 from compactlm_jax.errors import CompactLMError, ConfigError, LockedError, StorageError
-from compactlm_jax.stepdir import StepDirectory, free_bytes, is_remote
+from compactlm_jax.stepdir import StepDirectory
+from compactlm_jax.storage import free_bytes, is_remote, own_error, write_whole
+from compactlm_jax.train.agree import agree_on_run, flat, on_first_process, share_directory, versions
 
 log = logging.getLogger(__name__)
 
@@ -37,10 +36,10 @@ FREE_FIELDS = ('log_every', 'keep', 'checkpoint_every', 'eval_every')
 ROUNDING_FIELDS = ('mesh.data', 'mesh.fsdp', 'mesh.model', 'encoder.remat', 'encoder.scan_unroll')
 """Fields that may change too, but then sums are taken in another order and the curve is no longer identical in bits."""
 
-_LIBRARIES = ('jax', 'jaxlib', 'libtpu', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'tokenizers', 'numpy')
 _FLAGS = ('jax_platforms', 'jax_enable_x64', 'jax_default_matmul_precision', 'jax_threefry_partitionable',
           'jax_default_prng_impl', 'jax_debug_nans', 'jax_disable_jit', 'jax_num_cpu_devices')  # fmt: skip
 _ENVIRONMENT = ('XLA_FLAGS', 'LIBTPU_INIT_ARGS')
+_SETTLE_SECONDS = 2.0
 
 
 @contextlib.contextmanager
@@ -78,12 +77,21 @@ def open_run(
       path.mkdir(parents=True, exist_ok=True)
       lock.take(steal_lock)
       _write_record(path, _next_record(path, config, identity, allow_change))
-    except OSError as e:
-      raise StorageError(f'{path}: cannot be written ({e}); free space or fix permissions') from e
+    except CompactLMError:
+      raise
+    except Exception as e:  # clients of buckets have errors of their own
+      if is_remote(path) and (own := own_error(e)):
+        raise own from e
+      if isinstance(e, OSError):
+        raise StorageError(f'{path}: cannot be written ({e}); free space or fix permissions') from e
+      raise
 
   try:
-    _on_first_process(enter)
-    yield path
+    agree_on_run(identity)
+    on_first_process(enter)
+    share_directory(path, lock.token)
+    with group.cleanup(lock.release) if (group := this_group()) else contextlib.nullcontext():
+      yield path
   finally:
     lock.release()
 
@@ -121,7 +129,7 @@ class _Lock:
   """WORKDIR/lock: who holds the directory. A holder that is dead on this host does not count."""
 
   def __init__(self, workdir: epath.Path) -> None:
-    self._workdir, self._path, self._token = workdir, workdir / 'lock', ''
+    self._workdir, self._path, self.token = workdir, workdir / 'lock', ''
 
   def take(self, steal: bool) -> None:
     with _guard(self._workdir):
@@ -136,11 +144,17 @@ class _Lock:
         'token': token,
       }
       write_whole(self._path, json.dumps(mine) + '\n')
-      self._token = token
+      self.token = token
+    if is_remote(self._path):
+      # A bucket has no locks: of two runs that start at once, the one that wrote last holds it, and both must see that.
+      time.sleep(_SETTLE_SECONDS)
+      if json.loads(self._path.read_text())['token'] != token:
+        self.token = ''
+        raise LockedError(f'{self._workdir}: another run is just starting here; use another --workdir')
 
   def release(self) -> None:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-      if self._token and json.loads(self._path.read_text())['token'] == self._token:
+      if self.token and json.loads(self._path.read_text())['token'] == self.token:
         self._path.unlink()
 
   def _check_holder(self, steal: bool) -> None:
@@ -228,7 +242,7 @@ def _next_record(
   }
   new = _fields(record)
   _check_names(allow_change, new)
-  checkpoints = StepDirectory(path / 'checkpoints', commit_file=False)
+  checkpoints = StepDirectory(path / 'checkpoints', commit_file=is_remote(path))
   if not (checkpoints.steps() or checkpoints.bad()):
     return record  # nothing to resume
   old_config, old = read_run(path)
@@ -269,14 +283,7 @@ def _label(field: str) -> str:
 def _fields(record: Mapping[str, Any]) -> dict[str, Any]:
   """'optimizer.learning_rate' -> value, 'identity.teacher' -> fingerprint."""
 
-  def walk(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-      if isinstance(value, Mapping):
-        yield from walk(value, f'{prefix}{name}.')
-      else:
-        yield prefix + name, value
-
-  return dict([*walk(record['config'], ''), *walk({'identity': record['identity']}, '')])
+  return dict([*flat(record['config']), *flat({'identity': record['identity']})])
 
 
 def _command(argv: Sequence[str]) -> str:
@@ -297,25 +304,12 @@ def _command(argv: Sequence[str]) -> str:
 
 def _versions() -> dict[str, Any]:
   """Code, libraries and flags. Nothing about the user: the home directory is written as '~'."""
-  libraries = {}
-  for name in _LIBRARIES:
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-      libraries[name] = importlib.metadata.version(name)
-  package = pathlib.Path(__file__).parents[1]
-  digest = hashlib.sha256()
-  for source in sorted(package.rglob('*.py')):
-    digest.update(source.relative_to(package).as_posix().encode() + b'\0' + source.read_bytes())
-  try:
-    version = importlib.metadata.version('compactlm-jax')
-  except importlib.metadata.PackageNotFoundError:
-    version = 'not installed'
   flags = {name: getattr(jax.config, name, None) for name in _FLAGS}
   flags |= {
     name: os.environ[name].replace(str(pathlib.Path.home()), '~') for name in _ENVIRONMENT if name in os.environ
   }
   return {
-    'code': {'version': version, 'sources': digest.hexdigest()[:16]},
-    'libraries': {'python': platform.python_version(), **libraries},
+    **versions(),
     'jax': {
       'backend': jax.default_backend(),
       'device_kind': jax.devices()[0].device_kind,
@@ -336,28 +330,3 @@ def _now() -> str:
 
 def _write_record(path: epath.Path, record: Mapping[str, Any]) -> None:
   write_whole(path / 'config.json', json.dumps(record, indent=2) + '\n')
-
-
-def write_whole(path: epath.Path, text: str) -> None:
-  """Writes a file that appears whole or not at all."""
-  draft = path.parent / f'{path.name}.tmp'
-  draft.write_text(text)
-  draft.replace(path)
-
-
-def _on_first_process(action: Any) -> None:
-  """Runs `action` on process 0; if it raises one of our errors, all processes raise."""
-  error: CompactLMError | None = None
-  if jax.process_index() == 0:
-    try:
-      action()
-    except CompactLMError as e:
-      error = e
-  code = error.exit_code if error else 0
-  if jax.process_count() > 1:
-    code = int(multihost_utils.broadcast_one_to_all(np.int32(code)))
-  if error:
-    raise error
-  if code:
-    kinds = {c.exit_code: c for c in (ConfigError, LockedError, StorageError)}
-    raise kinds.get(code, CompactLMError)('process 0 refused to start; its message says why')

@@ -1,0 +1,170 @@
+"""What differs between a disk and a bucket. Paths are etils' epath everywhere, so that most code need not know.
+
+A bucket (gs://) has neither renames nor appending nor empty folders: renaming copies and deletes, opening for 'a'
+truncates, listing a folder without files fails. But an object that is written in one go appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import tempfile
+import time
+import urllib.parse
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+
+from compactlm_jax.errors import CompactLMError, ConfigError, StorageError
+
+_REFUSED = re.compile(
+  r'Forbidden|PERMISSION_DENIED|UNAUTHENTICATED|does not have storage\.|Anonymous caller|Invalid Credentials'
+  r'|default credentials were not found|\b40[13]\b.{0,40}(Unauthorized|Forbidden)'
+)
+_OBJECT = re.compile(r'\bb/([^/\s]+)/o(?:/([^\s?\\]+))?')
+_BLOCK = 1 << 22
+_REWRITE_SECONDS = 30
+
+
+def is_remote(path: epath.PathLike) -> bool:
+  """True for object stores such as gs://."""
+  return '://' in str(path)
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+  """The path from the root, as Orbax wants it; object stores have no other."""
+  return epath.Path(path) if is_remote(path) else epath.Path(path).resolve()
+
+
+def free_bytes(path: epath.PathLike) -> int | None:
+  """Bytes free on the disk of an existing path; None where that is not known (object stores)."""
+  return None if is_remote(path) else shutil.disk_usage(path).free
+
+
+def children(folder: epath.PathLike) -> list[epath.Path]:
+  """What a folder holds; nothing if it is not there, as a bucket knows no empty folders."""
+  try:
+    return list(epath.Path(folder).iterdir())
+  except FileNotFoundError:
+    return []
+
+
+def write_whole(path: epath.PathLike, content: str | bytes) -> None:
+  """Writes a file that appears whole or not at all, in an existing folder."""
+  target, data = epath.Path(path), content.encode() if isinstance(content, str) else content
+  if is_remote(target):
+    target.write_bytes(data)
+    return
+  draft = target.parent / f'{target.name}.tmp'
+  draft.write_bytes(data)
+  draft.replace(target)
+
+
+@contextlib.contextmanager
+def whole_file(path: epath.PathLike) -> Iterator[epath.Path]:
+  """For long files: gives a local file to write, which becomes `path` when the block ends without an error.
+
+  A disk gets it by renaming, from the same folder. For a bucket it is written to the disk of temporary files first:
+  what a bucket's own file is closed with, after an error too, would appear there.
+
+  Args:
+    path: of the file, in an existing folder.
+  """
+  target = epath.Path(path)
+  if not is_remote(target):
+    draft = target.parent / f'.{target.name}.tmp'
+    try:
+      yield draft
+      draft.replace(target)
+    finally:
+      draft.unlink(missing_ok=True)
+    return
+  with tempfile.TemporaryDirectory() as folder:
+    local = epath.Path(folder) / target.name
+    yield local
+    copy_file(local, target)
+
+
+class GrowingFile:
+  """A text file to add lines to.
+
+  On a disk they are in the file at once. In a bucket, where nothing is appended, the file is written anew at most every
+  half minute, and when it is synced or closed.
+
+  Args:
+    path: of the file, which is gone on with if it exists.
+  """
+
+  def __init__(self, path: epath.PathLike) -> None:
+    self._path, self._text, self._written = epath.Path(path), '', time.monotonic()
+    self._file: Any = None
+    if not is_remote(path):
+      self._file = self._path.open('a')
+    elif self._path.exists():
+      self._text = self._path.read_text()
+    self._new = False
+
+  def write(self, text: str) -> None:
+    """Adds text."""
+    if self._file is not None:
+      self._file.write(text)
+      self._file.flush()
+      return
+    self._text, self._new = self._text + text, True
+    if time.monotonic() - self._written > _REWRITE_SECONDS:
+      self.sync()
+
+  def sync(self) -> None:
+    """All that was added is in the file afterwards."""
+    if self._new:
+      write_whole(self._path, self._text)
+      self._new, self._written = False, time.monotonic()
+
+  def close(self) -> None:
+    """Syncs and closes."""
+    self.sync()
+    if self._file is not None:
+      self._file.close()
+
+
+def copy_file(source: epath.PathLike, target: epath.PathLike) -> None:
+  """Copies a file, between a disk and a bucket too; memory does not grow with its size."""
+  with epath.Path(source).open('rb') as read, epath.Path(target).open('wb') as write:
+    shutil.copyfileobj(read, write, _BLOCK)
+
+
+def temporary_folder() -> epath.Path:
+  """Where `whole_file` writes what goes to a bucket."""
+  return epath.Path(tempfile.gettempdir())
+
+
+def own_error(error: BaseException) -> CompactLMError | None:
+  """The library's own error for what a bucket or the client of one complained of; None if that is not the reason.
+
+  Clients have no common base of errors: gcsfs raises OSError and its own, TensorStore ValueError, ArrayRecord
+  RuntimeError, and Orbax wraps them.
+  """
+  cause: BaseException | None = error
+  while cause is not None:
+    said = str(cause)
+    if isinstance(cause, ImportError) and re.search(r'gcsfs|fsspec|google\.cloud|google-cloud', said):
+      return ConfigError("paths on gs:// need the extra gcs: pip install 'compactlm-jax[gcs]'")
+    if isinstance(cause, PermissionError) or _REFUSED.search(said):
+      return StorageError(
+        f'{_named(cause, said)}: no permission, or no credentials. On a disk fix the permissions; for a bucket give '
+        'this account the role Storage Object Admin on it, or log in with: gcloud auth application-default login'
+      )
+    cause = cause.__cause__ or cause.__context__
+  return None
+
+
+def _named(error: BaseException, said: str) -> str:
+  """The path that an error is about, as the user writes it."""
+  if isinstance(error, OSError) and error.filename:
+    return os.fsdecode(error.filename)
+  if found := _OBJECT.search(said):
+    return f'gs://{found[1]}/{urllib.parse.unquote(found[2] or "")}'
+  return (said.strip().splitlines() or ['a path'])[0][:200]
