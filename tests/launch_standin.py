@@ -71,7 +71,7 @@ if words[0] == 'storage':
 kind, verb = words[2:4]
 key = 'vm' if kind == 'tpu-vm' else 'queue'
 if verb in cloud['refuse']:
-  leave(1, f'ERROR: (gcloud.compute.tpus.{{kind}}.{{verb}}) RESOURCE_EXHAUSTED: Quota limit TPUV3CoresPerProject exceeded')
+  leave(1, f'ERROR: (gcloud.compute.tpus.{{kind}}.{{verb}}) RESOURCE_EXHAUSTED: Quota limit exceeded')
 if verb == 'describe':
   if cloud['unreachable']:
     cloud['unreachable'] -= 1

@@ -1,0 +1,254 @@
+"""launch/worker.sh: which exit codes start a run again, one run at a time, installing, copying checkpoints."""
+
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from checkpointing import equal, make_state, restore, write
+from launch_standin import ROOT, Cloud
+
+from compactlm_jax.errors import ConfigError, DataError, LockedError, NumericsError, PreemptedError, StorageError
+
+WORKER = ROOT / 'launch' / 'worker.sh'
+AGAIN, STORAGE = PreemptedError.exit_code, StorageError.exit_code
+
+# Leaves with the next of the codes in `codes`; asked to stop, it leaves with 75 as compactlm does.
+COMPACTLM = f"""#!{sys.executable} -SE
+import pathlib, signal, sys, time
+here = pathlib.Path.cwd()
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+print('words:', *sys.argv[1:], flush=True)
+codes = here / 'codes'
+left = codes.read_text().split()
+if left[0] == 'wait':
+  (here / 'waits').touch()
+  time.sleep(600)
+codes.write_text(' '.join(left[1:]))
+sys.exit(int(left[0]))
+"""
+
+
+class Host:
+  """A worker's ~/compactlm, with a stand-in for compactlm that leaves with given codes."""
+
+  def __init__(self, folder, codes=''):
+    self.folder = folder
+    program = folder / 'venv' / 'bin' / 'compactlm'
+    program.parent.mkdir(parents=True)
+    program.write_text(COMPACTLM)
+    program.chmod(0o755)
+    (folder / 'codes').write_text(codes)
+    self.env = os.environ | {'COMPACTLM_ROOT': str(folder), 'COMPACTLM_PAUSE': '0'}
+
+  def worker(self, *words, **env):
+    return subprocess.run(
+      ['bash', WORKER, *words], capture_output=True, text=True, timeout=120, env=self.env | env, check=False
+    )
+
+  def exits(self):
+    return [line.split()[1:] for line in (self.folder / 'exits').read_text().splitlines()]
+
+  def wait_for(self, name):
+    deadline = time.monotonic() + 60
+    while not (self.folder / name).exists():
+      assert time.monotonic() < deadline, name
+      time.sleep(0.02)
+
+  def without_tmux(self):
+    """PATH with everything that worker.sh needs except tmux."""
+    tools = self.folder / 'tools'
+    tools.mkdir()
+    names = 'bash basename dirname cat ps grep rm mkdir setsid nohup seq sleep date hostname wc tail cut env'
+    for name in names.split():
+      (tools / name).symlink_to(shutil.which(name))
+    self.env['PATH'] = str(tools)
+
+
+@pytest.fixture
+def host(tmp_path):
+  found = Host(tmp_path / 'compactlm')
+  yield found
+  if (found.folder / 'supervisor.pid').exists():
+    os.kill(int((found.folder / 'supervisor.pid').read_text()), signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+  'codes,attempts,end',
+  [
+    ([AGAIN] * 12 + [0], 13, 0),
+    ([STORAGE] * 4, 4, STORAGE),
+    ([STORAGE, AGAIN, STORAGE, AGAIN, STORAGE, STORAGE], 6, STORAGE),
+    ([STORAGE, 0], 2, 0),
+    *[([error.exit_code], 1, error.exit_code) for error in (ConfigError, DataError, LockedError, NumericsError)],
+    ([0], 1, 0),
+    ([1], 1, 1),
+    ([AGAIN, 137], 2, 137),
+  ],
+)
+def test_restarts_by_exit_code(host, codes, attempts, end):
+  """75 always, 74 three times, others never. Mutation: 74 four times; 70 as 75; 75 at most ten times."""
+  (host.folder / 'codes').write_text(' '.join(map(str, [*codes, 99])))
+  result = host.worker('supervise', 'compactlm', 'train')
+  assert result.returncode == end
+  assert host.exits() == [[str(i + 1), str(code)] for i, code in enumerate(codes)]
+  assert len(codes) == attempts
+  assert (host.folder / 'run.log').read_text().count('words: train') == attempts
+  assert host.worker('status').stdout.split()[2:] == ['exited', str(end)]
+
+
+def test_pauses_grow_after_storage_errors(host, tmp_path):
+  """Mutation: the pause stays what it was."""
+  sleep = tmp_path / 'sleep'
+  sleep.write_text(f'#!/bin/bash\necho "$1" >> {tmp_path}/pauses\n')
+  sleep.chmod(0o755)
+  (host.folder / 'codes').write_text('74 75 74 74 74')
+  host.worker('supervise', 'compactlm', PATH=f'{tmp_path}:{os.environ["PATH"]}', COMPACTLM_PAUSE='10')
+  assert (tmp_path / 'pauses').read_text().split() == ['10', '10', '20', '40']
+
+
+@pytest.mark.parametrize('tmux', [True, False])
+def test_a_run_is_started_once_and_stopped(host, tmp_path, tmux):
+  """Detached; what it saved on request is not continued. Mutation: 75 after a stop restarts; start does not look."""
+  if tmux:  # a stand-in: tests leave no server behind
+    (tmp_path / 'tmux').write_text(
+      '#!/bin/bash\n[[ $1 == new-session ]] && shift 4 && exec setsid "$@" >/dev/null 2>&1 &\n'
+    )
+    (tmp_path / 'tmux').chmod(0o755)
+    host.env['PATH'] = f'{tmp_path}:{os.environ["PATH"]}'
+  else:
+    host.without_tmux()
+  assert host.worker('status').stdout.endswith(' absent\n')
+  (host.folder / 'codes').write_text('75 wait 0')
+  started = host.worker('start', 'compactlm', 'train', "--a=it's;", '--b=x y;')
+  assert started.returncode == 0, started.stderr
+  host.wait_for('waits')
+  assert host.worker('status').stdout.endswith(' running attempt=2\n')
+  again = host.worker('start', 'compactlm', 'train', "--a=it's;", '--b=x y;')
+  assert (again.returncode, again.stdout) == (0, 'already running\n')
+  assert host.worker('start', 'compactlm', 'train').returncode == LockedError.exit_code
+  assert "words: train --a=it's; --b=x y;" in (host.folder / 'run.log').read_text()
+  stopped = host.worker('stop')
+  assert (stopped.returncode, stopped.stdout.endswith(' exited 75\n')) == (0, True), stopped
+  assert host.exits() == [['1', '75'], ['2', '75']]
+  assert host.worker('stop').stdout == 'nothing runs\n'
+
+
+def test_a_stop_during_a_pause(host):
+  """Mutation: the stop is noticed at the end of the pause only."""
+  (host.folder / 'codes').write_text('75 0')
+  started = subprocess.Popen(
+    ['bash', WORKER, 'supervise', 'compactlm'], env=host.env | {'COMPACTLM_PAUSE': '500'}, text=True
+  )
+  host.wait_for('exits')
+  time.sleep(0.2)
+  started.send_signal(signal.SIGTERM)
+  assert started.wait(60) == 75
+  assert host.exits() == [['1', '75']]
+
+
+def test_after_a_reboot(host):
+  """The process id of a supervisor that is gone may be another process's. Mutation: kill -0 instead of ps."""
+  (host.folder / 'supervisor.pid').write_text(f'{os.getpid()}\n')
+  assert host.worker('status').stdout.endswith(' lost\n')
+  assert host.worker('stop').stdout == 'nothing runs\n'
+  (host.folder / 'supervisor.pid').unlink()
+
+
+def tool(folder, name):
+  """A program that records its arguments."""
+  path = folder / name
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(f'#!/bin/bash\necho "$@" >> {folder}/{path.name}.calls\n')
+  path.chmod(0o755)
+
+
+def git(folder, *words):
+  identity = ('-c', 'user.name=a', '-c', 'user.email=a@example.org')
+  subprocess.run(['git', *identity, *words], cwd=folder, check=True, capture_output=True)
+
+
+def test_installing_a_tag(host, tmp_path):
+  """The configurations are those of the tag. Mutation: the newest commit is fetched."""
+  repository = tmp_path / 'repository'
+  (repository / 'configs').mkdir(parents=True)
+  git(repository, 'init', '--quiet')
+  for tag in ('v1', 'v2'):
+    (repository / 'configs' / 'a.py').write_text(tag)
+    git(repository, 'add', '.')
+    git(repository, 'commit', '--quiet', '-m', tag)
+    git(repository, 'tag', tag)
+  tool(host.folder / 'bin', 'uv')
+  for tag in ('v1', 'v2', 'v1'):
+    result = host.worker('install', f'git+file://{repository}@{tag}')
+    assert result.returncode == 0, result.stderr
+    assert (host.folder / 'configs' / 'a.py').read_text() == tag
+  calls = (host.folder / 'bin' / 'uv.calls').read_text().splitlines()
+  assert calls[0].startswith('venv --quiet --python 3.12')
+  assert calls[1].endswith(f'--reinstall-package compactlm-jax compactlm-jax[tpu] @ file://{host.folder}/src')
+  assert host.worker('install', f'git+file://{repository}@v3').returncode == STORAGE
+
+
+def test_installing_a_wheel(host, tmp_path):
+  """By the name that scp gives it. uv is fetched once. Mutation: curl although uv is there."""
+  tools = tmp_path / 'tools'
+  tools.mkdir()
+  fetch = f'mkdir -p {host.folder}/bin; printf "#!/bin/bash\\n" > {host.folder}/bin/uv; chmod +x {host.folder}/bin/uv'
+  (tools / 'curl').write_text(f'#!/bin/bash\necho "$@" >> {tools}/calls\necho {fetch!r}\n')
+  (tools / 'curl').chmod(0o755)
+  path = f'{tools}:{os.environ["PATH"]}'
+  for _ in range(2):
+    result = host.worker('install', 'dist/compactlm_jax-0.1.0-py3-none-any.whl', PATH=path)
+    assert result.returncode == 0, result.stderr
+  assert len((tools / 'calls').read_text().splitlines()) == 1
+  assert host.worker('install', 'compactlm').returncode == ConfigError.exit_code
+  assert host.worker('install').returncode == ConfigError.exit_code
+
+
+def test_a_checkpoint_to_a_bucket_and_back(tmp_path):
+  """What a disk commits by its name needs a file in a bucket. Mutation: no commit file; half-written ones go too."""
+  run = tmp_path / 'run'
+  write(run / 'checkpoints', [3])
+  shutil.copytree(run / 'checkpoints' / '3', run / 'checkpoints' / '5.orbax-checkpoint-tmp-1')
+  (run / 'lock').write_text('held')
+  (run / 'metrics.jsonl').write_text('{}\n')
+  folder = tmp_path / 'bin'
+  folder.mkdir()
+  cloud = Cloud(folder)
+  result = cloud.tpu('copy', str(run), 'gs://bucket/run', where=())
+  assert result.returncode == 0, result.stderr
+  bucket = folder / 'buckets' / 'bucket' / 'run'
+  assert sorted(path.name for path in bucket.iterdir()) == ['checkpoints', 'metrics.jsonl']
+  assert [path.name for path in (bucket / 'checkpoints').iterdir()] == ['3']
+  assert equal(restore(bucket / 'checkpoints', commit_file=True)[0], make_state(3))
+  assert cloud.tpu('copy', 'gs://bucket/run', str(tmp_path / 'back'), where=()).returncode == 0
+  assert equal(restore(tmp_path / 'back' / 'checkpoints')[0], make_state(3))
+
+
+def test_from_nothing_to_an_end(tmp_path):
+  """tpu.sh and worker.sh together: create, install, run, watch. Mutation: scp to another folder."""
+  home, folder = tmp_path / 'home', tmp_path / 'bin'
+  host = Host(home / 'compactlm', '75 74 0')
+  tool(home / 'compactlm' / 'bin', 'uv')
+  (home / 'compactlm' / 'venv' / 'bin' / 'python').symlink_to(sys.executable)
+  folder.mkdir()
+  wheel = tmp_path / 'compactlm_jax-0.1.0-py3-none-any.whl'
+  wheel.touch()
+  (folder / 'tmux').write_text('#!/bin/bash\nshift 4; setsid "$@" >/dev/null 2>&1 &\n')
+  (folder / 'tmux').chmod(0o755)
+  cloud = Cloud(folder)
+  cloud.set(home=str(home))
+  env = {'COMPACTLM_PAUSE': '0'}
+  assert cloud.tpu('create', '--type=v3-8').returncode == 0
+  installed = cloud.tpu('install', f'--source={wheel}')
+  assert installed.returncode == 0, installed.stderr
+  assert (home / 'compactlm' / 'configs' / 'convbert.py').is_file()
+  watched = cloud.tpu('watch', '--poll=0.2', '--', 'compactlm', 'train', env=env)
+  assert watched.returncode == 0, watched.stderr
+  assert [code for _, code in host.exits()] == ['75', '74', '0']
+  assert 'exited 0' in cloud.tpu('status').stdout
+  assert pathlib.Path(host.folder / 'run.log').read_text().count('words: train') == 3
