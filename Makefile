@@ -28,6 +28,7 @@ lint: .venv/ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+	.venv/bin/shellcheck --external-sources launch/*.sh
 
 benchmarks: .venv/ready
 	.venv/bin/python benchmarks/speed.py
