@@ -42,7 +42,7 @@ class MetricsWriter:
     workdir: the run directory.
     total_steps: of the run; for the bar and the time left.
     start_step: steps done already; later lines in an existing file are dropped.
-    bar: show a progress bar; by default if standard error is a terminal.
+    bar: show a progress bar; by default if standard error is a terminal or belongs to a notebook.
     tensorboard: also write WORKDIR/tensorboard by tensorboardX; by default if that is installed (extra 'tensorboard').
     shown: names shown on the bar and in the log, where present; by default the loss and its parts.
 
@@ -80,9 +80,11 @@ class MetricsWriter:
       self._file = GrowingFile(self._path)
     except OSError as e:
       raise StorageError(f'{self._path}: cannot be written ({e}); free space or fix permissions') from e
-    if sys.stderr.isatty() if bar is None else bar:
-      # A terminal that does not tell its size says 0 x 0, and tqdm would show nothing there.
-      columns = shutil.get_terminal_size((100, 20)).columns
+    notebook = type(sys.stderr).__module__ == 'ipykernel.iostream'
+    if sys.stderr.isatty() or notebook if bar is None else bar:
+      # A terminal that does not tell its size says 0 x 0, and tqdm would show nothing there. In a notebook the bar is
+      # a widget where ipywidgets is installed, and its width would be in pixels.
+      columns = None if notebook else shutil.get_terminal_size((100, 20)).columns
       self._bar = tqdm(total=total_steps, initial=start_step, unit='step', ncols=columns, nrows=20, file=sys.stderr)
 
   def __enter__(self) -> MetricsWriter:

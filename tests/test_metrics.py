@@ -1,5 +1,6 @@
 """metrics.jsonl: every line valid JSON, every step once, whatever killed the run before."""
 
+import io
 import json
 import math
 import os
@@ -126,6 +127,16 @@ def test_plain_lines_in_a_log_without_a_terminal(tmp_path, capsys, caplog):
   with caplog.at_level('INFO'), MetricsWriter(tmp_path, 10) as writer:
     writer.step(5, {'loss': 0.25}, tokens=64)
   assert capsys.readouterr().err == '' and 'step 5/10, loss 0.25, tokens/s' in caplog.text and 'left' in caplog.text
+
+
+def test_bar_in_a_notebook_whose_output_is_no_terminal(tmp_path, monkeypatch):
+  """Mutation: ask `isatty` alone (a cell that trains for minutes then shows nothing)."""
+  output = type('OutStream', (io.StringIO,), {'__module__': 'ipykernel.iostream'})()
+  monkeypatch.setattr(metrics.sys, 'stderr', output)
+  with MetricsWriter(tmp_path, 10) as writer:
+    writer.step(5, {'loss': 0.25}, tokens=64)
+    writer._bar.refresh()
+  assert '5/10' in output.getvalue() and 'loss=0.25' in output.getvalue()
 
 
 def test_full_disk_is_a_storage_error(tmp_path):
