@@ -40,19 +40,34 @@ class Text:
   dev: str
 
 
-def prepare_text(sentences: list[tuple[str, float]], teacher: epath.Path, folder: epath.Path) -> Text:
-  """Holds sentences out, writes the tables for fine-tuning and the rows for distillation."""
+def prepare_text(
+  sentences: list[tuple[str, float]],
+  teacher: epath.Path,
+  folder: epath.Path,
+  *,
+  held_out: int = HELD_OUT,
+  tuned: int = TUNED,
+) -> Text:
+  """Holds sentences out, writes the tables for fine-tuning and the rows for distillation.
+
+  Args:
+    sentences: from `assets.read_sentences`.
+    teacher: folder of the model whose tokenizer makes the rows.
+    folder: where to.
+    held_out: sentences that no training sees.
+    tuned: sentences for fine-tuning.
+  """
   order = [int(i) for i in np.random.default_rng(0).permutation(len(sentences))]
   rated = [i for i in order if sentences[i][1] != 0]
-  held_out, tuned = rated[:HELD_OUT], rated[HELD_OUT : HELD_OUT + TUNED]
-  hidden = set(held_out)
+  dev, train = rated[:held_out], rated[held_out : held_out + tuned]
+  hidden = set(dev)
   rest = [i for i in order if i not in hidden]
   folder.mkdir(parents=True, exist_ok=True)
-  for name, chosen in (('rows', rest), ('held_out', held_out)):
+  for name, chosen in (('rows', rest), ('held_out', dev)):
     text = folder / f'{name}.txt'
     text.write_text('\n'.join(sentences[i][0] for i in chosen) + '\n')
     prepare(str(text), str(teacher), folder / name, SEQ_LEN, 'sentences')
-  for name, chosen in (('train', tuned), ('dev', held_out)):
+  for name, chosen in (('train', train), ('dev', dev)):
     lines = [f'{"positive" if sentences[i][1] > 0 else "negative"}\t{sentences[i][0]}' for i in chosen]
     (folder / f'{name}.tsv').write_text('\n'.join(['label\ttext', *lines]) + '\n')
   return Text(*(str(folder / name) for name in ('rows', 'held_out', 'train.tsv', 'dev.tsv')))

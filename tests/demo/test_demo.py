@@ -59,14 +59,13 @@ def test_a_malformed_line_is_named(tmp_path):
     assets.read_sentences(archive(tmp_path, '1\t2.5\tGood\n2\tgood\n'))
 
 
-def test_held_out_sentences_are_never_trained_on(tmp_path, monkeypatch):
+def test_held_out_sentences_are_never_trained_on(tmp_path):
   """Mutation: draw the rows for distillation from all sentences."""
-  monkeypatch.setattr(stages, 'HELD_OUT', 20)
-  monkeypatch.setattr(stages, 'TUNED', 30)
   sentences = [(f'sentence number {i} of many', float(i % 5 - 2)) for i in range(200)]
   (tmp_path / 'all.txt').write_text('\n'.join(s for s, _ in sentences))
   train_wordpiece(str(tmp_path / 'all.txt'), 80, tmp_path / 'tokenizer')
-  text = stages.prepare_text(sentences, epath.Path(tmp_path) / 'tokenizer', epath.Path(tmp_path) / 'text')
+  folder = epath.Path(tmp_path)
+  text = stages.prepare_text(sentences, folder / 'tokenizer', folder / 'text', held_out=20, tuned=30)
   dev, train = (
     {line.split('\t')[1] for line in epath.Path(f).read_text().split('\n')[1:-1]} for f in (text.dev, text.train)
   )
