@@ -59,9 +59,12 @@ def _train(values: flags.FlagValues) -> str:
   from compactlm_jax.config import RunConfig, from_config_dict
   from compactlm_jax.cpu import keep_memory
   from compactlm_jax.jobs import run_train
+  from compactlm_jax.train.agree import agree_on_start
 
   keep_memory()
   config = from_config_dict(RunConfig, values.config)
+  flags_of_run = ('workdir', 'allow_change', 'seeds', 'seed_shard', 'steal_lock', 'profile')
+  agree_on_start(config, {name: values[name].value for name in flags_of_run})
   allowed = tuple(name.strip() for name in values.allow_change.split(',') if name.strip())
   options = {'allow_change': allowed, 'steal_lock': values.steal_lock, 'profile': values.profile}
   if values.seeds is not None:

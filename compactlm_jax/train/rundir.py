@@ -22,7 +22,7 @@ import jax
 from etils import epath
 
 from compactlm_jax.config import RunConfig, from_config_dict, to_json
-from compactlm_jax.distributed import group as this_group
+from compactlm_jax.distributed import group
 from compactlm_jax.errors import CompactLMError, ConfigError, LockedError, StorageError
 from compactlm_jax.stepdir import StepDirectory
 from compactlm_jax.storage import free_bytes, is_remote, own_error, write_whole
@@ -90,7 +90,8 @@ def open_run(
     agree_on_run(identity)
     on_first_process(enter)
     share_directory(path, lock.token)
-    with group.cleanup(lock.release) if (group := this_group()) else contextlib.nullcontext():
+    processes = group()
+    with processes.cleanup(lock.release) if processes else contextlib.nullcontext():
       yield path
   finally:
     lock.release()
@@ -282,7 +283,6 @@ def _label(field: str) -> str:
 
 def _fields(record: Mapping[str, Any]) -> dict[str, Any]:
   """'optimizer.learning_rate' -> value, 'identity.teacher' -> fingerprint."""
-
   return dict([*flat(record['config']), *flat({'identity': record['identity']})])
 
 
