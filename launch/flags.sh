@@ -2,7 +2,7 @@
 # shellcheck shell=bash disable=SC2034 # tpu.sh uses the variables
 
 name=${LAUNCH_NAME:-} zone=${LAUNCH_ZONE:-} project=${LAUNCH_PROJECT:-}
-type='' version='' spot='' queued='' valid_until='' source='' worker=0 recreate='' attempts=10 poll=60
+type='' version='' spot='' queued='' valid_until='' source='' data='' worker=0 recreate='' attempts=10 poll=60
 dry_run='' yes='' on_vm=''
 
 fail() { # CODE MESSAGE
@@ -27,8 +27,8 @@ shown() {
 set_flag() { # --FLAG=VALUE
   local flag=${1%%=*}
   case $1 in
-    --name=?* | --zone=?* | --project=?* | --type=?* | --version=?* | --valid_until=?* | --source=?* | --worker=?* | \
-      --attempts=?* | --poll=?*) printf -v "${flag#--}" '%s' "${1#*=}" ;;
+    --name=?* | --zone=?* | --project=?* | --type=?* | --version=?* | --valid_until=?* | --source=?* | --data=?* | \
+      --worker=?* | --attempts=?* | --poll=?*) printf -v "${flag#--}" '%s' "${1#*=}" ;;
     --spot | --queued | --recreate | --dry_run | --yes | --on_vm) printf -v "${1#--}" yes ;;
     *) fail 78 "unknown or empty flag $1; the flags stand at the top of launch/tpu.sh (--flag=value)" ;;
   esac
@@ -46,7 +46,12 @@ check_flags() {
   check type "$type" '(v[0-9]+[a-z]*-[0-9]+)?' v3-8
   check version "$version" '[-.a-z0-9]*' tpu-ubuntu2204-base
   check valid_until "$valid_until" '([0-9]+[smhd])*' 6h
+  check data "$data" '(gs://[-a-z0-9_.]+/[^[:cntrl:]]*[^/])?' gs://my-bucket/data/pairs
   check worker "$worker" '[0-9]+|all' 0
   check attempts "$attempts" '[0-9]+' 10
   check poll "$poll" '[0-9.]+' 60
+}
+
+need_command() {
+  [[ $# -gt 0 && $* != *$'\n'* ]] || fail 78 'give the command after --, without line breaks: -- compactlm train ...'
 }

@@ -3,12 +3,13 @@
 #
 #   tpu.sh create   make the VM, or reuse the one of that name      --type=v3-8 [--spot] [--queued [--valid_until=6h]]
 #   tpu.sh install  the package on all workers                      --source=git+https://HOST/REPOSITORY@TAG | FILE.whl
+#                   and rows: in data/NAME, where the run starts    [--data=gs://BUCKET/.../NAME]
 #   tpu.sh run      start in a detached terminal on all workers     -- compactlm train ...
 #   tpu.sh watch    wait for the end; restart what a preemption or a reboot ended (a new VM only with --recreate or
 #                   --queued, then with the flags of create and install too)                     -- compactlm train ...
 #   tpu.sh logs     follow (Ctrl-C leaves the run alone)            [--worker=0|all]
 #   tpu.sh status | stop (save and end the run; the VM stays, and costs) | delete (asks, unless --yes)
-#   tpu.sh copy     a run directory to or from a bucket             SOURCE TARGET [--on_vm]
+#   tpu.sh copy     a run directory to or from a bucket             SOURCE TARGET [--on_vm [--worker=all]]
 #
 # Always: --name= --zone= --project= (or LAUNCH_NAME, LAUNCH_ZONE, LAUNCH_PROJECT). --dry_run prints the gcloud commands
 # and runs none. Exit codes: 0 done, 74 the cloud failed, 75 preempted, 78 a flag or a mismatch; watch: the run's own.
@@ -148,10 +149,7 @@ install() {
   remote all mkdir -p compactlm || unreachable
   tpus tpu-vm scp --recurse "${files[@]}" "$name:compactlm/" --worker=all || unreachable
   remote all bash compactlm/worker.sh install "$source" || unreachable
-}
-
-need_command() {
-  [[ $# -gt 0 && $* != *$'\n'* ]] || fail 78 'give the command after --, without line breaks: -- compactlm train ...'
+  [[ -z $data ]] || remote all env -C compactlm bash worker.sh copy "$data" "data/${data##*/}" || unreachable
 }
 
 run() { # COMMAND ...
@@ -190,13 +188,11 @@ remove() {
   local request vm
   request=$(queue_info "$([[ -n $queued ]] && echo ACTIVE || echo NOT_FOUND)") || exit
   vm=$(vm_info READY) || exit
-  if [[ $request != NOT_FOUND ]]; then
-    tpus queued-resources delete "$name" --force || fail 74 "$name was not deleted (see above)"
-  elif [[ $vm != NOT_FOUND ]]; then
-    tpus tpu-vm delete "$name" || fail 74 "$name was not deleted (see above)"
-  else
-    say "there is no $name in $zone"
-  fi
+  case "$request $vm" in
+    'NOT_FOUND NOT_FOUND') say "there is no $name in $zone" ;;
+    NOT_FOUND*) tpus tpu-vm delete "$name" ;;
+    *) tpus queued-resources delete "$name" --force ;;
+  esac || fail 74 "$name was not deleted (see above)"
 }
 
 delete() {
@@ -223,6 +219,16 @@ observe() {
   fi
 }
 
+# Removes what a preemption leaves behind, and nothing that lives or waits in a queue.
+clear_lost() { # VM_INFO
+  local request
+  request=$(queue_info NOT_FOUND) || exit
+  case "$1 $request" in
+    READY*) ;;
+    PREEMPTED* | TERMINATED* | *' FAILED'* | *' SUSPENDED'*) remove ;;
+  esac
+}
+
 watch() { # COMMAND ...
   local info made=0 unheard=0 verdict known='' broken=''
   need_command "$@"
@@ -230,11 +236,12 @@ watch() { # COMMAND ...
   while :; do
     verdict='' info=$(vm_info READY) || info=UNKNOWN
     case $info in
-      READY*) known=yes && observe || info=UNKNOWN ;;
+      READY*)
+        if [[ -n $broken ]]; then verdict=gone; else known=yes && observe || info=UNKNOWN; fi
+        ;;
       PREEMPTED* | TERMINATED*) known=yes verdict=gone ;;
       NOT_FOUND) verdict=gone ;;
     esac
-    [[ -z $broken ]] || verdict=gone
     if [[ $info == UNKNOWN ]]; then unheard=$((unheard + 1)); else unheard=0; fi
     [[ $unheard -lt 20 ]] || fail 74 "$name did not answer $unheard times; it may still run: look with status"
     [[ $verdict != [0-9]* ]] || return "$verdict"
@@ -244,17 +251,16 @@ watch() { # COMMAND ...
       [[ $made -le $attempts ]] || fail 75 "$name was lost more than $attempts times"
       say "$name: $verdict ($info); start $made of $attempts"
       broken=''
-      if [[ $verdict == lost ]]; then (run "$@"); else again "$known" "$@"; fi || broken=$verdict
-      [[ $broken != lost ]] || broken=''
+      if [[ $verdict == lost ]]; then
+        (run "$@") || true # looked at again after the pause
+      else
+        # The lock in the run directory names the old host, which is gone for certain.
+        [[ -z $known || "$1 ${2:-}" != 'compactlm train' || ${!#} == --steal_lock ]] || set -- "$@" --steal_lock
+        (clear_lost "$info" && create && install && run "$@") || broken=yes
+      fi
     fi
     sleep "$poll"
   done
-}
-
-again() { # KNOWN COMMAND ...; a new VM in the place of a lost one
-  # The lock in the run directory names the old host, which is gone for certain once `remove` returns.
-  [[ -z $1 || $2 != compactlm || ${3:-} != train ]] || set -- "$@" --steal_lock
-  (remove && create && install && run "${@:2}")
 }
 
 copy() { # SOURCE TARGET
@@ -263,7 +269,7 @@ copy() { # SOURCE TARGET
     COMPACTLM_DRY_RUN=$dry_run bash "$here/worker.sh" copy "$@"
   else
     ready
-    remote 0 bash compactlm/worker.sh copy "$@" || unreachable
+    remote "$worker" env -C compactlm bash worker.sh copy "$@" || unreachable # paths as the run sees them
   fi
 }
 

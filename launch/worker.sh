@@ -61,7 +61,7 @@ install() { # SOURCE
     fail 74 "Python $python_version could not be installed; try again"
   # A new version of a wheel or a branch may carry the same version number, hence --reinstall-package.
   "$root/bin/uv" pip install --quiet --python "$root/venv/bin/python" --reinstall-package compactlm-jax \
-    "compactlm-jax[tpu] @ file://$place" ||
+    "compactlm-jax[tpu,gcs] @ file://$place" ||
     fail 74 "$1 could not be installed; see the message above"
   "$root/bin/uv" pip freeze --python "$root/venv/bin/python" | grep -E '^(compactlm-jax|jax|jaxlib|libtpu)\b' || true
 }

@@ -31,6 +31,7 @@ CASES = {
   'spot': ({}, 'create', '--type=v5p-8', '--spot'),
   'queued': ({}, 'create', '--type=v5e-8', '--queued', '--spot', '--valid_until=6h'),
   'install': ({'vm': READY}, 'install', SOURCE),
+  'install rows': ({'vm': READY}, 'install', SOURCE, '--data=gs://bucket/data/pairs'),
   'run': ({'vm': READY}, 'run', '--', *TRAIN, "--note=it's $HOME; a `b`"),
   'watch': ({'vm': READY, 'statuses': [DONE]}, 'watch', '--', *TRAIN),
   'logs': ({'vm': READY}, 'logs', '--worker=all'),
@@ -40,7 +41,7 @@ CASES = {
   'delete queued': ({'vm': READY, 'queue': ['ACTIVE', *READY[1:]]}, 'delete', '--queued', '--yes'),
   'copy from': ({}, 'copy', 'gs://bucket/runs/small', 'TMP/small'),
   'copy to': ({}, 'copy', 'TMP', 'gs://bucket/runs/small'),
-  'copy on the VM': ({'vm': READY}, 'copy', '--on_vm', 'runs/small', 'gs://bucket/runs/small'),
+  'copy on the VM': ({'vm': READY}, 'copy', '--on_vm', '--worker=all', 'runs/small', 'gs://bucket/runs/small'),
 }
 
 
@@ -218,6 +219,21 @@ def test_a_preempted_request_is_made_anew(cloud):
   assert changed == [['queued-resources', 'delete'], ['queued-resources', 'create']]
 
 
+def test_only_what_is_lost_is_removed(cloud):
+  """An installation that fails is repeated on the same machine, a request that waits keeps its place.
+
+  Mutation: watch removes before every creation.
+  """
+  cloud.set(vm=READY, states=['PREEMPTED', 'PREEMPTED'], statuses=[DONE], refuse=['scp'])
+  result = cloud.tpu('watch', '--attempts=3', *AGAIN)
+  assert result.returncode == 75
+  assert (cloud.verbs().count('delete'), cloud.verbs().count('create'), cloud.verbs().count('scp')) == (1, 1, 3)
+  states = ['WAITING_FOR_RESOURCES', 'WAITING_FOR_RESOURCES', 'ACTIVE']
+  cloud.set(queue=['WAITING_FOR_RESOURCES', *READY[1:]], queue_states=states, statuses=[DONE])
+  assert cloud.tpu('watch', '--queued', *AGAIN).returncode == 0
+  assert not {'delete', 'create'} & set(cloud.verbs())
+
+
 def test_attempts_are_bounded(cloud):
   """A refused creation counts as well. Mutation: made is not counted."""
   cloud.set(refuse=['create'])
@@ -241,6 +257,24 @@ def test_a_machine_that_was_rebooted(cloud):
   started = [line for line in commands(cloud) if ' start ' in line]
   assert started == [f'bash compactlm/worker.sh start {shlex.join(TRAIN)}']
   assert 'create' not in cloud.verbs()
+
+
+def test_rows_come_along(cloud, tmp_path):
+  """To where the run starts, so that --config.data.path=data/pairs finds them. Mutation: the home folder instead."""
+  rows = cloud.folder / 'buckets' / 'bucket' / 'data' / 'pairs'
+  rows.mkdir(parents=True)
+  (rows / 'rows.json').write_text('{}')
+  home = tmp_path / 'home'
+  uv = home / 'compactlm' / 'bin' / 'uv'
+  uv.parent.mkdir(parents=True)
+  uv.write_text('#!/bin/bash\n')
+  uv.chmod(0o755)
+  wheel = tmp_path / 'compactlm_jax-0.1.0-py3-none-any.whl'
+  wheel.touch()
+  cloud.set(vm=READY, home=str(home))
+  result = cloud.tpu('install', f'--source={wheel}', '--data=gs://bucket/data/pairs')
+  assert result.returncode == 0, result.stderr
+  assert (home / 'compactlm' / 'data' / 'pairs' / 'rows.json').is_file()
 
 
 def test_without_gcloud(tmp_path):

@@ -189,7 +189,7 @@ def test_installing_a_tag(host, tmp_path):
     assert (host.folder / 'configs' / 'a.py').read_text() == tag
   calls = (host.folder / 'bin' / 'uv.calls').read_text().splitlines()
   assert calls[0].startswith('venv --quiet --python 3.12')
-  assert calls[1].endswith(f'--reinstall-package compactlm-jax compactlm-jax[tpu] @ file://{host.folder}/src')
+  assert calls[1].endswith(f'--reinstall-package compactlm-jax compactlm-jax[tpu,gcs] @ file://{host.folder}/src')
   assert host.worker('install', f'git+file://{repository}@v3').returncode == STORAGE
 
 
