@@ -168,12 +168,48 @@ def check_batch_size(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
     )
 
 
+def host_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+  """Which rows of a global batch this host's devices hold, ascending, int64.
+
+  Hosts share rows if their devices differ along 'model' alone, and those of one host need not be neighbours: JAX
+  orders the devices of a mesh by how they are wired.
+
+  Args:
+    mesh: from `make_mesh`.
+    batch_size: rows over all hosts.
+  """
+  check_batch_size(mesh, batch_size)
+  blocks = _blocks(mesh)
+  share = batch_size // (mesh.shape['data'] * mesh.shape['fsdp'])
+  return (blocks[:, None] * share + np.arange(share)).reshape(-1)
+
+
+def _blocks(mesh: Mesh) -> np.ndarray:
+  """The blocks of rows, of one for each device along 'data' and 'fsdp', that this host's devices hold."""
+  mine = np.vectorize(lambda device: device.process_index == jax.process_index(), otypes=[bool])(mesh.devices)
+  return np.flatnonzero(mine.reshape(-1, mesh.shape['model']).any(axis=1))
+
+
 def to_global(mesh: Mesh, batch: Batch) -> Batch:
   """This host's rows of the global batch as arrays that all hosts share.
 
   Args:
     mesh: from `make_mesh`.
-    batch: NumPy arrays with this host's rows.
+    batch: NumPy arrays with this host's rows, those of `host_rows`.
   """
-  sharding = batch_sharding(mesh)
-  return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, np.asarray(rows)), batch)
+  sharding, blocks = batch_sharding(mesh), _blocks(mesh)
+  ways = mesh.shape['data'] * mesh.shape['fsdp']
+
+  def place(rows: Any) -> jax.Array:
+    rows = np.asarray(rows)
+    if len(blocks) == ways:
+      return jax.make_array_from_process_local_data(sharding, rows)
+    share = len(rows) // len(blocks)
+
+    def block(index: tuple[slice, ...]) -> np.ndarray:
+      first = int(np.searchsorted(blocks, (index[0].start or 0) // share)) * share
+      return rows[first : first + share]
+
+    return jax.make_array_from_callback((share * ways, *rows.shape[1:]), sharding, block)
+
+  return jax.tree.map(place, batch)

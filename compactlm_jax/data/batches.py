@@ -26,7 +26,8 @@ class Batches:
   """Training batches: shuffled anew each epoch, every row exactly once per epoch, the same for any number of hosts.
 
   Row number step * batch_size + i of the endless sequence epoch 0, epoch 1, ... is row i of batch `step`; a batch may
-  hold the end of one epoch and the start of the next. Host p of P gets rows [p * B / P, (p + 1) * B / P) of the batch.
+  hold the end of one epoch and the start of the next. Host p of P gets rows [p * B / P, (p + 1) * B / P) of the batch,
+  or those of `host_rows`.
 
   Attributes:
     source: the rows.
@@ -37,6 +38,7 @@ class Batches:
     buckets: ascending row lengths; a batch is cut to the shortest that holds its longest row. () cuts nothing.
     grouped_steps: steps of the run, to let rows of similar length share batches: the rows of every 32 neighbouring
       batches are sorted by length, and these batches come in random order. 0 leaves the order alone.
+    host_rows: which rows of each batch this host gets (see `parallel.host_rows`); None for an even share in order.
   """
 
   source: RowSource
@@ -46,6 +48,7 @@ class Batches:
   process_count: int = 1
   buckets: tuple[int, ...] = ()
   grouped_steps: int = 0
+  host_rows: np.ndarray | None = None
 
   def __post_init__(self) -> None:
     if self.batch_size < 1 or self.batch_size % self.process_count:
@@ -113,6 +116,8 @@ class Batches:
       raise ValueError(f'step {step} must not be negative')
     share = self.batch_size // self.process_count
     first = self.process_index * share
+    if self.host_rows is not None:
+      return self._all_indices(step)[self.host_rows]
     if not self.grouped_steps:
       return self._places(step * self.batch_size + first, share)
     return self._all_indices(step)[first : first + share]
@@ -144,7 +149,12 @@ class Batches:
 
 
 def eval_batches(
-  source: RowSource, batch_size: int, process_index: int = 0, process_count: int = 1, buckets: Sequence[int] = ()
+  source: RowSource,
+  batch_size: int,
+  process_index: int = 0,
+  process_count: int = 1,
+  buckets: Sequence[int] = (),
+  host_rows: np.ndarray | None = None,
 ) -> Iterator[Batch]:
   """Every row once, in order; the last batch is filled up with copies of the last row, which have weight 0.
 
@@ -154,6 +164,7 @@ def eval_batches(
     process_index: this host.
     process_count: hosts; each gets its rows of every batch.
     buckets: see `Batches`.
+    host_rows: see `Batches`.
 
   Returns:
     Batches of equal shape but for `buckets`, with weights.
@@ -161,8 +172,9 @@ def eval_batches(
   if batch_size < 1 or batch_size % process_count:
     raise ConfigError(f'config.batch_size: {batch_size} must be a positive multiple of the {process_count} hosts')
   share, last = batch_size // process_count, len(source) - 1
+  mine = process_index * share + np.arange(share) if host_rows is None else host_rows
   for first in range(0, len(source), batch_size):
-    indices = first + process_index * share + np.arange(share)
+    indices = first + mine
     length = _bucket(source, np.arange(first, min(first + batch_size, len(source))), buckets) if buckets else None
     rows = source.fetch(np.minimum(indices, last))
     yield _batch(rows, (indices <= last).astype(np.float32), length)

@@ -20,6 +20,7 @@ from compactlm_jax.jobs.models import params_digest
 from compactlm_jax.jobs.pretrain import electra_job, lm_job, mlm_job
 from compactlm_jax.jobs.prune import pruned
 from compactlm_jax.jobs.stages import run_stages
+from compactlm_jax.parallel import host_rows, make_mesh
 from compactlm_jax.train.evaluate import Evaluation
 from compactlm_jax.train.loop import Job, train
 
@@ -64,8 +65,10 @@ def build_job(config: RunConfig) -> Job:
     identity['teacher'] = params_digest(task.frozen)
   files = {f'tokenizer/{name}': content for name, content in data.tokenizer.files.items()} if data.tokenizer else {}
   grouped = steps if config.data.group_by_length else 0
-  hosts, buckets = (jax.process_index(), jax.process_count()), config.data.buckets
-  batches = Batches(data.train, config.batch_size, config.seed, *hosts, buckets, grouped)
+  batches = Batches(
+    data.train, config.batch_size, config.seed, buckets=config.data.buckets, grouped_steps=grouped,
+    host_rows=_host_rows(config),
+  )  # fmt: skip
   evals = tuple(evaluation(held, config) for held in data.evals)
   return Job(task, config, steps, batches, evals, identity, files, made.keeper if made else None)
 
@@ -83,5 +86,12 @@ def evaluation(held: EvalSet, config: RunConfig) -> Evaluation:
     def files(rows: Mapping[str, np.ndarray]) -> Mapping[str, str]:
       return held.files({name: values[inverse] for name, values in rows.items()})
 
-  hosts = (jax.process_index(), jax.process_count())
-  return Evaluation(lambda: eval_batches(source, config.batch_size, *hosts, buckets), score, held.prefix, files)
+  rows = _host_rows(config)
+  return Evaluation(
+    lambda: eval_batches(source, config.batch_size, buckets=buckets, host_rows=rows), score, held.prefix, files
+  )
+
+
+def _host_rows(config: RunConfig) -> np.ndarray | None:
+  """Which rows of a batch this host gets; None for all."""
+  return host_rows(make_mesh(config.mesh), config.batch_size) if jax.process_count() > 1 else None

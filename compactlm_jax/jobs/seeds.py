@@ -62,8 +62,7 @@ def run_seeds(config: RunConfig, workdir: str, seeds: Sequence[int], shard: str 
   with StopRequest() as stop:
     mine = shard_of(seeds, shard)
     for number, seed in enumerate(mine, 1):
-      # With several processes the next run finds out: they must agree on a step.
-      if jax.process_count() == 1 and stop.requested(0):
+      if stop.requested(0):
         raise PreemptedError(f'asked to stop before seed {seed}; the same command continues in {workdir}')
       folder, run = f'{workdir}/seed-{seed}', dataclasses.replace(config, seed=seed)
       log.info('seed %d (%d of %d): %s', seed, number, len(mine), folder)
@@ -73,7 +72,8 @@ def run_seeds(config: RunConfig, workdir: str, seeds: Sequence[int], shard: str 
         raise
       except Exception as e:
         own = isinstance(e, (NumericsError, LockedError))
-        if not own and not results:
+        # Of several processes, others may not have failed: they would not follow to the next seed.
+        if not own and (not results or jax.process_count() > 1):
           raise
         failures[seed] = e
         log.error('seed %d failed: %s', seed, e, exc_info=None if isinstance(e, CompactLMError) else e)

@@ -7,7 +7,6 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-import jax
 from etils import epath
 
 from compactlm_jax.config import RunConfig
@@ -53,8 +52,7 @@ def run_stages(config: RunConfig, workdir: str, build: Callable[[RunConfig], Job
         train(dataclasses.replace(build(_from(recorded, model)), config=recorded), folder, **options)
       best = f'{folder}/{BEST}'
       model = best if epath.Path(best, 'checkpoints').exists() else folder
-      # With several processes the next stage finds out: they must agree on a step.
-      if jax.process_count() == 1 and stop.requested(0):
+      if stop.requested(0):
         raise PreemptedError(f'asked to stop after stage {stage}; the same command continues in {workdir}')
     log.info('stage %s (%d of %d): %s', last, len(earlier) + 1, len(earlier) + 1, workdir)
     return train(dataclasses.replace(build(_from(_only(config, last), model)), config=config), workdir, **options)

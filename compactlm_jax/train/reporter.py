@@ -12,6 +12,7 @@ from etils import epath
 from compactlm_jax.config import RunConfig
 from compactlm_jax.errors import NumericsError
 from compactlm_jax.metrics import MetricsWriter
+from compactlm_jax.parallel import to_global
 from compactlm_jax.train.step import bad_leaves
 from compactlm_jax.types import Batch, Metrics, Task, TrainState
 
@@ -57,7 +58,8 @@ class Reporter:
     self._pending = None
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     self._bad_steps = [*self._bad_steps, done] if values['bad_step'] else []
-    tokens = int(batch.attention_mask.sum()) * jax.process_count()
+    # Those of all hosts, taken from the share of this one.
+    tokens = round(int(batch.attention_mask.sum()) * self._config.batch_size / len(batch.input_ids))
     line = {**values, 'learning_rate': float(self._schedule(done - 1))}
     logged = done % self._config.log_every == 0 or bool(values['bad_step'])
     self._writer.step(done, line, tokens=tokens, logged=logged)
@@ -66,9 +68,12 @@ class Reporter:
 
   def _give_up(self, batch: Batch, line: dict[str, float]) -> None:
     state, frozen = self._latest
+    if jax.process_count() > 1:
+      batch = to_global(jax.tree.leaves(state.params)[0].sharding.mesh, batch)
     leaves = bad_leaves(self._task, self._config.seed, state, frozen, batch, self._bad_steps[-1] - 1)
     report = {'steps': self._bad_steps, 'metrics': {k: str(v) for k, v in line.items()}, 'bad_gradients': leaves}
-    (self._workdir / 'failure.json').write_text(json.dumps(report, indent=2) + '\n')
+    if jax.process_index() == 0:
+      (self._workdir / 'failure.json').write_text(json.dumps(report, indent=2) + '\n')
     raise NumericsError(
       f'{len(self._bad_steps)} non-finite updates in a row, the last at step {self._bad_steps[-1]} '
       f'(first leaf: {leaves[0] if leaves else "loss only"}); none was applied. {self._workdir}/failure.json names the '
