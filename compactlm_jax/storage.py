@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import secrets
 import shutil
 import tempfile
 import time
@@ -64,7 +65,7 @@ def write_whole(path: epath.PathLike, content: str | bytes) -> None:
 
 
 @contextlib.contextmanager
-def whole_file(path: epath.PathLike) -> Iterator[epath.Path]:
+def whole_file(path: epath.PathLike, *, shared: bool = False) -> Iterator[epath.Path]:
   """For long files: gives a local file to write, which becomes `path` when the block ends without an error.
 
   A disk gets it by renaming, from the same folder. For a bucket it is written to the disk of temporary files first:
@@ -72,10 +73,11 @@ def whole_file(path: epath.PathLike) -> Iterator[epath.Path]:
 
   Args:
     path: of the file, in an existing folder.
+    shared: several processes may write it at once, the same content.
   """
   target = epath.Path(path)
   if not is_remote(target):
-    draft = target.parent / f'.{target.name}.tmp'
+    draft = target.parent / f'.{target.name}.tmp{f"-{secrets.token_hex(8)}" if shared else ""}'
     try:
       yield draft
       draft.replace(target)

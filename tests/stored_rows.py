@@ -53,7 +53,7 @@ def write_format_1(folder: Path, examples: list[dict[str, Any]], shard_rows: int
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(shards, 'row_features', lambda *_: features)
-    patch.setattr(shards, 'find_layout', lambda _: types.SimpleNamespace(encode=encode))
+    patch.setattr(shards, 'find_layout', lambda _: types.SimpleNamespace(encode=encode, template=b''))
     patch.setattr(shards, '_OPTIONS', 'group_size:1')
     write(folder, examples, shard_rows)
   manifest = folder / 'manifest.json'

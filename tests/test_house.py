@@ -11,10 +11,11 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / 'compactlm_jax'
 FILES = sorted(PACKAGE.rglob('*.py'))
 
-BASE = {'errors', 'filenames', 'types', 'config', 'tree', 'storage'}
+BASE = {'errors', 'filenames', 'parse', 'types', 'config', 'tree', 'storage'}
 ALLOWED = {
   'errors': set(),
   'filenames': set(),
+  'parse': set(),
   'types': set(),
   'config': {'errors'},
   'tree': {'errors'},
@@ -41,6 +42,7 @@ ONLY_HERE = {
   'flax': {'nn'},
   'orbax': {'checkpoint'},
   'tensorflow_datasets': {'data'},
+  'apache_beam': {'data'},
   'grain': {'data'},
   'tokenizers': {'data', 'interop'},
   'transformers': {'interop'},

@@ -43,6 +43,9 @@ def _prepare(values: flags.FlagValues) -> str:
     split=values.split,
     text_key=values.text_key,
     overwrite=values.overwrite,
+    parts=values.parts,
+    runner=values.runner,
+    beam_options=values.beam_options,
   )
   counts = ', '.join(f'{name} {value:,}' for name, value in sorted(manifest.counts.items()))
   return f'{values.output}: {counts}'
@@ -225,6 +228,13 @@ COMMANDS = {
       text('split', 'train', 'Split of a tfds: or hf: input.'),
       text('text_key', 'text', 'Text field of a tfds: or hf: input.'),
       switch('overwrite', 'Replace an output that was made with other settings.'),
+      number('parts', 0, 'Parts that the files are shared out to, a file of rows each; a kill costs one part. 0: none.'),
+      choice(
+        'runner',
+        ['local', 'DirectRunner', 'DataflowRunner', 'FlinkRunner'],
+        'Who writes the parts: this process, or workers of Apache Beam (extra beam). The output does not depend on it.',
+      ),
+      text('beam_options', '', "Of the pipeline: '--project=P --region=R --temp_location=gs://B/tmp'."),
     ),
     ('input', 'tokenizer', 'output', 'seq_len'),
     _prepare,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -10,12 +11,17 @@ from typing import Any
 from etils import epath
 
 from compactlm_jax.data import text
+from compactlm_jax.data.tokenizer import Tokenizer
 from compactlm_jax.errors import DataError
+from compactlm_jax.filenames import is_plain
+from compactlm_jax.parse import parse_json
+from compactlm_jax.storage import write_whole
 
 FORMAT = 2
 # Format 1 has the same manifest and records that take longer to read (`shards.find_layout`).
 READABLE = (1, 2)
 FILE = 'manifest.json'
+_WRITERS = ('tokenizers', 'tensorflow-datasets', 'array_record')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,13 +99,62 @@ def read_manifest(folder: Any) -> Manifest:
   if not path.exists():
     raise DataError(f'{path}: not there, so {path.parent} is not a prepared dataset; {remedy}')
   try:
-    raw = json.loads(path.read_text(encoding='utf-8'))
+    raw = parse_json(path.read_bytes())
     if raw.pop('format') not in READABLE:
       raise DataError(f'{path}: another format than {READABLE[-1]}; {remedy}')
     raw['splits'] = {name: tuple(Shard(**s) for s in shards) for name, shards in raw['splits'].items()}
-    return Manifest(**raw)
+    return _checked(Manifest(**raw))
   except (ValueError, KeyError, TypeError, AttributeError) as e:
     raise DataError(f'{path}: damaged ({e}); {remedy}') from e
+
+
+def write_manifest(
+  folder: epath.Path,
+  settings: Mapping[str, Any],
+  tokenizer: Tokenizer,
+  counts: Mapping[str, float],
+  splits: Mapping[str, tuple[Shard, ...]],
+  contents: Mapping[str, Mapping[str, int]],
+) -> Manifest:
+  """Writes the tokenizer and, last of all, manifest.json beside the shards.
+
+  Args:
+    folder: with the shards and dataset_info.json.
+    settings: see `Manifest`, as are the others.
+    tokenizer: that made the ids.
+    counts: of all rows.
+    splits: the shards.
+    contents: of each split.
+
+  Returns:
+    The manifest, read back.
+  """
+  tokenizer.save(folder / 'tokenizer')
+  versions = {name: importlib.metadata.version(name) for name in _WRITERS}
+  write_whole(folder / FILE, Manifest(settings, tokenizer.vocab_size, counts, splits, versions, contents).dumps())
+  return read_manifest(folder)
+
+
+def _checked(found: Manifest) -> Manifest:
+  """The manifest, in which every number is one, and every file lies in the folder."""
+  settings, shards = found.settings, [shard for shards in found.splits.values() for shard in shards]
+  counts = [number for content in found.contents.values() for number in content.values()]
+  for number in (settings['seq_len'], found.vocab_size, *counts, *(n for s in shards for n in (s.rows, s.bytes))):
+    if type(number) is not int or not 0 <= number < 1 << 62:
+      raise ValueError(f'{number!r} is no count')
+  if not settings['seq_len'] or not found.vocab_size or not all(found.splits.values()):
+    raise ValueError('there is nothing in it')
+  for content in found.contents.values():
+    if not {'rows', 'tokens', 'words'} <= set(content):
+      raise ValueError(f'contents {dict(content)} lack rows, tokens or words')
+  for shard in shards:
+    if not is_plain(shard.file):
+      raise ValueError(f'{shard.file!r} is not a plain file name')
+  if not all(isinstance(text, str) for text in (settings['tokenizer'], *(s.sha256 for s in shards))):
+    raise ValueError('a digest is no text')
+  for section in (found.counts, found.versions):
+    section.items()
+  return found
 
 
 def verify_files(folder: Any, manifest: Manifest, *, digests: bool = False) -> None:

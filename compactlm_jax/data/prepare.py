@@ -2,47 +2,34 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
-import dataclasses
 import errno
-import importlib.metadata
 import logging
 import os
-import random
-import shutil
 import socket
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
-import numpy as np
 from etils import epath
 
-from compactlm_jax.data import packing, shards, text
-from compactlm_jax.data.manifest import FILE, Manifest, Shard, read_manifest, verify_files
-from compactlm_jax.data.tokenizer import Tokenizer, load_tokenizer, one_thread_each
+from compactlm_jax.data import parts as parts_module
+from compactlm_jax.data import shards, text
+from compactlm_jax.data.manifest import FILE, Manifest, read_manifest, verify_files, write_manifest
+from compactlm_jax.data.rows import Counts, make_examples
+from compactlm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from compactlm_jax.errors import ConfigError, DataError, StorageError
+from compactlm_jax.storage import children, free_bytes, is_remote, temporary_folder
 
 MODES = ('packed', 'pairs', 'sentences')
 PAIR_RULES = ('electra', 'convbert')
+LOCAL = 'local'
+"""The runner that is no runner: parts are written here, one after the other."""
 
 log = logging.getLogger(__name__)
 
-_CHUNK_CHARS = 1 << 17
 _CHECK_ROWS = 2048
 _SHARD_TOKENS = 1 << 25
 _SPARE_BYTES = 64 << 20
-
-
-@dataclasses.dataclass
-class _Counts:
-  documents: int = 0
-  lines: int = 0
-  rows: int = 0
-  tokens: int = 0
-  words: int = 0
-  unknown_tokens: int = 0
 
 
 def prepare(
@@ -60,6 +47,9 @@ def prepare(
   text_key: str = 'text',
   shard_rows: int = 0,
   overwrite: bool = False,
+  parts: int = 0,
+  runner: str = LOCAL,
+  beam_options: str = '',
 ) -> Manifest:
   """Tokenises text into rows and writes them as a TFDS dataset of ArrayRecord shards.
 
@@ -83,21 +73,28 @@ def prepare(
     text_key: text field of a dataset input.
     shard_rows: rows of one file; 0 takes about 32 million tokens.
     overwrite: replace a dataset with other settings.
+    parts: 0 is one stream of rows over all files. N > 0 splits the files into N parts of similar size, each with a
+      file of rows and random numbers of its own; the bytes then differ from those of other N, not by who writes them.
+      Parts that are done stay if the work stops, and are not made again.
+    runner: 'local', or an Apache Beam runner that writes the parts: 'DirectRunner', 'DataflowRunner', 'FlinkRunner'.
+    beam_options: further options of the pipeline, as a command line.
 
   Returns:
     The manifest, also written to output/manifest.json.
 
   Raises:
-    ConfigError: a setting is invalid, or `output` holds something else.
+    ConfigError: a setting is invalid, `output` holds something else, or Apache Beam is missing.
     DataError: no text, no file matches, not UTF-8.
     StorageError: the disk is full or not writable.
   """
   options: dict[str, Any] = {'mode': mode, 'seq_len': seq_len, 'seed': seed, 'pair_rule': pair_rule}
   options |= {'holdout_rows': holdout_rows, 'shard_rows': shard_rows}
-  _check(options, workers)
+  _check(options, {'workers': workers, 'parts': parts})
+  if runner != LOCAL and not parts:
+    raise ConfigError(f'--runner={runner} writes parts of the files: give their number, for example --parts=16')
   tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
-  sources = text.open_text(input, split=split, text_key=text_key)
-  settings = {
+  sources = text.open_text(input, split=split, text_key=text_key, digests=not parts)
+  settings: dict[str, Any] = {
     **options,
     'pair_rule': pair_rule if mode == 'pairs' else '',
     'shard_rows': shard_rows or max(1, _SHARD_TOKENS // seq_len),
@@ -105,17 +102,38 @@ def prepare(
     'tokenizer': tokenizer.fingerprint(),
     'sources': [{'name': s.name, 'size': s.size, 'sha256': s.sha256} for s in sources],
   }
-  return _write_once(epath.Path(output), sources, tokenizer, settings, workers or os.cpu_count() or 1, overwrite)
+  target, workers = epath.Path(output), workers or os.cpu_count() or 1
+  if not parts:
+    return _write_once(target, sources, tokenizer, settings, workers, overwrite)
+  if shard_rows:
+    raise ConfigError(f'shard_rows {shard_rows}: a part is one file of rows; leave it out, or take more parts')
+  plan = parts_module.plan_parts(sources, {**settings, 'parts': parts, 'shard_rows': 0})
+  existing = _existing(target, plan.settings, overwrite, plan)
+  if existing is not None:
+    log.info('%s already holds this dataset; it is reused', target)
+    return existing
+  write = parts_module.write_here if runner == LOCAL else _beam(runner, beam_options)
+  with _parts_folder(target) as folder:
+    write(plan.into(folder, tokenizer), tokenizer, workers)
+    return parts_module.finish(plan.into(folder, tokenizer), tokenizer)
 
 
-def _check(options: dict[str, Any], workers: int) -> None:
+def _beam(runner: str, options: str) -> Any:
+  try:
+    from compactlm_jax.data import beam
+  except ImportError as e:
+    raise ConfigError(f"--runner={runner} needs Apache Beam: pip install 'compactlm-jax[beam]'") from e
+  return beam.writer(runner, options)
+
+
+def _check(options: dict[str, Any], numbers: dict[str, int]) -> None:
   if options['seq_len'] < 8:
     raise ConfigError(f'seq_len {options["seq_len"]} must be at least 8')
   if options['mode'] not in MODES:
     raise ConfigError(f'mode {options["mode"]!r} is unknown; use one of {", ".join(MODES)}')
   if options['pair_rule'] not in PAIR_RULES:
     raise ConfigError(f'pair_rule {options["pair_rule"]!r} is unknown; use one of {", ".join(PAIR_RULES)}')
-  for name, value in {'workers': workers, **{k: options[k] for k in ('seed', 'holdout_rows', 'shard_rows')}}.items():
+  for name, value in {**numbers, **{k: options[k] for k in ('seed', 'holdout_rows', 'shard_rows')}}.items():
     if value < 0:
       raise ConfigError(f'{name} {value} must not be negative')
 
@@ -133,21 +151,25 @@ def _write_once(
     return existing
   # At least this much is written: ids take about two bytes each, a token about four characters of (packed) text.
   _require_space(target.parent, sum(s.size for s in sources) // 2 + _SPARE_BYTES)
-  with _atomic_folder(target, overwrite) as scratch:
+  with (_bucket_folder if is_remote(target) else _atomic_folder)(target) as scratch:
     manifest = _write(scratch, sources, tokenizer, settings, workers)
   log.info('%s: %d rows of %d tokens', target, manifest.counts['rows'], manifest.seq_len)
   return manifest
 
 
-def _existing(target: epath.Path, settings: dict[str, Any], overwrite: bool) -> Manifest | None:
+def _existing(
+  target: epath.Path, settings: Mapping[str, Any], overwrite: bool, plan: parts_module.Plan | None = None
+) -> Manifest | None:
   """The manifest of a dataset that can be reused; None if `target` may be written."""
-  if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+  if not target.exists() or (target.is_dir() and not children(target)):
     return None
   if not (target / FILE).exists():
+    if is_remote(target) and all(parts_module.is_ours(child.name) for child in children(target)):
+      return None  # what a stopped run left: in a bucket the manifest comes last
     raise ConfigError(f'{target} exists and is not a prepared dataset; choose another output')
   try:
     manifest = read_manifest(target)
-    if manifest.settings == settings:
+    if manifest.settings == settings or (plan is not None and plan.describes(manifest.settings)):
       verify_files(target, manifest)
       return manifest
   except DataError:
@@ -163,45 +185,56 @@ def _existing(target: epath.Path, settings: dict[str, Any], overwrite: bool) -> 
 
 
 def _require_space(folder: epath.Path, needed: int) -> None:
-  path = epath.Path(folder)
+  # What goes to a bucket is on the disk of temporary files first, a shard at a time.
+  path = temporary_folder() if is_remote(folder) else epath.Path(folder)
+  needed = min(needed, _SPARE_BYTES) if is_remote(folder) else needed
   while not path.exists() and path != path.parent:
     path = path.parent
-  if '://' in str(path):
-    return
-  free = shutil.disk_usage(os.fspath(path)).free
-  if free < needed:
+  free = free_bytes(path)
+  if free is not None and free < needed:
     raise StorageError(
       f'{folder}: {free >> 20} MiB free, at least {needed >> 20} MiB needed; free some space or choose another output'
     )
 
 
 @contextlib.contextmanager
-def _atomic_folder(target: epath.Path, overwrite: bool) -> Iterator[epath.Path]:
+def _atomic_folder(target: epath.Path) -> Iterator[epath.Path]:
   """A folder beside `target` that takes its name at the end, or is removed."""
   host = socket.gethostname()
   scratch = target.parent / f'.{target.name}.tmp-{host}-{os.getpid()}'
   try:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for stale in target.parent.glob(f'.{target.name}.tmp-{host}-*'):
-      if not _alive(stale.name.rsplit('-', 1)[-1]) or stale == scratch:
-        stale.rmtree()
-    scratch.mkdir()
-    yield scratch
-    if target.exists():
-      old = target.parent / f'{scratch.name}.old'
-      target.rename(old)
-      scratch.rename(target)
-      old.rmtree()
-    else:
-      scratch.rename(target)
+    with _reporting(target):
+      target.parent.mkdir(parents=True, exist_ok=True)
+      for stale in target.parent.glob(f'.{target.name}.tmp-{host}-*'):
+        if not _alive(stale.name.rsplit('-', 1)[-1]) or stale == scratch:
+          stale.rmtree()
+      scratch.mkdir()
+      yield scratch
+      _take_place(scratch, target)
+  finally:
+    if scratch.exists():
+      scratch.rmtree()
+
+
+def _take_place(scratch: epath.Path, target: epath.Path) -> None:
+  if not target.exists():
+    scratch.rename(target)
+    return
+  old = target.parent / f'{scratch.name}.old'
+  target.rename(old)
+  scratch.rename(target)
+  old.rmtree()
+
+
+@contextlib.contextmanager
+def _reporting(target: epath.Path) -> Iterator[None]:
+  try:
+    yield
   except (OSError, RuntimeError) as e:
     # ArrayRecord reports a full disk as RuntimeError.
     if isinstance(e, OSError) or os.strerror(errno.ENOSPC) in str(e):
       raise StorageError(f'{target}: cannot be written ({e}); free some space or choose another output') from e
     raise
-  finally:
-    if scratch.exists():
-      scratch.rmtree()
 
 
 def _alive(pid: str) -> bool:
@@ -214,150 +247,45 @@ def _alive(pid: str) -> bool:
   return True
 
 
+@contextlib.contextmanager
+def _bucket_folder(target: epath.Path) -> Iterator[epath.Path]:
+  """The folder itself, which counts when its manifest is there, written last: a bucket does not rename."""
+  with _reporting(target):
+    (target / FILE).unlink(missing_ok=True)
+    for child in children(target):
+      child.rmtree() if child.is_dir() else child.unlink()
+    yield target
+
+
+@contextlib.contextmanager
+def _parts_folder(target: epath.Path) -> Iterator[epath.Path]:
+  """Where parts are gathered. It stays if the work stops, and takes the name of `target` at the end."""
+  with _reporting(target):
+    if is_remote(target):
+      (target / FILE).unlink(missing_ok=True)
+      yield target
+      return
+    scratch = target.parent / f'.{target.name}.parts'
+    scratch.mkdir(parents=True, exist_ok=True)
+    yield scratch
+    _take_place(scratch, target)
+
+
 def _write(
   scratch: epath.Path, sources: Sequence[text.TextSource], tokenizer: Tokenizer, settings: dict[str, Any], workers: int
 ) -> Manifest:
-  counts = _Counts()
+  counts = Counts()
   contents: dict[str, dict[str, int]] = {}
-  with contextlib.closing(_tokenized(sources, tokenizer, workers, counts)) as lines:
-    rows = _counted(_rows(lines, tokenizer, settings), tokenizer, counts)
-    examples = _totalled(_split(rows, settings, counts), tokenizer.pad_id, settings['seq_len'], contents)
-    shards.write_dataset(
+  with text.progress(sources, 'prepare') as on_bytes:
+    examples = make_examples(sources, tokenizer, settings, workers, on_bytes, counts, contents)
+    splits = shards.write_dataset(
       scratch,
       _while_there_is_space(scratch, examples, settings['seq_len']),
       settings['seq_len'],
       settings['shard_rows'],
       tokenizer.vocab_size,
     )
-  tokenizer.save(scratch / 'tokenizer')
-  packages = ('tokenizers', 'tensorflow-datasets', 'array_record')
-  manifest = Manifest(
-    settings=settings,
-    vocab_size=tokenizer.vocab_size,
-    counts={
-      **dataclasses.asdict(counts),
-      'real_token_fraction': round(counts.tokens / (counts.rows * settings['seq_len']), 6),
-    },
-    splits=_digests(scratch),
-    versions={name: importlib.metadata.version(name) for name in packages},
-    contents=contents,
-  )
-  (scratch / FILE).write_text(manifest.dumps())
-  return read_manifest(scratch)
-
-
-def _tokenized(
-  sources: Sequence[text.TextSource], tokenizer: Tokenizer, workers: int, counts: _Counts
-) -> Generator[list[int] | None, None, None]:
-  """Token ids of each line in order, the first of each word marked; None after each document."""
-
-  def encode(chunk: list[str]) -> list[list[int] | None]:
-    encodings = iter(tokenizer.backend.encode_batch([line for line in chunk if line], add_special_tokens=False))
-    return [_marked(line, next(encodings)) if line else None for line in chunk]
-
-  # The encoder runs outside the interpreter lock, so threads are enough, and nothing is forked or pickled.
-  pool = ThreadPoolExecutor(workers)
-  waiting: collections.deque[Future[list[list[int] | None]]] = collections.deque()
-  try:
-    with one_thread_each(), text.progress(sources, 'prepare') as on_bytes:
-      for chunk in _chunks(sources, on_bytes, counts):
-        waiting.append(pool.submit(encode, chunk))
-        if len(waiting) > 2 * workers:
-          yield from waiting.popleft().result()
-      while waiting:
-        yield from waiting.popleft().result()
-  finally:
-    pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _marked(line: str, encoding: Any) -> list[int]:
-  return packing.mark_words(line, encoding.ids, [end for _, end in encoding.offsets])
-
-
-def _chunks(sources: Sequence[text.TextSource], on_bytes: text.OnBytes, counts: _Counts) -> Iterator[list[str]]:
-  chunk: list[str] = []
-  chars, previous = 0, ''
-  for source in sources:
-    for line in source.lines(on_bytes):
-      counts.lines += bool(line)
-      counts.documents += bool(previous and not line)
-      previous = line
-      chunk.append(line)
-      chars += len(line)
-      if chars >= _CHUNK_CHARS:
-        yield chunk
-        chunk, chars = [], 0
-  if chunk:
-    yield chunk
-
-
-def _rows(lines: Iterable[list[int] | None], tokenizer: Tokenizer, settings: dict[str, Any]) -> Iterator[packing.Row]:
-  seq_len, cls_id, sep_id = settings['seq_len'], tokenizer.cls_id, tokenizer.sep_id
-  if settings['mode'] == 'packed':
-    return packing.pack_documents(lines, seq_len, cls_id, sep_id)
-  if settings['mode'] == 'sentences':
-    return packing.one_per_line(lines, seq_len, cls_id, sep_id)
-  seed, rule = settings['seed'], settings['pair_rule']
-  return packing.sentence_pairs(lines, seq_len, cls_id, sep_id, seed=seed, rule=rule)
-
-
-class _Counted(NamedTuple):
-  ids: np.ndarray
-  second: int
-  words: int
-
-
-def _counted(rows: Iterable[packing.Row], tokenizer: Tokenizer, counts: _Counts) -> Iterator[_Counted]:
-  """Takes the marks of words off again."""
-  for row in rows:
-    marked = np.asarray(row.ids, np.int32)
-    ids, words = marked & ~packing.WORD_START, int((marked >= packing.WORD_START).sum())
-    counts.rows += 1
-    counts.tokens += len(ids)
-    counts.words += words
-    counts.unknown_tokens += int((ids == tokenizer.unk_id).sum())
-    yield _Counted(ids, row.second, words)
-
-
-def _split(rows: Iterable[_Counted], settings: dict[str, Any], counts: _Counts) -> Iterator[tuple[str, _Counted]]:
-  """(split, row) pairs; held-out rows are a uniform sample (reservoir), known when all rows were seen."""
-  rng = random.Random(settings['seed'])
-  held: list[tuple[int, _Counted]] = []
-  for number, row in enumerate(rows):
-    if len(held) < settings['holdout_rows']:
-      held.append((number, row))
-      continue
-    if held and (slot := rng.randrange(number + 1)) < len(held):
-      (_, row), held[slot] = held[slot], (number, row)
-    yield 'train', row
-  names = ', '.join(s['name'] for s in settings['sources'])
-  if not counts.rows:
-    raise DataError(f'input {names}: no rows, the text is empty')
-  if counts.rows <= len(held):
-    raise DataError(
-      f'input {names}: {counts.rows} rows only, holdout_rows {settings["holdout_rows"]} leaves none to train on'
-    )
-  for _, row in sorted(held, key=lambda item: item[0]):
-    yield 'validation', row
-
-
-def _totalled(
-  rows: Iterable[tuple[str, _Counted]], pad_id: int, seq_len: int, contents: dict[str, dict[str, int]]
-) -> Iterator[tuple[str, dict[str, Any]]]:
-  """(split, example) pairs; `contents` gets what each split holds."""
-  for split, row in rows:
-    content = contents.setdefault(split, {'rows': 0, 'tokens': 0, 'words': 0})
-    for name, number in (('rows', 1), ('tokens', len(row.ids)), ('words', row.words)):
-      content[name] += number
-    yield split, _example(row, seq_len, pad_id)
-
-
-def _example(row: _Counted, seq_len: int, pad_id: int) -> dict[str, Any]:
-  input_ids = np.full(seq_len, pad_id, np.int32)
-  input_ids[: len(row.ids)] = row.ids
-  token_type_ids = np.zeros(seq_len, np.uint8)
-  token_type_ids[row.second : len(row.ids)] = 1
-  return {'input_ids': input_ids, 'token_type_ids': token_type_ids, 'length': np.int32(len(row.ids))}
+  return write_manifest(scratch, settings, tokenizer, counts.totals(settings['seq_len']), splits, contents)
 
 
 def _while_there_is_space(
@@ -368,16 +296,3 @@ def _while_there_is_space(
     if number % _CHECK_ROWS == 0:
       _require_space(folder, _CHECK_ROWS * seq_len * 8 + _SPARE_BYTES)
     yield item
-
-
-def _digests(folder: epath.Path) -> dict[str, tuple[Shard, ...]]:
-  import tensorflow_datasets as tfds
-
-  splits = {}
-  for name, info in tfds.builder_from_directory(os.fspath(folder)).info.splits.items():
-    found = []
-    for file, rows in zip(info.filepaths, info.shard_lengths, strict=True):
-      path = epath.Path(file)
-      found.append(Shard(path.name, int(rows), int(path.stat().length), text.file_sha256(path)))
-    splits[name] = tuple(found)
-  return splits

@@ -7,13 +7,19 @@ bytes of fixed size here, so all records have the same layout, and a batch of th
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 from etils import epath
+
+from compactlm_jax.data.manifest import Shard
+from compactlm_jax.data.text import file_sha256
+from compactlm_jax.storage import whole_file
 
 NAME = 'compactlm_rows'
 # Measured for rows of 128: snappy reads as fast as no compression (2.5 us for a row), zstd takes twice as long; files
@@ -110,38 +116,74 @@ def find_layout(features: Any) -> Layout | None:
   return Layout(dtype, template, tuple(slice(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True)))
 
 
+def rows_layout(seq_len: int, vocab_size: int) -> Layout:
+  """The layout of records of rows."""
+  layout = find_layout(row_features(seq_len, vocab_size))
+  assert layout is not None
+  return layout
+
+
+@contextlib.contextmanager
+def shard_file(path: epath.Path, done: Callable[[Shard], None]) -> Iterator[Callable[[bytes], None]]:
+  """One file of records, which appears whole or not at all; a bucket gets it from a local disk, where it is written.
+
+  Args:
+    path: of the file.
+    done: told of the file, with its digest, before it appears.
+
+  Yields:
+    What adds a record.
+  """
+  from array_record.python import array_record_module
+
+  with whole_file(path, shared=True) as local:
+    writer = array_record_module.ArrayRecordWriter(os.fspath(local), _OPTIONS)
+    rows = 0
+
+    def add(record: bytes) -> None:
+      nonlocal rows
+      writer.write(record)
+      rows += 1
+
+    try:
+      yield add
+    finally:
+      writer.close()
+    done(Shard(path.name, rows, int(local.stat().length), file_sha256(local)))
+
+
 class _Split:
   """The shards of one split, written in order."""
 
-  def __init__(self, template: Any, shard_rows: int) -> None:
-    self.template = template
-    self.shard_rows = shard_rows
-    self.lengths: list[int] = []
-    self.num_bytes = 0
-    self.writer: Any = None
+  def __init__(self, folder: epath.Path, name: str, shard_rows: int) -> None:
+    self._folder, self._name, self._shard_rows = folder, name, shard_rows
+    self._open = contextlib.ExitStack()
+    self._add: Callable[[bytes], None] | None = None
+    self._rows = 0
+    self.shards: list[Shard] = []
 
   def add(self, record: bytes) -> None:
-    from array_record.python import array_record_module
+    if self._add is None:
+      path = self._folder / shard_name(self._name, len(self.shards))
+      self._add, self._rows = self._open.enter_context(shard_file(path, self.shards.append)), 0
+    self._add(record)
+    self._rows += 1
+    if self._rows == self._shard_rows:
+      self._open.close()
+      self._add = None
 
-    if self.writer is None:
-      path = self.template.sharded_filepath(shard_index=len(self.lengths), num_shards=None)
-      self.writer = array_record_module.ArrayRecordWriter(os.fspath(path), _OPTIONS)
-      self.lengths.append(0)
-    self.writer.write(record)
-    self.lengths[-1] += 1
-    self.num_bytes += len(record)
-    if self.lengths[-1] == self.shard_rows:
-      self.close()
+  def __enter__(self) -> _Split:
+    return self
 
-  def close(self) -> None:
-    if self.writer is not None:
-      self.writer.close()
-      self.writer = None
+  def __exit__(
+    self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+  ) -> None:
+    self._open.__exit__(kind, error, trace)
 
 
 def write_dataset(
   folder: epath.Path, examples: Iterable[tuple[str, Example]], seq_len: int, shard_rows: int, vocab_size: int
-) -> None:
+) -> dict[str, tuple[Shard, ...]]:
   """Writes shards, features.json and dataset_info.json, readable by `tfds.builder_from_directory(folder)`.
 
   Args:
@@ -151,43 +193,65 @@ def write_dataset(
     shard_rows: rows per file.
     vocab_size: ids are below it.
 
+  Returns:
+    The shards of each split.
+
   Raises:
     ValueError, KeyError: an example does not have these fields.
     OSError: the disk is full or not writable.
     RuntimeError: the same, as ArrayRecord reports it.
   """
-  import tensorflow_datasets as tfds
-
-  features = row_features(seq_len, vocab_size)
-  layout = find_layout(features)
-  assert layout is not None
+  layout = rows_layout(seq_len, vocab_size)
   splits: dict[str, _Split] = {}
-  try:
+  with contextlib.ExitStack() as stack:
     for name, example in examples:
       if name not in splits:
-        splits[name] = _Split(_template(folder, name), shard_rows)
+        splits[name] = stack.enter_context(_Split(folder, name, shard_rows))
       splits[name].add(layout.encode(example))
-  finally:
-    for split in splits.values():
-      split.close()
+  found = {name: tuple(split.shards) for name, split in splits.items()}
+  write_info(folder, found, seq_len, vocab_size)
+  return found
+
+
+def write_info(folder: epath.Path, splits: Mapping[str, Sequence[Shard]], seq_len: int, vocab_size: int) -> None:
+  """Writes features.json and dataset_info.json for shards that are there.
+
+  Args:
+    folder: with the shards.
+    splits: name -> shards in order.
+    seq_len: row length.
+    vocab_size: ids are below it.
+  """
+  import tensorflow_datasets as tfds
+
   identity = tfds.core.DatasetIdentity(
     name=NAME, version=tfds.core.Version('1.0.0'), data_dir=os.fspath(folder), module_name=__name__
   )
+  features = row_features(seq_len, vocab_size)
   info = tfds.core.DatasetInfo(
     builder=identity, description='Rows of token ids.', features=features, disable_shuffling=True
   )
   info.set_file_format(tfds.core.FileFormat.ARRAY_RECORD)
+  size = len(rows_layout(seq_len, vocab_size).template)
   info.set_splits(
     tfds.core.SplitDict(
       [
         tfds.core.SplitInfo(
-          name=name, shard_lengths=split.lengths, num_bytes=split.num_bytes, filename_template=split.template
+          name=name,
+          shard_lengths=[shard.rows for shard in found],
+          num_bytes=size * sum(shard.rows for shard in found),
+          filename_template=_template(folder, name),
         )
-        for name, split in splits.items()
+        for name, found in splits.items()
       ]
     )
   )
   info.write_to_directory(os.fspath(folder))
+
+
+def shard_name(split: str, index: int) -> str:
+  """Name of a file of a split."""
+  return f'{NAME}-{split}.array_record-{index:05d}'
 
 
 def _template(folder: epath.Path, split: str) -> Any:

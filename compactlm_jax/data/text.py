@@ -42,15 +42,19 @@ class TextSource:
     size: bytes as stored (compressed, if it is).
     sha256: digest of what is stored, hex.
     lines: starts a fresh pass over the lines; '' ends a document.
+    path: of the file; '' for a dataset.
   """
 
   name: str
   size: int
   sha256: str
   lines: Callable[[OnBytes], Iterator[str]]
+  path: str = ''
 
 
-def open_text(spec: str, *, split: str = 'train', text_key: str = 'text') -> tuple[TextSource, ...]:
+def open_text(
+  spec: str, *, split: str = 'train', text_key: str = 'text', digests: bool = True
+) -> tuple[TextSource, ...]:
   """Resolves an input specification.
 
   Args:
@@ -58,6 +62,7 @@ def open_text(spec: str, *, split: str = 'train', text_key: str = 'text') -> tup
       `tfds:`), or `hf:NAME` / `hf:NAME:CONFIG`.
     split: split of a TFDS or Hugging Face dataset.
     text_key: its text field.
+    digests: False leaves the digests of files empty, for which they would be read.
 
   Returns:
     The sources, files sorted by path within each glob.
@@ -76,7 +81,19 @@ def open_text(spec: str, *, split: str = 'train', text_key: str = 'text') -> tup
     if not matches:
       raise DataError(f'input {pattern!r}: no file matches; check the path, and quote globs on the command line')
     paths.update((str(p), p) for p in matches)
-  return tuple(_file_source(p) for p in paths.values())
+  return tuple(open_file(p, digest=digests) for p in paths.values())
+
+
+def open_file(path: epath.PathLike, *, digest: bool = True) -> TextSource:
+  """One text file.
+
+  Args:
+    path: of the file.
+    digest: False leaves its digest empty.
+  """
+  file = epath.Path(path)
+  sha256 = file_sha256(file) if digest else ''
+  return TextSource(file.name, int(file.stat().length), sha256, lambda on_bytes: _file_lines(file, on_bytes), str(file))
 
 
 @contextlib.contextmanager
@@ -132,10 +149,6 @@ def _glob(pattern: str) -> list[epath.Path]:
     return [path] if path.exists() else []
   base = epath.Path(*parts[:wild]) if wild else epath.Path('.')
   return sorted((p for p in base.glob('/'.join(parts[wild:])) if p.is_file()), key=str)
-
-
-def _file_source(path: epath.Path) -> TextSource:
-  return TextSource(path.name, int(path.stat().length), file_sha256(path), lambda on_bytes: _file_lines(path, on_bytes))
 
 
 def _file_lines(path: epath.Path, on_bytes: OnBytes) -> Iterator[str]:

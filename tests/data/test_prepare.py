@@ -45,7 +45,7 @@ def expected_rows(path, tokenizer, seq_len, mode):
 
 @pytest.mark.parametrize('mode', ['packed', 'pairs', 'sentences'])
 def test_bytes_do_not_depend_on_workers_and_rows_are_right(mode, corpus, vocabulary, tmp_path, monkeypatch):
-  monkeypatch.setattr(prepare_module, '_CHUNK_CHARS', 300)
+  monkeypatch.setattr('compactlm_jax.data.rows._CHUNK_CHARS', 300)
   options = {'seed': 3, 'shard_rows': 50, 'holdout_rows': 7}
   one = prepare(str(corpus), str(vocabulary), tmp_path / 'one', 32, mode, workers=1, **options)
   three = prepare(str(corpus), str(vocabulary), tmp_path / 'three', 32, mode, workers=3, **options)
