@@ -24,6 +24,7 @@ from compactlm_jax.distributed import TOLD, Launch, join
 from compactlm_jax.errors import ConfigError, PeerError
 
 _METADATA = 'http://metadata.google.internal/computeMetadata/v1/instance/attributes/worker-network-endpoints'
+_WATCHER = 'COMPACTLM_WATCHER'  # environment variable: the process that started this worker
 _RESTART = (signal.SIGABRT, signal.SIGTERM, signal.SIGKILL)
 
 define_processes: Callable[[flags.FlagValues], Any] = all_of(
@@ -112,7 +113,7 @@ def start_worker(launch: Launch) -> Any:
   """Joins the job as its worker; returns the `Group`."""
   if sys.platform.startswith('linux'):  # whoever kills the watching process means the worker
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-  if os.getppid() == 1:
+  if os.getppid() != int(os.environ[_WATCHER]):  # already gone; in a container it may be process 1 itself
     os._exit(PeerError.exit_code)
   return join(launch)
 
@@ -135,10 +136,11 @@ def watched(name: str, arguments: Sequence[str]) -> int:
       worker.send_signal(number)
 
   previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+  ours = {TOLD: str(tell), _WATCHER: str(os.getpid())}
   try:
     # In a session of its own: a Ctrl-C of the terminal reaches it once, by this process.
     worker = subprocess.Popen(
-      [sys.executable, *arguments], env={**os.environ, TOLD: str(tell)}, pass_fds=[tell], start_new_session=True
+      [sys.executable, *arguments], env={**os.environ, **ours}, pass_fds=[tell], start_new_session=True
     )
     os.close(tell)
     for number in early:
