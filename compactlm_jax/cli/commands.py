@@ -206,6 +206,7 @@ COMMANDS = {
     text('workdir', 'demo_run', 'Where assets, data and models are kept; a second run reuses them.'),
     (),
     _demo,
+    alone=True,
   ),
   'prepare': Command(
     'Tokenise text into rows of equal length: a TFDS dataset of ArrayRecord shards.',
@@ -228,7 +229,7 @@ COMMANDS = {
       text('split', 'train', 'Split of a tfds: or hf: input.'),
       text('text_key', 'text', 'Text field of a tfds: or hf: input.'),
       switch('overwrite', 'Replace an output that was made with other settings.'),
-      number('parts', 0, 'Parts that the files are shared out to, a file of rows each; a kill costs one part. 0: none.'),
+      number('parts', 0, 'Parts that the files are shared out to, a file of rows each; a kill costs one part; or 0.'),
       choice(
         'runner',
         ['local', 'DirectRunner', 'DataflowRunner', 'FlinkRunner'],
@@ -286,6 +287,7 @@ COMMANDS = {
     ('config', 'checkpoint'),
     _evaluate,
     configured=True,
+    alone=True,
   ),
   'predict': Command(
     'Predict classes, scores or answers for the rows of a file, with a fine-tuned model.',
@@ -308,6 +310,7 @@ COMMANDS = {
     ),
     ('model', 'input', 'output'),
     _predict,
+    alone=True,
   ),
   'plan': Command(
     'Compile the training step for a TPU that is not here: memory, step time, hours.',
@@ -374,6 +377,7 @@ COMMANDS = {
     ),
     ('checkpoint', 'output'),
     _export,
+    alone=True,
   ),
   'analyze': Command(
     'Look inside one or two models: attention, similarity of layers, cost of the parts.',
@@ -389,5 +393,6 @@ COMMANDS = {
     ),
     ('model', 'text', 'output'),
     _analyze,
+    alone=True,
   ),
 }
