@@ -67,4 +67,5 @@ AUGMENT = Command(
   ),
   ('input', 'model', 'output'),
   _augment,
+  alone=True,
 )

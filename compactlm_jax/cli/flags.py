@@ -21,6 +21,7 @@ class Command:
     required: flags that must be given.
     run: does the work; returns what is printed at the end.
     configured: takes --config and --config.FIELD.
+    alone: computes in one process, which the workers of a TPU pod cannot.
     arguments: the flag of `several` values that arguments without a name fill; at least one must be given.
   """
 
@@ -30,6 +31,7 @@ class Command:
   required: tuple[str, ...]
   run: Callable[[flags.FlagValues], str]
   configured: bool = False
+  alone: bool = False
   arguments: str = ''
 
   def flag_values(self, arguments: Sequence[str] = ()) -> flags.FlagValues:

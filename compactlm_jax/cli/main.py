@@ -17,7 +17,7 @@ from typing import Any
 from absl import flags
 
 from compactlm_jax.cli.commands import COMMANDS
-from compactlm_jax.cli.worker import is_worker, launch_of, start_worker, watched
+from compactlm_jax.cli.worker import is_worker, launch_of, refuse_pod, start_worker, watched
 from compactlm_jax.distributed import Group, lost_peer
 from compactlm_jax.errors import CompactLMError, ConfigError
 from compactlm_jax.storage import own_error
@@ -154,6 +154,8 @@ def _guarded(name: str, arguments: Sequence[str], again: Sequence[str]) -> int:
   group: Group | None = None
   try:
     values = _parse(name, arguments)
+    if COMMANDS[name].alone:
+      refuse_pod(name)
     launch = launch_of(values) if 'coordinator' in values else None
     if launch is not None and not is_worker():
       return watched(name, again)
