@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from compactlm_jax.data.local_copy import local_copy
 from compactlm_jax.data.manifest import Manifest, read_manifest, verify_files
 from compactlm_jax.data.records import Reader, Record
 from compactlm_jax.errors import ConfigError, DataError
+from compactlm_jax.storage import is_remote
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +113,7 @@ def open_dataset(
   """Opens a dataset written by `prepare`.
 
   Args:
-    path: its folder.
+    path: its folder; of one in a bucket the rows are copied to the disk first (`local_copy`).
     split: 'train', or 'validation' if rows were held out.
     expect_fingerprint: fingerprint of the model's tokenizer; None compares nothing.
     bad_record_budget: fraction of the rows that may be damaged; each is replaced by the next intact row. 0 stops at
@@ -135,9 +137,10 @@ def open_dataset(
       f'{path} was made with another tokenizer (fingerprint {manifest.fingerprint[:12]}..., the model has '
       f'{expect_fingerprint[:12]}...); prepare the text again with the tokenizer of the model'
     )
-  verify_files(path, manifest, digests=verify == 'full')
+  folder = local_copy(path, manifest) if is_remote(path) else epath.Path(path)
+  verify_files(folder, manifest, digests=verify == 'full')
   limit = int(bad_record_budget * manifest.rows(split))
-  reader = Reader(_builder(path, split, manifest), split, manifest, epath.Path(path), limit)
+  reader = Reader(_builder(folder, split, manifest), split, manifest, folder, limit)
   return RowSource(
     fetch=reader.read,
     size=manifest.rows(split),
