@@ -27,6 +27,7 @@ from compactlm_jax.train.reporter import Reporter
 from compactlm_jax.train.rundir import open_run
 from compactlm_jax.train.signals import StopRequest
 from compactlm_jax.train.step import compile_step, init_state, make_train_step
+from compactlm_jax.train.watchdog import Watchdog
 from compactlm_jax.types import Batch, Params, Task, TrainState
 
 log = logging.getLogger(__name__)
@@ -115,10 +116,13 @@ def train(
     if job.keeper is not None:
       job.keeper.start(epath.Path(workdir), first)
 
-    for step, batch in itertools.islice(job.batches.prefetch(first), max(0, total - first)):
+    watchdog = stack.enter_context(Watchdog())
+    batches = itertools.islice(job.batches.prefetch(first), max(0, total - first))
+    for step, batch in watchdog.over(first, batches):
       state, metrics = trace.run(step, step_fn, state, frozen, to_global(mesh, batch))
       done, stopping = step + 1, stop.requested(step + 1)
       reporter.add(done, metrics, batch, state, frozen)
+      watchdog.done()
       # Before the save: a run that resumes from this step does not evaluate it again.
       if config.eval_every and done % config.eval_every == 0 and done < total and job.evals and not stopping:
         reporter.flush()
