@@ -206,7 +206,7 @@ def to_global(mesh: Mesh, batch: Batch) -> Batch:
       return jax.make_array_from_process_local_data(sharding, rows)
     share = len(rows) // len(blocks)
 
-    def block(index: tuple[slice, ...]) -> np.ndarray:
+    def block(index: Any) -> np.ndarray:
       first = int(np.searchsorted(blocks, (index[0].start or 0) // share)) * share
       return rows[first : first + share]
 
