@@ -20,6 +20,7 @@ import numpy as np
 from etils import epath
 
 from compactlm_jax.errors import ConfigError, StorageError
+from compactlm_jax.parse import parse_json
 from compactlm_jax.storage import children
 
 log = logging.getLogger(__name__)
@@ -132,7 +133,7 @@ def read_manifest(path: epath.Path, step: int) -> dict[str, Any]:
     StorageError: it may not be read.
   """
   try:
-    manifest = json.loads((path / MANIFEST).read_text())
+    manifest = parse_json((path / MANIFEST).read_bytes())
     body = {k: v for k, v in manifest.items() if k != 'sha256'}
     if manifest['sha256'] != _sha256_json(body):
       raise DamagedError(f'{MANIFEST}: digest differs')
@@ -141,7 +142,7 @@ def read_manifest(path: epath.Path, step: int) -> dict[str, Any]:
     return manifest
   except PermissionError as e:
     raise StorageError(f'{path}: cannot be read ({e}); fix its permissions') from e
-  except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+  except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
     raise DamagedError(f'{MANIFEST}: {type(e).__name__}: {e}') from e
 
 

@@ -15,6 +15,7 @@ from etils import epath
 from compactlm_jax.data.table import numbered_lines
 from compactlm_jax.data.text import hf_records, tfds_records
 from compactlm_jax.errors import ConfigError, DataError
+from compactlm_jax.parse import parse_json, parse_row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +168,7 @@ def _answers(record: Mapping[str, Any], where: str) -> Iterator[tuple[str, int]]
   for answer in answers:
     try:
       text, start = answer['text'], int(answer['answer_start'])
-    except (KeyError, TypeError, ValueError) as e:
+    except (KeyError, TypeError, ValueError, OverflowError) as e:
       raise DataError(f'{where}: an answer needs text and answer_start, got {answer!r:.60}') from e
     text = text.decode() if isinstance(text, bytes) else text
     if not isinstance(text, str) or not text:
@@ -191,14 +192,14 @@ def _json_lines(file: epath.Path) -> Iterator[tuple[str, Any]]:
   for number, line in numbered_lines(file):
     if line.strip():
       try:
-        yield f'{file}:{number}', json.loads(line)
+        yield f'{file}:{number}', parse_row(line)
       except ValueError as e:
         raise DataError(f'{file}:{number}: not JSON ({e})') from e
 
 
 def _official(file: epath.Path) -> Iterator[tuple[str, Any]]:
   try:
-    content = json.loads(_read(file))
+    content = parse_json(_read(file))
   except ValueError as e:
     raise DataError(f'{file}: not JSON ({e}); fetch it again') from e
   try:

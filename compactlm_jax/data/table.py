@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
-import json
 import logging
 import zlib
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ from etils import epath
 from compactlm_jax.data.source import Record, RowSource, array_source
 from compactlm_jax.data.tokenizer import Tokenizer
 from compactlm_jax.errors import ConfigError, DataError
+from compactlm_jax.parse import parse_row
 
 _BATCH = 1000
 log = logging.getLogger(__name__)
@@ -183,7 +183,7 @@ def _jsonl(file: epath.Path) -> Iterator[tuple[int, dict[str, Any]]]:
     if not line.strip():
       continue
     try:
-      row = json.loads(line)
+      row = parse_row(line)
     except ValueError as e:
       raise DataError(f'{file}:{number}: not JSON ({e})') from e
     if not isinstance(row, dict):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +14,8 @@ import safetensors
 from etils import epath
 
 from compactlm_jax.errors import DataError
+from compactlm_jax.filenames import is_plain
+from compactlm_jax.parse import parse_json
 
 WEIGHTS, INDEX, MANIFEST = 'model.safetensors', 'model.safetensors.index.json', 'manifest.json'
 SPARSE_WEIGHTS, ONNX = 'model.sparse.safetensors', 'model.onnx'
@@ -89,8 +90,8 @@ class Folder:
       DataError: as `read`; or not UTF-8, not JSON, not an object.
     """
     try:
-      value = json.loads(self.read(name).decode('utf-8'))
-    except (ValueError, RecursionError) as e:
+      value = parse_json(self.read(name))
+    except ValueError as e:
       raise DataError(f'{self.path / name}: not valid JSON ({e})') from e
     if not isinstance(value, dict):
       raise DataError(f'{self.path / name}: expected a JSON object, found {type(value).__name__}')
@@ -117,12 +118,12 @@ def open_folder(path: epath.PathLike) -> Folder:
   for name, entry in files.items():
     if not isinstance(entry, dict) or not isinstance(entry.get('sha256'), str):
       raise DataError(f'{folder.path / MANIFEST}: damaged; {name!r} has no sha256')
-    if not _plain(name):
+    if not is_plain(name):
       raise DataError(f'{folder.path / MANIFEST}: {name!r} is not a plain file name')
     if not folder.has(name):
       raise DataError(f'{folder.path / name}: listed in {MANIFEST} but missing; the folder is incomplete')
   folders = manifest.get('folders', [])
-  if not isinstance(folders, list) or not all(_plain(name) for name in folders):
+  if not isinstance(folders, list) or not all(is_plain(name) for name in folders):
     raise DataError(f'{folder.path / MANIFEST}: damaged; folders {folders!r} is not a list of plain names')
   return Folder(folder.path, {name: entry['sha256'] for name, entry in files.items()}, tuple(folders))
 
@@ -145,7 +146,7 @@ def read_tensors(folder: Folder) -> dict[str, np.ndarray]:
   if not isinstance(shard_of, dict) or not shard_of:
     raise DataError(f'{where}: weight_map is missing or empty')
   for name, shard in shard_of.items():
-    if not isinstance(shard, str) or not _plain(shard) or not shard.endswith('.safetensors'):
+    if not isinstance(shard, str) or not is_plain(shard) or not shard.endswith('.safetensors'):
       raise DataError(f'{where}: tensor {name} is said to be in {shard!r}; expected a .safetensors file of this folder')
   out: dict[str, np.ndarray] = {}
   left = MAX_TOTAL_BYTES
@@ -210,11 +211,6 @@ def _class_named(folder: Folder) -> str:
   except (DataError, LookupError, TypeError, ValueError):
     return 'AutoModel'
   return name if isinstance(name, str) and name.isidentifier() else 'AutoModel'
-
-
-def _plain(name: Any) -> bool:
-  """A file name without a way out of the folder."""
-  return isinstance(name, str) and bool(name) and not set(name) & set('/\\\0') and name not in ('.', '..')
 
 
 def _require_inside(file: epath.Path, folder: epath.Path) -> None:

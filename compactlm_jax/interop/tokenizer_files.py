@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import pathlib
 import tempfile
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from compactlm_jax.config import EncoderConfig
 from compactlm_jax.errors import ConfigError, DataError
 from compactlm_jax.filenames import TOKENIZER_FILES
 from compactlm_jax.interop.folder import Folder
+from compactlm_jax.parse import parse_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +84,8 @@ class TokenizerFiles:
 
   def _json(self, name: str) -> dict[str, Any]:
     try:
-      value = json.loads(self.files[name].decode('utf-8'))
-    except (ValueError, RecursionError) as e:
+      value = parse_json(self.files[name])
+    except ValueError as e:
       raise DataError(f'{name}: not valid JSON ({e})') from e
     if not isinstance(value, dict):
       raise DataError(f'{name}: expected a JSON object, found {type(value).__name__}')

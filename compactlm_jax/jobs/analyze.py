@@ -22,6 +22,7 @@ from compactlm_jax.data.text import open_text, progress
 from compactlm_jax.data.tokenizer import Tokenizer
 from compactlm_jax.errors import ConfigError, DataError
 from compactlm_jax.jobs.models import load_model, tokenizer_of
+from compactlm_jax.parse import parse_json
 
 _TOKENS = 2048  # of a batch
 _WINDOW = 8  # batches whose rows are sorted by length together
@@ -171,7 +172,7 @@ def _padded(rows: list[list[int]], size: int, length: int, pad_id: int) -> Rows:
 def _own_files(folder: epath.Path) -> set[str]:
   """Names of the files of an earlier analysis, if there is one."""
   try:
-    found = json.loads((folder / INDEX).read_text(encoding='utf-8'))
+    found = parse_json((folder / INDEX).read_bytes())
   except (OSError, ValueError):
     return set()
   if not isinstance(found, dict) or found.get('format') != FORMAT or not isinstance(found.get('pictures'), dict):

@@ -34,6 +34,7 @@ from compactlm_jax.jobs.augment_rows import Rows, Writer, open_rows
 from compactlm_jax.jobs.candidates import Finder, load_masked_model
 from compactlm_jax.jobs.models import params_digest
 from compactlm_jax.jobs.output import output_table
+from compactlm_jax.parse import parse_json
 from compactlm_jax.train.signals import StopRequest
 
 SHARD_ROWS = 256
@@ -348,7 +349,7 @@ def _read_counts(file: pathlib.Path) -> Counts:
 
 def _read_json(file: pathlib.Path) -> dict[str, Any]:
   try:
-    found = json.loads(file.read_text(encoding='utf-8'))
+    found = parse_json(file.read_bytes())
   except ValueError:
     return {}
   return found if isinstance(found, dict) else {}
