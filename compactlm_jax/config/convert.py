@@ -32,13 +32,23 @@ def _coerce(kind: Any, value: Any, path: str) -> Any:
     return from_config_dict(typing.cast(type, kind), value, path + '.')
   if origin is tuple:
     (item, *_) = typing.get_args(kind)
+    problem = f'config.{path}: {value!r:.80} is not a comma-separated list of {item.__name__}'
     try:
-      parts = [p.strip() for p in value.split(',') if p.strip()] if isinstance(value, str) else list(value)
-      return tuple(item(p) for p in parts)
-    except (TypeError, ValueError) as e:
-      raise ConfigError(f'config.{path}: {value!r} is not a comma-separated list of {item.__name__}') from e
+      if isinstance(value, str):
+        return tuple(item(p.strip()) for p in value.split(',') if p.strip())
+    except ValueError as e:
+      raise ConfigError(problem) from e
+    if not isinstance(value, (list, tuple)):
+      raise ConfigError(problem)
+    parts = tuple(_coerce(item, part, f'{path}[{i}]') for i, part in enumerate(value))
+    if any(isinstance(part, str) and (',' in part or part != part.strip() or not part) for part in parts):
+      raise ConfigError(f'{problem}: its parts can have no commas, no blanks around them, and must not be empty')
+    return parts
   if kind is float and isinstance(value, int) and not isinstance(value, bool):
-    return float(value)
+    try:
+      return float(value)
+    except OverflowError as e:
+      raise ConfigError(f'config.{path}: a number of {value.bit_length()} bits is too large') from e
   if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
     raise ConfigError(f'config.{path}: {value!r} is not of type {kind.__name__}')
   return value

@@ -7,6 +7,25 @@ from typing import Any
 
 from compactlm_jax.config.check import require
 
+MAX_SIZE = 1 << 24
+"""Largest width, vocabulary or number of positions."""
+
+_MOST = {'num_layers': 1 << 10, 'conv_kernel_size': 1 << 10, 'type_vocab_size': 1 << 16, 'num_heads': 1 << 12}
+_SIZES = (
+  'vocab_size',
+  'hidden_size',
+  'num_layers',
+  'num_heads',
+  'head_size',
+  'intermediate_size',
+  'embedding_size',
+  'max_positions',
+  'type_vocab_size',
+  'conv_kernel_size',
+  'num_groups',
+  'scan_unroll',
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
@@ -95,6 +114,7 @@ class EncoderConfig:
     ):
       headless = name == 'num_heads' and self.head_size and self.heads_per_layer  # of a run, see `runs`
       require(getattr(self, name) >= (0 if headless else 1), f + name, f'{getattr(self, name)} must be at least 1')
+    self._check_sizes(f)
     if not self.head_size:
       require(
         self.hidden_size % self.num_heads == 0,
@@ -128,6 +148,19 @@ class EncoderConfig:
       require(0 <= getattr(self, name) < 1, f + name, f'{getattr(self, name)} must be in [0, 1)')
     self._check_per_layer('heads_per_layer', 'num_heads')
     self._check_per_layer('neurons_per_layer', 'intermediate_size')
+
+  def _check_sizes(self, f: str) -> None:
+    """Bounds that no encoder comes near: shapes are computed from what a file claims, before its weights are read."""
+    for name in _SIZES:
+      most = _MOST.get(name, MAX_SIZE)
+      require(0 <= getattr(self, name) <= most, f + name, f'{getattr(self, name)} is not between 0 and {most}')
+    width = self.num_heads * max(self.head_size, self.conv_kernel_size)
+    require(width <= MAX_SIZE, f + 'head_size', f'{self.num_heads} heads of this size have a width above {MAX_SIZE}')
+    require(
+      0 <= self.pad_token_id < self.vocab_size, f + 'pad_token_id', f'{self.pad_token_id} is not in the vocabulary'
+    )
+    for name in ('layer_norm_epsilon', 'initializer_range'):
+      require(0 <= getattr(self, name) <= 1, f + name, f'{getattr(self, name)} must be in [0, 1]')
 
   def _check_per_layer(self, name: str, stock: str) -> None:
     sizes, most, groups = getattr(self, name), getattr(self, stock), self.num_groups
