@@ -25,6 +25,7 @@ from etils import epath
 from tqdm.auto import tqdm
 
 from compactlm_jax.errors import ConfigError, StorageError
+from compactlm_jax.parse import parse_row
 from compactlm_jax.storage import GrowingFile, write_whole
 
 log = logging.getLogger(__name__)
@@ -191,8 +192,8 @@ class MetricsWriter:
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
   """The lines of WORKDIR/metrics.jsonl, with non-finite values as floats again; a torn last line is left out."""
   path = epath.Path(workdir) / 'metrics.jsonl'
-  lines = _whole_lines(path.read_text()) if path.exists() else []
-  return [{k: float(v) if v in _NAMES.values() else v for k, v in json.loads(line).items()} for line in lines]
+  lines = _whole_lines(path.read_bytes()) if path.exists() else []
+  return [{k: float(v) if v in _NAMES.values() else v for k, v in parse_row(line).items()} for line in lines]
 
 
 _NAMES = {math.inf: 'Infinity', -math.inf: '-Infinity', None: 'NaN'}
@@ -205,29 +206,30 @@ def _number(value: Any) -> int | float | str:
   return value if math.isfinite(value) else _NAMES[None if math.isnan(value) else value]
 
 
-def _whole_lines(text: str) -> list[str]:
+def _whole_lines(content: bytes) -> list[bytes]:
   """Complete lines; what follows the last newline, or is no JSON object with a step, was torn."""
 
-  def whole(line: str) -> bool:
+  def whole(line: bytes) -> bool:
     try:
-      return isinstance(json.loads(line)['step'], int)
+      return isinstance(parse_row(line)['step'], int)
     except (ValueError, KeyError, TypeError):
       return False
 
-  return [line for line in text.split('\n')[:-1] if whole(line)]
+  return [line for line in content.split(b'\n')[:-1] if whole(line)]
 
 
 def _device_hours(workdir: epath.PathLike) -> float:
   """What the runs so far used, by their last line that says it; lines that will be dropped count too."""
-  return max((float(line.get('device_hours', 0)) for line in read_metrics(workdir)), default=0.0)
+  said = [line.get('device_hours') for line in read_metrics(workdir)]
+  return float(max((hours for hours in said if isinstance(hours, (int, float)) and math.isfinite(hours)), default=0))
 
 
 def _keep_until(path: epath.Path, step: int) -> None:
   """Drops lines after `step` and torn ones; the file changes as a whole or not at all."""
   if not path.exists():
     return
-  old = path.read_text()
-  new = ''.join(line + '\n' for line in _whole_lines(old) if json.loads(line)['step'] <= step)
+  old = path.read_bytes()
+  new = b''.join(line + b'\n' for line in _whole_lines(old) if parse_row(line)['step'] <= step)
   if new != old:
     write_whole(path, new)
 

@@ -27,6 +27,7 @@ from compactlm_jax.interop.tokenizer_files import TokenizerFiles
 from compactlm_jax.jobs.grid_rows import cell_bundle, grid_rows, metrics_of_cells
 from compactlm_jax.jobs.models import towers_of
 from compactlm_jax.parallel import replicated
+from compactlm_jax.parse import parse_row
 from compactlm_jax.storage import write_whole
 from compactlm_jax.types import Params, TrainState
 
@@ -140,7 +141,10 @@ def read_best(workdir: epath.PathLike) -> dict[str, dict[str, Any]]:
   """
   path = epath.Path(workdir) / RECORD
   try:
-    return dict(json.loads(path.read_text())) if path.exists() else {}
+    found = parse_row(path.read_bytes()) if path.exists() else {}
+    if not isinstance(found, dict) or not all(isinstance(entry, dict) for entry in found.values()):
+      raise ValueError('it is no record of networks')
+    return found
   except (OSError, ValueError) as e:
     raise StorageError(f'{path}: cannot be read ({e}); remove it and the folder {BEST} to keep anew') from e
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from typing import Any
 
@@ -10,6 +9,7 @@ import jax
 from etils import epath
 
 from compactlm_jax.config import RunConfig
+from compactlm_jax.parse import parse_row
 from compactlm_jax.train.rundir import read_run
 
 log = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ def finished_results(config: RunConfig, folder: str) -> dict[str, Any] | None:
   if jax.process_count() > 1 or not (path / 'results.json').exists() or not (path / 'config.json').exists():
     return None
   try:
-    results = json.loads((path / 'results.json').read_text())
+    results = parse_row((path / 'results.json').read_bytes())
     done = read_run(folder)[0] == config and config.steps in (0, results['steps']) and results['metrics'] is not None
   except (ValueError, KeyError, TypeError):
     return None  # the run itself says what is wrong, or evaluates again

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,6 +21,7 @@ from compactlm_jax.interop.tokenizer_files import read_tokenizer
 from compactlm_jax.jobs.grid_rows import cell_bundle, size_of
 from compactlm_jax.jobs.latency import JAX, SEQ_LEN, measure
 from compactlm_jax.jobs.models import is_run, towers_of
+from compactlm_jax.parse import parse_json, parse_row
 from compactlm_jax.report.grid import GridRow, as_csv, as_entries, as_tables, over_runs, read_rows
 from compactlm_jax.report.grid_plot import draw_grid
 
@@ -159,7 +159,7 @@ def scored_rows(path: str) -> tuple[GridRow, ...]:
   """
   file = epath.Path(path) / 'results.json'
   try:
-    results = json.loads(file.read_text())
+    results = parse_row(file.read_bytes())
   except (OSError, ValueError) as e:
     raise ConfigError(
       f'{file}: cannot be read ({type(e).__name__}); a budget chooses by the scores of a finished run of task adapt'
@@ -278,7 +278,7 @@ def _note(facts: Mapping[str, Any]) -> str:
 def seq_len_of(path: str) -> int:
   """`data.seq_len` of a run; 0 if its configuration does not say."""
   try:
-    data: Any = json.loads((epath.Path(path) / 'config.json').read_text())['config']['data']
+    data: Any = parse_json((epath.Path(path) / 'config.json').read_bytes())['config']['data']
     return int(data['seq_len'])
   except (OSError, ValueError, KeyError, TypeError):
     return 0

@@ -102,7 +102,7 @@ def read_rows(entries: Any, where: str) -> tuple[GridRow, ...]:
   """
   try:
     rows = tuple(_row(entry) for entry in entries)
-  except (TypeError, KeyError, ValueError, AttributeError) as e:
+  except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as e:
     raise ConfigError(
       f'{where}: grid is damaged ({type(e).__name__}: {e}); delete the file and start the run again: it only evaluates'
     ) from e

@@ -14,6 +14,7 @@ from etils import epath
 
 from compactlm_jax.config import LABELLED, RunConfig, to_json
 from compactlm_jax.errors import ConfigError
+from compactlm_jax.parse import parse_row
 from compactlm_jax.report.grid import Grid, GridRow, over_runs, read_rows
 
 log = logging.getLogger(__name__)
@@ -185,7 +186,7 @@ def _read(folder: epath.Path, read_run: ReadRun) -> Run | str:
   config, record = read_run(str(folder))
   path = folder / 'results.json'
   try:
-    results = json.loads(path.read_text())
+    results = parse_row(path.read_bytes())
     scores = {str(name): float(value) for name, value in results['metrics'].items()}
     steps, seconds = int(results['steps']), float(results['seconds'])
     remaining, nonzero = (results.get(name) for name in ('density', 'nonzero'))
@@ -194,7 +195,7 @@ def _read(folder: epath.Path, read_run: ReadRun) -> Run | str:
     grid = read_rows(results.get('grid', ()), str(path))
   except FileNotFoundError:
     return 'it is unfinished; start its command again' if not (folder / 'failure.json').exists() else 'it failed'
-  except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+  except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as e:
     raise ConfigError(
       f'{path} is damaged ({type(e).__name__}: {e}); delete it and start the run again: it only evaluates'
     ) from e

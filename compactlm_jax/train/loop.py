@@ -19,6 +19,7 @@ from compactlm_jax.config import RunConfig
 from compactlm_jax.errors import PreemptedError
 from compactlm_jax.metrics import MetricsWriter
 from compactlm_jax.parallel import check_batch_size, make_mesh, param_shardings, state_shardings, to_global
+from compactlm_jax.parse import parse_row
 from compactlm_jax.storage import write_whole
 from compactlm_jax.train.evaluate import Evaluation, make_evaluate, make_finished
 from compactlm_jax.train.optimizer import learning_rate_schedule, make_optimizer
@@ -183,7 +184,7 @@ def _keep_files(job: Job, workdir: epath.Path) -> None:
 def _results_of(workdir: str, total: int) -> dict[str, Any] | None:
   """What a run of `total` steps that is over has left; None if it was cut off before."""
   try:
-    results = json.loads((epath.Path(workdir) / 'results.json').read_text())
+    results = parse_row((epath.Path(workdir) / 'results.json').read_bytes())
     return results if results['steps'] == total and isinstance(results['metrics'], dict) else None
   except (OSError, ValueError, KeyError, TypeError):
     return None

@@ -24,6 +24,7 @@ from etils import epath
 from compactlm_jax.config import RunConfig, from_config_dict, to_json
 from compactlm_jax.distributed import group
 from compactlm_jax.errors import CompactLMError, ConfigError, LockedError, StorageError
+from compactlm_jax.parse import parse_json
 from compactlm_jax.stepdir import StepDirectory
 from compactlm_jax.storage import free_bytes, is_remote, own_error, write_whole
 from compactlm_jax.train.agree import agree_on_run, flat, on_first_process, share_directory, versions
@@ -105,7 +106,7 @@ def read_run(workdir: epath.PathLike) -> tuple[RunConfig, dict[str, Any]]:
   """
   path = epath.Path(workdir) / 'config.json'
   try:
-    record = json.loads(path.read_text())
+    record = parse_json(path.read_bytes())
     intact = record['config_hash'] == _hash(record['config'])
   except FileNotFoundError as e:
     raise ConfigError(f'{path} is absent; name a directory written by `compactlm train`') from e
@@ -160,8 +161,10 @@ class _Lock:
 
   def _check_holder(self, steal: bool) -> None:
     try:
-      holder = json.loads(self._path.read_text())
+      holder = parse_json(self._path.read_bytes())
       host, pid, start = holder['host'], int(holder['pid']), holder['process_start']
+      if not 0 < pid < 1 << 31:
+        raise ValueError(f'no process has the number {pid}')
       who = f'process {pid} on host {host}, since {holder["started"]}'
     except FileNotFoundError:
       return
