@@ -18,6 +18,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from compactlm_jax.data import text
 from compactlm_jax.errors import ConfigError, DataError
 from compactlm_jax.filenames import TOKENIZER_FILES
+from compactlm_jax.parse import parse_json
 
 SPECIAL_TOKENS = ('[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]')
 """Special tokens of trained vocabularies, in the order of their ids."""
@@ -120,9 +121,7 @@ def load_tokenizer(folder: Any) -> Tokenizer:
   backend.no_truncation()
   backend.encode_special_tokens = True
   ids = {}
-  for role, default in zip(_ROLES, SPECIAL_TOKENS, strict=True):
-    token = config.get(f'{role}_token') or default
-    token = token['content'] if isinstance(token, dict) else token
+  for role, token in _special(config, path).items():
     if (found := backend.token_to_id(token)) is None:
       raise ConfigError(
         f'{path}: the {role} token {token!r} is not in the vocabulary; set {role}_token in tokenizer_config.json'
@@ -136,7 +135,7 @@ def _read_json(path: epath.Path) -> dict[str, Any]:
   if not path.exists():
     return {}
   try:
-    value = json.loads(path.read_text(encoding='utf-8'))
+    value = parse_json(path.read_bytes())
   except ValueError as e:
     raise ConfigError(f'{path}: not JSON ({e}); save the tokenizer again') from e
   if not isinstance(value, dict):
@@ -144,24 +143,45 @@ def _read_json(path: epath.Path) -> dict[str, Any]:
   return value
 
 
+def _special(config: dict[str, Any], where: Any) -> dict[str, str]:
+  """Role -> special token; each stands in the files as text or as an object with a content."""
+  out = {}
+  for role, default in zip(_ROLES, SPECIAL_TOKENS, strict=True):
+    token = config.get(f'{role}_token') or default
+    token = token.get('content') if isinstance(token, dict) else token
+    if not isinstance(token, str) or not token:
+      raise ConfigError(f'{where}: {role}_token {config[f"{role}_token"]!r:.60} is no text; save the tokenizer again')
+    out[role] = token
+  return out
+
+
+def _switch(config: dict[str, Any], name: str, default: bool | None) -> bool | None:
+  value = config.get(name, default)
+  if value is not None and not isinstance(value, bool):
+    raise ConfigError(f'tokenizer_config.json: {name} {value!r:.60} must be true, false or null')
+  return value
+
+
 def _from_vocab(path: epath.Path, config: dict[str, Any]) -> tokenizers.Tokenizer:
   # Only '\n' separates: a vocabulary may hold other Unicode line ends as tokens.
-  tokens = path.read_bytes().decode('utf-8').split('\n')
+  try:
+    tokens = path.read_bytes().decode('utf-8').split('\n')
+  except UnicodeDecodeError as e:
+    raise ConfigError(f'{path}: not UTF-8 at byte {e.start} ({e.reason}); save the tokenizer again') from e
   tokens = [t.rstrip('\r') for t in (tokens[:-1] if tokens[-1] == '' else tokens)]
   return _bert({t: i for i, t in enumerate(tokens)}, config)
 
 
 def _bert(vocab: dict[str, int], config: dict[str, Any]) -> tokenizers.Tokenizer:
   """BERT's tokenizer of a vocabulary (google-research/bert `tokenization.py`)."""
-  special = {role: config.get(f'{role}_token') or d for role, d in zip(_ROLES, SPECIAL_TOKENS, strict=True)}
-  special = {role: t['content'] if isinstance(t, dict) else t for role, t in special.items()}
+  special = _special(config, 'tokenizer_config.json')
   missing = [t for t in special.values() if t not in vocab]
   if missing:
     raise ConfigError(
       f'vocab.txt: the special token {missing[0]!r} is not in the vocabulary; set it in tokenizer_config.json'
     )
   backend = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token=special['unk'], max_input_chars_per_word=100))
-  backend.normalizer = _normalizer(config.get('do_lower_case', True), config)
+  backend.normalizer = _normalizer(_switch(config, 'do_lower_case', True) is not False, config)
   backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
   backend.decoder = decoders.WordPiece(prefix='##')
   cls, sep = special['cls'], special['sep']
@@ -177,8 +197,8 @@ def _bert(vocab: dict[str, int], config: dict[str, Any]) -> tokenizers.Tokenizer
 def _normalizer(lowercase: bool, config: dict[str, Any]) -> normalizers.BertNormalizer:
   return normalizers.BertNormalizer(
     clean_text=True,
-    handle_chinese_chars=config.get('tokenize_chinese_chars', True),
-    strip_accents=config.get('strip_accents'),
+    handle_chinese_chars=_switch(config, 'tokenize_chinese_chars', True) is not False,
+    strip_accents=_switch(config, 'strip_accents', None),
     lowercase=lowercase,
   )
 

@@ -54,7 +54,8 @@ def read_vectors(path: Any, most_words: int = MOST_WORDS) -> WordVectors:
   lines = itertools.islice(_split_lines(file), most_words)
   while block := list(itertools.islice(lines, _BLOCK)):
     try:
-      numbers = np.asarray([cells for _, _, cells in block], np.float32)
+      with np.errstate(over='ignore'):  # an infinity is refused as such
+        numbers = np.asarray([cells for _, _, cells in block], np.float32)
       good = np.isfinite(numbers).all(1)
     except ValueError:
       good = np.asarray([_numeric(cells) for _, _, cells in block])
@@ -103,6 +104,7 @@ def _split_lines(file: epath.Path) -> Iterator[tuple[int, str, list[str]]]:
 
 def _numeric(cells: list[str]) -> bool:
   try:
-    return bool(np.isfinite(np.asarray(cells, np.float32)).all())
+    with np.errstate(over='ignore'):
+      return bool(np.isfinite(np.asarray(cells, np.float32)).all())
   except ValueError:
     return False
