@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing
 from typing import Any, TypeVar
 
@@ -54,6 +55,11 @@ def _coerce(kind: Any, value: Any, path: str) -> Any:
   return value
 
 
+@functools.cache
+def _kinds(cls: type) -> dict[str, Any]:
+  return typing.get_type_hints(cls)
+
+
 def from_config_dict(cls: type[_C], config: Any, prefix: str = '') -> _C:
   """The frozen dataclass `cls` of a ConfigDict, a dict or JSON.
 
@@ -62,7 +68,7 @@ def from_config_dict(cls: type[_C], config: Any, prefix: str = '') -> _C:
   """
   if not isinstance(config, (dict, ml_collections.ConfigDict)):
     raise ConfigError(f'{".".join(["config", prefix])[:-1]}: expected a section, got {config!r}')
-  kinds = typing.get_type_hints(cls)
+  kinds = _kinds(cls)
   unknown = sorted(set(config.keys()) - set(kinds))
   if unknown:
     raise ConfigError(f'config.{prefix}{unknown[0]}: unknown field; known fields are {", ".join(sorted(kinds))}')
