@@ -164,7 +164,7 @@ def _guarded(name: str, arguments: Sequence[str], again: Sequence[str]) -> int:
       logging.getLogger('compactlm_jax').setLevel(logging.WARNING if group.index else logging.INFO)
     said = COMMANDS[name].run(values)
     if group is None or not group.index:
-      print(said, flush=True)
+      print(said, flush=group is not None)
     code, why = 0, ''
   except BaseException as e:
     if not isinstance(e, (Exception, KeyboardInterrupt)):
