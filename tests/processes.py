@@ -6,7 +6,8 @@ is left when it takes too long. A process that the tests start watches over a wo
 which does the work: `worker_of` finds it, for signals to the worker itself.
 
 Runs are as small as they can be: one layer, 16 rows of 16 tokens, a step of milliseconds. Starting Python and compiling
-take nearly all of the time, so tests share what ran (fixtures of the module) and a compile cache.
+take nearly all of the time, so tests share what ran (fixtures of the module). No compile cache: it lets one process be
+done before the other, and Gloo waits no longer than 30 seconds for its peers.
 """
 
 import contextlib
@@ -14,18 +15,20 @@ import dataclasses
 import json
 import os
 import pathlib
-import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 
+from compactlm_jax.distributed import TOLD
+from compactlm_jax.jobs import load_model, params_digest
 from compactlm_jax.metrics import read_metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
 FIELDS = {
-  'steps': 6,
-  'checkpoint_every': 3,
+  'steps': 60,
+  'checkpoint_every': 20,
   'log_every': 1,
   'data.seq_len': 16,
   'data.eval_rows': 24,
@@ -49,7 +52,7 @@ class Process:
     return self.said.read_text(errors='replace')
 
 
-def start(workdir, count, *, devices=4, variant='finetune', fields=None, flags=(), own=None, env=None, cache=None):
+def start(workdir, count, *, devices=2, variant='finetune', fields=None, flags=(), own=None, env=None, cwd=None):
   """Starts the processes of a job.
 
   Args:
@@ -61,18 +64,16 @@ def start(workdir, count, *, devices=4, variant='finetune', fields=None, flags=(
     flags: of all processes.
     own: process -> further flags of it alone.
     env: process -> environment of it alone.
-    cache: folder of compiled programs.
+    cwd: where each process runs.
   """
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
     port = free.getsockname()[1]
-  command = [sys.executable, '-m', 'compactlm_jax', 'train', f'--config=configs/tiny.py:{variant}']
+  command = [sys.executable, '-m', 'compactlm_jax', 'train', f'--config={ROOT}/configs/tiny.py:{variant}']
   command += [f'--workdir={workdir}', *flags]
   command += [f'--config.{name}={value}' for name, value in {**FIELDS, **(fields or {})}.items()]
   shared = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(devices // count)}
   shared['XLA_FLAGS'] = '--xla_backend_optimization_level=0'
-  if cache:
-    shared |= {'JAX_COMPILATION_CACHE_DIR': str(cache), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
   started = []
   for index in range(count):
     together = [f'--coordinator=127.0.0.1:{port}', f'--num_processes={count}', f'--process_id={index}']
@@ -81,7 +82,11 @@ def start(workdir, count, *, devices=4, variant='finetune', fields=None, flags=(
     said.parent.mkdir(parents=True, exist_ok=True)
     with said.open('wb') as file:
       popen = subprocess.Popen(
-        command + mine, cwd=ROOT, env={**shared, **(env or {}).get(index, {})}, stdout=file, stderr=file
+        command + mine,
+        cwd=cwd[index] if cwd else ROOT,
+        env={**shared, **(env or {}).get(index, {})},
+        stdout=file,
+        stderr=file,
       )
     started.append(Process(popen, said))
   return started
@@ -128,10 +133,6 @@ def worker_of(process):
   raise AssertionError('no worker')
 
 
-def kill(process, number=signal.SIGKILL):
-  process.popen.send_signal(number)
-
-
 def losses(workdir):
   """(step, loss) of every logged step; no step twice."""
   found = [(line['step'], line['loss']) for line in read_metrics(workdir) if 'loss' in line]
@@ -141,3 +142,16 @@ def losses(workdir):
 
 def results(workdir):
   return json.loads((workdir / 'results.json').read_text())
+
+
+def outcome(workdir):
+  """What must not depend on interruptions: every loss in hex, the digest of the parameters, the final metrics."""
+  hexed = [(step, loss.hex()) for step, loss in losses(workdir)]
+  return hexed, params_digest(load_model(str(workdir)).params), results(workdir)['metrics']
+
+
+def faulty(folder, code):
+  """Environment of a process whose worker first runs `code`, which replaces a function by a faulty one."""
+  folder.mkdir()
+  (folder / 'sitecustomize.py').write_text(f'import os\nif {TOLD!r} in os.environ:\n{textwrap.indent(code, "  ")}\n')
+  return {'PYTHONPATH': str(folder)}
