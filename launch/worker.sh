@@ -178,8 +178,8 @@ rsync() { # in a dry run, prints as tpu.sh does
   fi
 }
 
-# Half-written checkpoints and the lock stay behind. In a bucket a checkpoint counts only with a commit file, which one
-# written to a disk (where a rename commits) does not have: it is added last, when all else has arrived.
+# Half-written checkpoints and the lock stay behind. In a bucket a checkpoint counts from the moment that its commit file
+# is there: commit files go last, when all else has arrived.
 copy() { # SOURCE TARGET
   local marker='commit_success\.txt' others='.*\.orbax-checkpoint-tmp.*|^lock$'
   if [[ $1 == gs://* && $2 != gs://* ]]; then
@@ -188,8 +188,6 @@ copy() { # SOURCE TARGET
   elif [[ $1 != gs://* && $2 == gs://* ]]; then
     [[ -d $1 ]] || fail 78 "there is no folder $1"
     rsync "$1" "$2" --recursive "--exclude=$others|.*$marker\$"
-    [[ -n ${COMPACTLM_DRY_RUN:-} ]] || find "$1" -type d -path '*/checkpoints/*' -name '[0-9]*' ! -name '*[!0-9]*' \
-      -exec sh -c 'for step; do [ ! -e "$step/manifest" ] || : >>"$step/commit_success.txt"; done' sh {} +
     rsync "$1" "$2" --recursive "--exclude=$others"
   else
     fail 78 'copy: one of SOURCE and TARGET is a folder, the other gs://BUCKET/...'

@@ -102,7 +102,7 @@ elif verb == 'ssh':
 elif verb == 'scp' and cloud['home']:
   import shutil
   for source in words[4:-1]:
-    target = pathlib.Path(cloud['home'], 'compactlm', pathlib.Path(source).name)
+    target = pathlib.Path(cloud['home'], words[-1].partition(':')[2], pathlib.Path(source).name)
     shutil.copytree(source, target) if os.path.isdir(source) else shutil.copy(source, target)
 leave()
 """

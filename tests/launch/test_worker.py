@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -153,10 +154,16 @@ def test_a_stop_during_a_pause(host):
 
 def test_after_a_reboot(host):
   """The process id of a supervisor that is gone may be another process's. Mutation: kill -0 instead of ps."""
-  (host.folder / 'supervisor.pid').write_text(f'{os.getpid()}\n')
-  assert host.worker('status').stdout.endswith(' lost\n')
-  assert host.worker('stop').stdout == 'nothing runs\n'
-  (host.folder / 'supervisor.pid').unlink()
+  other = subprocess.Popen(['sleep', '600'])
+  try:
+    (host.folder / 'supervisor.pid').write_text(f'{other.pid}\n')
+    assert host.worker('status').stdout.endswith(' lost\n')
+    assert host.worker('stop').stdout == 'nothing runs\n'
+    assert other.poll() is None
+  finally:
+    (host.folder / 'supervisor.pid').unlink()
+    other.kill()
+    other.wait()
 
 
 def tool(folder, name):
@@ -210,7 +217,7 @@ def test_installing_a_wheel(host, tmp_path):
 
 
 def test_a_checkpoint_to_a_bucket_and_back(tmp_path):
-  """What a disk commits by its name needs a file in a bucket. Mutation: no commit file; half-written ones go too."""
+  """What says that a checkpoint is whole arrives last. Mutation: all files at once; half-written ones go too."""
   run = tmp_path / 'run'
   write(run / 'checkpoints', [3])
   shutil.copytree(run / 'checkpoints' / '3', run / 'checkpoints' / '5.orbax-checkpoint-tmp-1')
@@ -222,6 +229,8 @@ def test_a_checkpoint_to_a_bucket_and_back(tmp_path):
   result = cloud.tpu('copy', str(run), 'gs://bucket/run', where=())
   assert result.returncode == 0, result.stderr
   bucket = folder / 'buckets' / 'bucket' / 'run'
+  first, last = (re.compile(call[-1].removeprefix('--exclude=')) for call in cloud.calls())
+  assert first.match('checkpoints/3/commit_success.txt') and not last.match('checkpoints/3/commit_success.txt')
   assert sorted(path.name for path in bucket.iterdir()) == ['checkpoints', 'metrics.jsonl']
   assert [path.name for path in (bucket / 'checkpoints').iterdir()] == ['3']
   assert equal(restore(bucket / 'checkpoints', commit_file=True)[0], make_state(3))
