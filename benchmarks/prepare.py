@@ -52,10 +52,11 @@ def generate(folder: pathlib.Path, megabytes: int, seed: int = 0) -> None:
 
 def measure(way: str, texts: str, tokenizer: str, output: str, workers: int) -> None:
   """Prints what one way takes; in a process of its own."""
+  from compactlm_jax.data.parts import Spread
   from compactlm_jax.data.prepare import prepare
 
   started = time.monotonic()
-  prepare(texts, tokenizer, output, SEQ_LEN, workers=workers, **OPTIONS[way])
+  prepare(texts, tokenizer, output, SEQ_LEN, workers=workers, spread=Spread(**OPTIONS[way]))
   seconds = time.monotonic() - started
   used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
   cpu = sum(u.ru_utime + u.ru_stime for u in used)

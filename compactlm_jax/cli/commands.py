@@ -28,6 +28,7 @@ def _demo(values: flags.FlagValues) -> str:
 
 
 def _prepare(values: flags.FlagValues) -> str:
+  from compactlm_jax.data.parts import Spread
   from compactlm_jax.data.prepare import prepare
 
   manifest = prepare(
@@ -43,9 +44,7 @@ def _prepare(values: flags.FlagValues) -> str:
     split=values.split,
     text_key=values.text_key,
     overwrite=values.overwrite,
-    parts=values.parts,
-    runner=values.runner,
-    beam_options=values.beam_options,
+    spread=Spread(values.parts, values.runner, values.beam_options),
   )
   counts = ', '.join(f'{name} {value:,}' for name, value in sorted(manifest.counts.items()))
   return f'{values.output}: {counts}'

@@ -33,6 +33,30 @@ _TRIES = 3
 _PAUSE_SECONDS = 2.0
 
 
+LOCAL = 'local'
+"""The runner that is no runner: parts are written here, one after the other."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+  """How a dataset is made.
+
+  Attributes:
+    parts: 0 is one stream of rows over all files. N > 0 shares the files out to N parts of similar size, each with a
+      file of rows and random numbers of its own; the bytes are other ones for each N, but do not depend on the rest.
+    runner: LOCAL, or an Apache Beam runner: 'DirectRunner', 'DataflowRunner', 'FlinkRunner'.
+    beam_options: further options of its pipeline, as a command line.
+  """
+
+  parts: int = 0
+  runner: str = LOCAL
+  beam_options: str = ''
+
+
+ONE_STREAM = Spread()
+"""Without parts."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Part:
   """Files that are read one after the other.

@@ -12,9 +12,9 @@ from typing import Any
 
 from etils import epath
 
-from compactlm_jax.data import parts as parts_module
 from compactlm_jax.data import shards, text
 from compactlm_jax.data.manifest import FILE, Manifest, read_manifest, verify_files, write_manifest
+from compactlm_jax.data.parts import LOCAL, ONE_STREAM, Plan, Spread, Writer, finish, is_ours, plan_parts, write_here
 from compactlm_jax.data.rows import Counts, make_examples
 from compactlm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from compactlm_jax.errors import ConfigError, DataError, StorageError
@@ -22,8 +22,6 @@ from compactlm_jax.storage import children, free_bytes, is_remote, temporary_fol
 
 MODES = ('packed', 'pairs', 'sentences')
 PAIR_RULES = ('electra', 'convbert')
-LOCAL = 'local'
-"""The runner that is no runner: parts are written here, one after the other."""
 
 log = logging.getLogger(__name__)
 
@@ -47,9 +45,7 @@ def prepare(
   text_key: str = 'text',
   shard_rows: int = 0,
   overwrite: bool = False,
-  parts: int = 0,
-  runner: str = LOCAL,
-  beam_options: str = '',
+  spread: Spread = ONE_STREAM,
 ) -> Manifest:
   """Tokenises text into rows and writes them as a TFDS dataset of ArrayRecord shards.
 
@@ -73,11 +69,7 @@ def prepare(
     text_key: text field of a dataset input.
     shard_rows: rows of one file; 0 takes about 32 million tokens.
     overwrite: replace a dataset with other settings.
-    parts: 0 is one stream of rows over all files. N > 0 splits the files into N parts of similar size, each with a
-      file of rows and random numbers of its own; the bytes then differ from those of other N, not by who writes them.
-      Parts that are done stay if the work stops, and are not made again.
-    runner: 'local', or an Apache Beam runner that writes the parts: 'DirectRunner', 'DataflowRunner', 'FlinkRunner'.
-    beam_options: further options of the pipeline, as a command line.
+    spread: whether the dataset is made in parts, and by whom; parts that are done are not made again after a kill.
 
   Returns:
     The manifest, also written to output/manifest.json.
@@ -89,11 +81,9 @@ def prepare(
   """
   options: dict[str, Any] = {'mode': mode, 'seq_len': seq_len, 'seed': seed, 'pair_rule': pair_rule}
   options |= {'holdout_rows': holdout_rows, 'shard_rows': shard_rows}
-  _check(options, {'workers': workers, 'parts': parts})
-  if runner != LOCAL and not parts:
-    raise ConfigError(f'--runner={runner} writes parts of the files: give their number, for example --parts=16')
+  _check(options, workers, spread)
   tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
-  sources = text.open_text(input, split=split, text_key=text_key, digests=not parts)
+  sources = text.open_text(input, split=split, text_key=text_key, digests=not spread.parts)
   settings: dict[str, Any] = {
     **options,
     'pair_rule': pair_rule if mode == 'pairs' else '',
@@ -103,39 +93,28 @@ def prepare(
     'sources': [{'name': s.name, 'size': s.size, 'sha256': s.sha256} for s in sources],
   }
   target, workers = epath.Path(output), workers or os.cpu_count() or 1
-  if not parts:
-    return _write_once(target, sources, tokenizer, settings, workers, overwrite)
-  if shard_rows:
-    raise ConfigError(f'shard_rows {shard_rows}: a part is one file of rows; leave it out, or take more parts')
-  plan = parts_module.plan_parts(sources, {**settings, 'parts': parts, 'shard_rows': 0})
-  existing = _existing(target, plan.settings, overwrite, plan)
-  if existing is not None:
-    log.info('%s already holds this dataset; it is reused', target)
-    return existing
-  write = parts_module.write_here if runner == LOCAL else _beam(runner, beam_options)
-  with _parts_folder(target) as folder:
-    write(plan.into(folder, tokenizer), tokenizer, workers)
-    return parts_module.finish(plan.into(folder, tokenizer), tokenizer)
+  if spread.parts:
+    return _write_parts(target, sources, tokenizer, settings, workers, overwrite, spread)
+  return _write_once(target, sources, tokenizer, settings, workers, overwrite)
 
 
-def _beam(runner: str, options: str) -> Any:
-  try:
-    from compactlm_jax.data import beam
-  except ImportError as e:
-    raise ConfigError(f"--runner={runner} needs Apache Beam: pip install 'compactlm-jax[beam]'") from e
-  return beam.writer(runner, options)
-
-
-def _check(options: dict[str, Any], numbers: dict[str, int]) -> None:
+def _check(options: dict[str, Any], workers: int, spread: Spread) -> None:
   if options['seq_len'] < 8:
     raise ConfigError(f'seq_len {options["seq_len"]} must be at least 8')
   if options['mode'] not in MODES:
     raise ConfigError(f'mode {options["mode"]!r} is unknown; use one of {", ".join(MODES)}')
   if options['pair_rule'] not in PAIR_RULES:
     raise ConfigError(f'pair_rule {options["pair_rule"]!r} is unknown; use one of {", ".join(PAIR_RULES)}')
+  numbers = {'workers': workers, 'parts': spread.parts}
   for name, value in {**numbers, **{k: options[k] for k in ('seed', 'holdout_rows', 'shard_rows')}}.items():
     if value < 0:
       raise ConfigError(f'{name} {value} must not be negative')
+  if spread.runner != LOCAL and not spread.parts:
+    raise ConfigError(f'--runner={spread.runner} writes parts of the files: give their number, for example --parts=16')
+  if spread.parts and options['shard_rows']:
+    raise ConfigError(
+      f'shard_rows {options["shard_rows"]}: a part is one file of rows; leave it out, or take more parts'
+    )
 
 
 def _write_once(
@@ -157,14 +136,44 @@ def _write_once(
   return manifest
 
 
+def _write_parts(
+  target: epath.Path,
+  sources: Sequence[text.TextSource],
+  tokenizer: Tokenizer,
+  settings: dict[str, Any],
+  workers: int,
+  overwrite: bool,
+  spread: Spread,
+) -> Manifest:
+  plan = plan_parts(sources, {**settings, 'parts': spread.parts, 'shard_rows': 0})
+  if (existing := _existing(target, plan.settings, overwrite, plan)) is not None:
+    log.info('%s already holds this dataset; it is reused', target)
+    return existing
+  write = write_here if spread.runner == LOCAL else _beam(spread)
+  with _parts_folder(target) as folder:
+    plan = plan.into(folder, tokenizer)
+    write(plan, tokenizer, workers)
+    manifest = finish(plan, tokenizer)
+  log.info('%s: %d rows of %d tokens', target, manifest.counts['rows'], manifest.seq_len)
+  return manifest
+
+
+def _beam(spread: Spread) -> Writer:
+  try:
+    from compactlm_jax.data import beam
+  except ImportError as e:
+    raise ConfigError(f"--runner={spread.runner} needs Apache Beam: pip install 'compactlm-jax[beam]'") from e
+  return beam.writer(spread.runner, spread.beam_options)
+
+
 def _existing(
-  target: epath.Path, settings: Mapping[str, Any], overwrite: bool, plan: parts_module.Plan | None = None
+  target: epath.Path, settings: Mapping[str, Any], overwrite: bool, plan: Plan | None = None
 ) -> Manifest | None:
   """The manifest of a dataset that can be reused; None if `target` may be written."""
   if not target.exists() or (target.is_dir() and not children(target)):
     return None
   if not (target / FILE).exists():
-    if is_remote(target) and all(parts_module.is_ours(child.name) for child in children(target)):
+    if is_remote(target) and all(is_ours(child.name) for child in children(target)):
       return None  # what a stopped run left: in a bucket the manifest comes last
     raise ConfigError(f'{target} exists and is not a prepared dataset; choose another output')
   try:

@@ -35,6 +35,7 @@ from compactlm_jax.jobs.candidates import Finder, load_masked_model
 from compactlm_jax.jobs.models import params_digest
 from compactlm_jax.jobs.output import output_table
 from compactlm_jax.parse import parse_json
+from compactlm_jax.storage import is_remote
 from compactlm_jax.train.signals import StopRequest
 
 SHARD_ROWS = 256
@@ -143,7 +144,7 @@ def run_augment(source: str, model: str, output: str, options: Options, overwrit
     PreemptedError: a signal asked to stop; finished shards are kept.
     StorageError: the output cannot be written.
   """
-  target = output_table(output)
+  target = _on_disk(output)
   rows = open_rows(source, options.task, options.text_columns)
   bundle = load_masked_model(model)
   vectors = read_vectors(options.vectors) if options.vectors else None
@@ -288,6 +289,14 @@ def _settings(
     'model': model,
     'shard_rows': SHARD_ROWS,
   }
+
+
+def _on_disk(output: str) -> pathlib.Path:
+  """The path of the output, beside which parts are gathered, by renames."""
+  target = output_table(output)
+  if is_remote(target):
+    raise ConfigError(f'--output: {output} is in a bucket; write to a disk, and copy the file there when it is whole')
+  return pathlib.Path(target)
 
 
 def _finished(target: pathlib.Path, settings: dict[str, Any]) -> Counts | None:

@@ -26,6 +26,7 @@ from compactlm_jax.jobs.data import EvalSet
 from compactlm_jax.jobs.grid import Network, Timed, with_grid
 from compactlm_jax.jobs.models import is_run, load_model, tokenizer_of
 from compactlm_jax.parallel import make_mesh, param_shardings
+from compactlm_jax.storage import write_whole
 from compactlm_jax.train.evaluate import Evaluation, make_gather, metrics_of
 from compactlm_jax.train.loop import Job
 from compactlm_jax.tree import named_leaves, nested
@@ -248,8 +249,6 @@ def _write(files: Mapping[str, str | bytes], folder: epath.Path) -> None:
   try:
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-      draft = folder / f'.{name}.tmp'
-      draft.write_bytes(content if isinstance(content, bytes) else content.encode())
-      draft.replace(folder / name)
+      write_whole(folder / name, content)
   except OSError as e:
     raise StorageError(f'{folder}: cannot be written ({e.strerror or e}); free space or fix permissions') from e

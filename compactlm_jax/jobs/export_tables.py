@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pathlib
 from collections.abc import Mapping
 from typing import Any
+
+from etils import epath
 
 from compactlm_jax.config import runs
 from compactlm_jax.errors import ConfigError, StorageError
 from compactlm_jax.jobs.export import Export
 from compactlm_jax.jobs.latency import Latencies
 from compactlm_jax.report.aligned import aligned
+from compactlm_jax.storage import absolute, is_remote, write_whole
 
 
 def as_text(export: Export) -> str:
@@ -53,7 +55,7 @@ def as_dict(export: Export) -> dict[str, Any]:
 
 def check_report(path: str) -> None:
   """Raises ConfigError unless `path` is '' or a file can be written there."""
-  if path and (pathlib.Path(path).is_dir() or not pathlib.Path(path).absolute().parent.is_dir()):
+  if path and (epath.Path(path).is_dir() or not (is_remote(path) or absolute(path).parent.is_dir())):
     raise ConfigError(f'--report={path}: is a folder, or in one that is not there; name a file as export.json')
 
 
@@ -71,9 +73,7 @@ def write_report(export: Export, path: str, also: Mapping[str, Any] | None = Non
   if not path:
     return
   try:
-    pathlib.Path(path).write_text(
-      json.dumps({**as_dict(export), **(also or {})}, indent=2, allow_nan=False) + '\n', encoding='utf-8'
-    )
+    write_whole(path, json.dumps({**as_dict(export), **(also or {})}, indent=2, allow_nan=False) + '\n')
   except OSError as e:
     raise StorageError(f'{path}: cannot be written ({e.strerror}); free space or fix permissions') from e
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import pathlib
+from etils import epath
 
 from compactlm_jax.errors import ConfigError
+from compactlm_jax.storage import absolute, is_remote
 
 
-def output_table(output: str) -> pathlib.Path:
+def output_table(output: str) -> epath.Path:
   """The path of `--output`.
 
   Raises:
     ConfigError: neither .tsv nor .jsonl, or its folder is not there.
   """
-  target = pathlib.Path(output)
+  target = epath.Path(output)
   if target.suffix not in ('.tsv', '.jsonl'):
     raise ConfigError(f'--output: {output} must end in .tsv or .jsonl')
-  if not target.absolute().parent.is_dir():
+  if not is_remote(target) and not absolute(target).parent.is_dir():
     raise ConfigError(f'--output: the folder of {output} is not there')
   return target

@@ -7,8 +7,6 @@ import functools
 import itertools
 import json
 import logging
-import os
-import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,6 +25,7 @@ from compactlm_jax.jobs.models import load_model
 from compactlm_jax.jobs.output import output_table
 from compactlm_jax.jobs.predict import CHUNK, Reader, Usage, class_names, classify_texts, require_classifier
 from compactlm_jax.jobs.squad import span_answers
+from compactlm_jax.storage import whole_file
 from compactlm_jax.tasks.span import make_span_task
 from compactlm_jax.types import Batch, Params
 
@@ -117,12 +116,11 @@ def predict_file(
   return _write(target, itertools.chain([first], rows), answer)
 
 
-def _write(target: pathlib.Path, rows: Iterator[Row], answerer: Answerer) -> str:
+def _write(target: epath.Path, rows: Iterator[Row], answerer: Answerer) -> str:
   """Predicts chunk by chunk into a file beside the target, which takes its place at the end."""
   started, usage, empty, written = time.monotonic(), Usage(), 0, 0
-  draft = target.with_name(f'.{target.name}.tmp')
   try:
-    with draft.open('w', encoding='utf-8') as file, _bar() as bar:
+    with whole_file(target) as draft, draft.open('w', encoding='utf-8') as file, _bar() as bar:
       while chunk := list(itertools.islice(rows, CHUNK)):
         readable = [answerer.readable(text.strip() for text in texts) for _, texts in chunk]
         full = list(itertools.compress(chunk, readable))
@@ -134,15 +132,12 @@ def _write(target: pathlib.Path, rows: Iterator[Row], answerer: Answerer) -> str
           written += 1
         usage, empty = usage + used, empty + len(chunk) - len(full)
         bar.update(len(chunk))
-    os.replace(draft, target)
   except OSError as e:
     raise StorageError(f'{target}: cannot be written ({e.strerror or e}); nothing was left there') from e
-  finally:
-    draft.unlink(missing_ok=True)
   return _summary(target, written, empty, usage, time.monotonic() - started)
 
 
-def _summary(target: pathlib.Path, written: int, empty: int, usage: Usage, seconds: float) -> str:
+def _summary(target: epath.Path, written: int, empty: int, usage: Usage, seconds: float) -> str:
   parts = [
     f'{target}: {written:,} rows in {seconds:.1f} s',
     f'{written / seconds:,.0f} rows/s',

@@ -7,6 +7,7 @@ import pytest
 pytest.importorskip('apache_beam')
 
 from compactlm_jax.data import beam, parts, shards
+from compactlm_jax.data.parts import Spread
 from compactlm_jax.data.prepare import prepare
 from compactlm_jax.errors import ConfigError, DataError, StorageError
 
@@ -30,8 +31,11 @@ def texts(corpus, tmp_path_factory):
 
 
 def run(texts, vocabulary, output, **options):
-  fields = {'mode': 'pairs', 'seed': 3, 'holdout_rows': 5, 'parts': 3, 'beam_options': IN_MEMORY, **options}
-  return prepare(texts, str(vocabulary), output, 32, **fields)
+  fields = {'holdout_rows': 5, 'parts': 3, 'runner': 'local', 'beam_options': IN_MEMORY, **options}
+  spread = Spread(fields['parts'], fields['runner'], fields['beam_options'])
+  return prepare(
+    texts, str(vocabulary), output, 32, 'pairs', seed=3, holdout_rows=fields['holdout_rows'], spread=spread
+  )
 
 
 def test_the_same_bytes_as_here(texts, vocabulary, tmp_path, caplog):

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compactlm_jax.data import parts, shards
+from compactlm_jax.data.parts import Spread
 from compactlm_jax.data.prepare import prepare
 from compactlm_jax.data.text import TextSource, open_text
 from compactlm_jax.data.tokenizer import load_tokenizer
@@ -44,7 +45,7 @@ def texts(corpus, tmp_path_factory):
 def made(texts, vocabulary, tmp_path_factory):
   """A dataset of pairs in three parts."""
   folder = tmp_path_factory.mktemp('made') / 'out'
-  prepare(texts, str(vocabulary), folder, T, 'pairs', seed=3, holdout_rows=10, parts=3, workers=1)
+  prepare(texts, str(vocabulary), folder, T, 'pairs', seed=3, holdout_rows=10, spread=Spread(3), workers=1)
   return folder
 
 
@@ -73,7 +74,7 @@ def test_bytes_do_not_depend_on_who_writes_which_part_when(texts, vocabulary, ma
 def test_rows_are_those_of_the_files_and_as_many_as_asked_for_are_held_out(texts, vocabulary, tmp_path):
   """Mutation: give each part all of holdout_rows; or forget the held-out rows of a part."""
   whole = prepare(texts, str(vocabulary), tmp_path / 'whole', T, 'sentences', holdout_rows=40)
-  split = prepare(texts, str(vocabulary), tmp_path / 'parts', T, 'sentences', holdout_rows=40, parts=4)
+  split = prepare(texts, str(vocabulary), tmp_path / 'parts', T, 'sentences', holdout_rows=40, spread=Spread(4))
   found = [rows(tmp_path / name, 'train') + rows(tmp_path / name, 'validation') for name in ('whole', 'parts')]
   assert sorted(found[0]) == sorted(found[1])
   assert len(rows(tmp_path / 'parts', 'validation')) == 40 == split.contents['validation']['rows']
@@ -111,7 +112,7 @@ def test_a_part_that_fails_is_written_again_and_never_seen_half(texts, vocabular
 
   monkeypatch.setattr(shards.Layout, 'encode', fails_once)
   monkeypatch.setattr(parts.time, 'sleep', lambda _: seen.extend(p.name for p in (tmp_path / '.out.parts').iterdir()))
-  prepare(texts, str(vocabulary), tmp_path / 'out', T, 'pairs', seed=3, holdout_rows=10, parts=3)
+  prepare(texts, str(vocabulary), tmp_path / 'out', T, 'pairs', seed=3, holdout_rows=10, spread=Spread(3))
   assert len(calls) > 20 and not seen
   assert digests(tmp_path / 'out') == digests(made) and [p.name for p in tmp_path.iterdir()] == ['out']
 
@@ -125,7 +126,7 @@ def test_a_part_that_goes_on_failing_ends_with_74(texts, vocabulary, tmp_path, m
   monkeypatch.setattr(shards.Layout, 'encode', fail)
   monkeypatch.setattr(parts, '_PAUSE_SECONDS', 0)
   with pytest.raises(StorageError, match='out: cannot be written .*No space left'):
-    prepare(texts, str(vocabulary), tmp_path / 'out', T, parts=3)
+    prepare(texts, str(vocabulary), tmp_path / 'out', T, spread=Spread(3))
   assert not (tmp_path / 'out').exists() and not list((tmp_path / '.out.parts').iterdir())
 
 
@@ -136,7 +137,7 @@ def test_after_a_kill_only_the_rest_is_done(texts, vocabulary, made, tmp_path, m
     'from compactlm_jax.data import parts, prepare\n'
     'write = parts._write\n'
     'parts._write = lambda plan, part, *a: write(plan, part, *a) if part.index < 2 else os._exit(9)\n'
-    "prepare.prepare(sys.argv[1], sys.argv[2], sys.argv[3], 32, 'pairs', seed=3, holdout_rows=10, parts=3)"
+    "prepare.prepare(*sys.argv[1:], 32, 'pairs', seed=3, holdout_rows=10, spread=parts.Spread(3))"
   )
   out = tmp_path / 'out'
   assert subprocess.run([sys.executable, '-c', code, texts, vocabulary, out]).returncode == 9
@@ -144,7 +145,7 @@ def test_after_a_kill_only_the_rest_is_done(texts, vocabulary, made, tmp_path, m
   read = []
   examples = parts.make_examples
   monkeypatch.setattr(parts, 'make_examples', lambda sources, *a: (read.append(len(sources)), examples(sources, *a))[1])
-  options = {'holdout_rows': 10, 'parts': 3}
+  options = {'holdout_rows': 10, 'spread': Spread(3)}
   prepare(texts, str(vocabulary), out, T, 'pairs', seed=3, **options)
   assert len(read) == 1 and digests(out) == digests(made)
   prepare(texts, str(vocabulary), tmp_path / 'other', T, 'pairs', seed=4, **options)
@@ -157,7 +158,7 @@ def test_same_settings_are_reused_and_changed_text_is_noticed(texts, vocabulary,
   mine.mkdir()
   for i, content in enumerate(('a small house\n', 'the cold river\n')):
     (mine / f'{i}.txt').write_text(content)
-  options = {'mode': 'sentences', 'parts': 2}
+  options = {'mode': 'sentences', 'spread': Spread(2)}
   first = prepare(f'{mine}/*', str(vocabulary), tmp_path / 'out', T, **options)
   assert first.settings['parts'] == 2 and all(len(s['sha256']) == 64 for s in first.settings['sources'])
   stamp = (tmp_path / 'out' / 'manifest.json').stat().st_mtime_ns
@@ -175,20 +176,20 @@ def test_bad_input(texts, vocabulary, tmp_path):
     return prepare(spec, str(vocabulary), tmp_path / 'out', T, **options)
 
   with pytest.raises(ConfigError, match='--parts=6: the input is 5 file'):
-    run(parts=6)
+    run(spread=Spread(6))
   with pytest.raises(ConfigError, match='--runner=DirectRunner .* --parts='):
-    run(runner='DirectRunner')
+    run(spread=Spread(0, 'DirectRunner'))
   with pytest.raises(ConfigError, match='shard_rows 5'):
-    run(parts=2, shard_rows=5)
+    run(spread=Spread(2), shard_rows=5)
   with pytest.raises(ConfigError, match='parts -1'):
-    run(parts=-1)
+    run(spread=Spread(-1))
   (tmp_path / 'a.txt').write_bytes(b'fine\n')
   (tmp_path / 'b.txt').write_bytes(b'ab\xffcd\n')
   (tmp_path / 'c.txt').write_bytes(b'\n')
   with pytest.raises(DataError, match='part 0 of 2: .*b.txt: not UTF-8'):
-    run(f'{tmp_path}/[ab].txt', parts=2)
+    run(f'{tmp_path}/[ab].txt', spread=Spread(2))
   with pytest.raises(DataError, match='part 1 of 2: input c.txt: no rows.* fewer --parts'):
-    run(f'{tmp_path}/[ac].txt', parts=2)
+    run(f'{tmp_path}/[ac].txt', spread=Spread(2))
 
 
 def test_without_beam_a_runner_says_what_to_install(texts, vocabulary, tmp_path, monkeypatch):
@@ -196,4 +197,4 @@ def test_without_beam_a_runner_says_what_to_install(texts, vocabulary, tmp_path,
   monkeypatch.setitem(sys.modules, 'apache_beam', None)
   monkeypatch.delitem(sys.modules, 'compactlm_jax.data.beam', raising=False)
   with pytest.raises(ConfigError, match=r'--runner=DirectRunner needs Apache Beam: pip install .compactlm-jax\[beam\]'):
-    prepare(texts, str(vocabulary), tmp_path / 'out', T, parts=2, runner='DirectRunner')
+    prepare(texts, str(vocabulary), tmp_path / 'out', T, spread=Spread(2, 'DirectRunner'))
