@@ -5,7 +5,6 @@ import base64
 import importlib
 import io
 import json
-import os
 import pathlib
 import re
 import types
@@ -66,7 +65,7 @@ def executed(name, folder, files, monkeypatch):
   monkeypatch.setenv('PYTHONPATH', str(ROOT))
   (folder / f'{name}_run/assets').mkdir(parents=True)
   for file in files:
-    os.link(file, folder / f'{name}_run/assets' / file.name)
+    (folder / f'{name}_run/assets' / file.name).symlink_to(file)
   notebook = nbformat.read(ROOT / f'colab/{name}.ipynb', 4)
   nbclient.NotebookClient(notebook, timeout=1500, resources={'metadata': {'path': str(folder)}}).execute()
   return {cell.id: cell.outputs for cell in notebook.cells if cell.cell_type == 'code'}
