@@ -12,7 +12,7 @@ DEMO_DIR ?= demo_run
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet --editable '.[test,lint,plan,plots,onnx]' 'torch==2.13.0'
+	.venv/bin/python -m pip install --quiet --editable '.[test,lint,plan,plots,onnx,beam,gcs]' 'torch==2.13.0'
 	touch $@
 
 demo: .venv-demo/ready
