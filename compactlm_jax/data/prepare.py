@@ -84,18 +84,24 @@ def prepare(
   _check(options, workers, spread)
   tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
   sources = text.open_text(input, split=split, text_key=text_key, digests=not spread.parts)
-  settings: dict[str, Any] = {
-    **options,
-    'pair_rule': pair_rule if mode == 'pairs' else '',
-    'shard_rows': shard_rows or max(1, _SHARD_TOKENS // seq_len),
-    'text_key': text_key if sources[0].name.startswith(('tfds:', 'hf:')) else '',
-    'tokenizer': tokenizer.fingerprint(),
-    'sources': [{'name': s.name, 'size': s.size, 'sha256': s.sha256} for s in sources],
-  }
+  settings = _settings(options, text_key, tokenizer, sources)
   target, workers = epath.Path(output), workers or os.cpu_count() or 1
   if spread.parts:
     return _write_parts(target, sources, tokenizer, settings, workers, overwrite, spread)
   return _write_once(target, sources, tokenizer, settings, workers, overwrite)
+
+
+def _settings(
+  options: dict[str, Any], text_key: str, tokenizer: Tokenizer, sources: Sequence[text.TextSource]
+) -> dict[str, Any]:
+  return {
+    **options,
+    'pair_rule': options['pair_rule'] if options['mode'] == 'pairs' else '',
+    'shard_rows': options['shard_rows'] or max(1, _SHARD_TOKENS // options['seq_len']),
+    'text_key': text_key if sources[0].name.startswith(('tfds:', 'hf:')) else '',
+    'tokenizer': tokenizer.fingerprint(),
+    'sources': [{'name': s.name, 'size': s.size, 'sha256': s.sha256} for s in sources],
+  }
 
 
 def _check(options: dict[str, Any], workers: int, spread: Spread) -> None:
