@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pathlib
 import re
 import secrets
 import shutil
@@ -19,7 +20,7 @@ from typing import Any
 
 from etils import epath
 
-from compactlm_jax.errors import CompactLMError, ConfigError, StorageError
+from compactlm_jax.errors import CompactLMError, ConfigError, DataError, StorageError
 
 _REFUSED = re.compile(
   r'Forbidden|PERMISSION_DENIED|UNAUTHENTICATED|does not have storage\.|Anonymous caller|Invalid Credentials'
@@ -62,6 +63,22 @@ def write_whole(path: epath.PathLike, content: str | bytes) -> None:
   draft = target.parent / f'{target.name}.tmp'
   draft.write_bytes(data)
   draft.replace(target)
+
+
+def require_inside(file: epath.PathLike, folder: epath.PathLike) -> None:
+  """For folders that are not trusted: a file of one must not be a link to somewhere else.
+
+  The download cache of Hugging Face may link snapshots/REVISION/FILE to blobs/HASH.
+
+  Raises:
+    DataError: the link leads out.
+  """
+  if is_remote(file):
+    return  # object stores have no links
+  real, home = pathlib.Path(file).resolve(), pathlib.Path(folder).resolve()
+  blobs = home.parent.parent / 'blobs' if home.parent.name == 'snapshots' else home
+  if not (real.is_relative_to(home) or real.is_relative_to(blobs)):
+    raise DataError(f'{file}: a link that leads out of the folder, to {real}; copy the file itself there')
 
 
 @contextlib.contextmanager

@@ -17,6 +17,9 @@ from compactlm_jax.data.text import hf_records, tfds_records
 from compactlm_jax.errors import ConfigError, DataError
 from compactlm_jax.parse import parse_json, parse_row
 
+MAX_BYTES = 1 << 30
+"""Most bytes of one JSON document (SQuAD v2.0 has 42 MB); a small file can decompress to anything."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Question:
@@ -179,9 +182,13 @@ def _answers(record: Mapping[str, Any], where: str) -> Iterator[tuple[str, int]]
 def _read(file: epath.Path) -> str:
   if not file.exists():
     raise DataError(f'{file}: no such file')
-  data = file.read_bytes()
   try:
-    return (gzip.decompress(data) if file.suffix == '.gz' else data).decode('utf-8-sig')
+    with file.open('rb') as raw:
+      stream = gzip.GzipFile(fileobj=raw) if file.suffix == '.gz' else raw
+      data = stream.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+      raise DataError(f'{file}: holds more than {MAX_BYTES} bytes; give large sets as JSON lines (.jsonl)')
+    return data.decode('utf-8-sig')
   except (EOFError, gzip.BadGzipFile, zlib.error) as e:
     raise DataError(f'{file}: damaged gzip file ({e}); fetch or compress it again') from e
   except UnicodeDecodeError as e:

@@ -13,6 +13,7 @@ import numpy as np
 from etils import epath
 
 from compactlm_jax.data.source import Record, RowSource, array_source
+from compactlm_jax.data.text import limited_lines
 from compactlm_jax.data.tokenizer import Tokenizer
 from compactlm_jax.errors import ConfigError, DataError
 from compactlm_jax.parse import parse_row
@@ -147,14 +148,14 @@ def numbered_lines(file: epath.Path) -> Iterator[tuple[int, str]]:
   """The lines of a text file (.gz is decompressed) with their numbers from 1, without byte order mark and line ends.
 
   Raises:
-    DataError: no such file, not UTF-8, or a damaged gzip file.
+    DataError: no such file, not UTF-8, a damaged gzip file, or a line without end.
   """
   if not file.exists():
     raise DataError(f'{file}: no such file')
   with file.open('rb') as raw:
     stream = gzip.GzipFile(fileobj=raw) if file.suffix == '.gz' else raw
     try:
-      for number, line in enumerate(stream, 1):
+      for number, line in enumerate(limited_lines(stream, str(file)), 1):
         yield number, line.decode('utf-8-sig' if number == 1 else 'utf-8').rstrip('\r\n')
     except UnicodeDecodeError as e:
       raise DataError(f'{file}:{number}: not UTF-8 at byte {e.start} of the line ({e.reason}); convert it') from e

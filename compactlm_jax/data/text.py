@@ -23,6 +23,9 @@ from etils import epath
 
 from compactlm_jax.errors import ConfigError, DataError
 
+MAX_LINE_BYTES = 64 << 20
+"""Far above a book in one line; a longer one is refused."""
+
 _BLOCK = 1 << 20
 _WILDCARDS = frozenset('*?[')
 _LOG_SECONDS = 30
@@ -160,11 +163,29 @@ def _file_lines(path: epath.Path, on_bytes: OnBytes) -> Iterator[str]:
   yield ''
 
 
+def limited_lines(stream: Any, name: str) -> Iterator[bytes]:
+  """The lines of a binary stream, which may be a small file that decompresses to anything.
+
+  Args:
+    stream: has `readline`.
+    name: of the file, for messages.
+
+  Raises:
+    DataError: a line is longer than any text.
+  """
+  if not isinstance(stream, io.BufferedIOBase):  # of a bucket: its readline takes no limit
+    stream = io.BufferedReader(stream, _BLOCK)
+  while line := stream.readline(MAX_LINE_BYTES + 1):
+    if len(line) > MAX_LINE_BYTES:
+      raise DataError(f'{name}: a line of more than {MAX_LINE_BYTES} bytes; break it into lines, one for each row')
+    yield line
+
+
 def _decode(path: epath.Path, raw: Any, on_bytes: OnBytes) -> Iterator[str]:
   packed = path.suffix == '.gz'
   stream = gzip.GzipFile(fileobj=raw) if packed else raw
   offset = seen = 0
-  for line in io.BufferedReader(stream, _BLOCK) if packed else stream:
+  for line in limited_lines(io.BufferedReader(stream, _BLOCK) if packed else stream, str(path)):
     try:
       text = line.decode('utf-8-sig' if offset == 0 else 'utf-8')
     except UnicodeDecodeError as e:

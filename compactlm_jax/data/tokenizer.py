@@ -19,12 +19,14 @@ from compactlm_jax.data import text
 from compactlm_jax.errors import ConfigError, DataError
 from compactlm_jax.filenames import TOKENIZER_FILES
 from compactlm_jax.parse import parse_json
+from compactlm_jax.storage import require_inside
 
 SPECIAL_TOKENS = ('[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]')
 """Special tokens of trained vocabularies, in the order of their ids."""
 
 _ROLES = ('pad', 'unk', 'cls', 'sep', 'mask')
 _BATCH = 1000
+_MOST_BYTES = 256 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +104,11 @@ def load_tokenizer(folder: Any) -> Tokenizer:
 
   Raises:
     ConfigError: a file or a special token is missing, or a file cannot be read.
+    DataError: a file is a link that leads out of the folder.
   """
   path = epath.Path(folder)
+  for name in TOKENIZER_FILES:
+    _require_sane(path / name, path)
   config = {**_read_json(path / 'tokenizer_config.json'), **_read_json(path / 'special_tokens_map.json')}
   if (path / 'tokenizer.json').exists():
     try:
@@ -129,6 +134,13 @@ def load_tokenizer(folder: Any) -> Tokenizer:
     ids[f'{role}_id'] = found
   vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
   return Tokenizer(backend=backend, folder=str(path), vocab_size=vocab_size, **ids)
+
+
+def _require_sane(file: epath.Path, folder: epath.Path) -> None:
+  """No link out of the folder, as `Tokenizer.save` copies every file; no more than is ever needed."""
+  require_inside(file, folder)
+  if file.exists() and (size := file.stat().length) > _MOST_BYTES:
+    raise ConfigError(f'{file}: {size} bytes, more than the {_MOST_BYTES} that are read of such a file')
 
 
 def _read_json(path: epath.Path) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +15,7 @@ from etils import epath
 from compactlm_jax.errors import DataError
 from compactlm_jax.filenames import is_plain
 from compactlm_jax.parse import parse_json
+from compactlm_jax.storage import require_inside
 
 WEIGHTS, INDEX, MANIFEST = 'model.safetensors', 'model.safetensors.index.json', 'manifest.json'
 SPARSE_WEIGHTS, ONNX = 'model.sparse.safetensors', 'model.onnx'
@@ -69,7 +69,7 @@ class Folder:
       DataError: it is missing, leads outside the folder, is larger than `cap`, or is not what the manifest lists.
     """
     file = self.path / name
-    _require_inside(file, self.path)
+    require_inside(file, self.path)
     try:
       if (size := file.stat().length) > cap:
         raise DataError(f'{file}: {size} bytes, more than the {cap} that are read of such a file')
@@ -80,7 +80,9 @@ class Folder:
       if name not in self.digests:
         raise DataError(f'{file}: not listed in {MANIFEST}; delete {MANIFEST} if you changed the folder on purpose')
       if hashlib.sha256(data).hexdigest() != self.digests[name]:
-        raise DataError(f'{file}: its SHA-256 is not the one in {MANIFEST}; the file is damaged or was changed')
+        raise DataError(
+          f'{file}: its SHA-256 is not the one in {MANIFEST}; it is damaged or was changed, copy it again'
+        )
     return data
 
   def read_json(self, name: str) -> dict[str, Any]:
@@ -147,7 +149,10 @@ def read_tensors(folder: Folder) -> dict[str, np.ndarray]:
     raise DataError(f'{where}: weight_map is missing or empty')
   for name, shard in shard_of.items():
     if not isinstance(shard, str) or not is_plain(shard) or not shard.endswith('.safetensors'):
-      raise DataError(f'{where}: tensor {name} is said to be in {shard!r}; expected a .safetensors file of this folder')
+      raise DataError(
+        f'{where}: tensor {name} is said to be in {shard!r}; expected a .safetensors file of this folder; '
+        'download the index and its shards again'
+      )
   out: dict[str, np.ndarray] = {}
   left = MAX_TOTAL_BYTES
   for shard in sorted(set(shard_of.values())):
@@ -176,7 +181,7 @@ def _parse(data: bytes, where: str) -> dict[str, np.ndarray]:
   """Arrays of one safetensors file; offsets, overlaps and sizes are checked by the safetensors library."""
   header = int.from_bytes(data[:8], 'little')
   if len(data) < 8 or header > min(MAX_HEADER_BYTES, len(data) - 8):
-    raise DataError(f'{where}: damaged or truncated (header of {header} bytes in a file of {len(data)})')
+    raise DataError(f'{where}: damaged or truncated (header of {header} bytes in a file of {len(data)}); copy it again')
   try:
     tensors = safetensors.deserialize(data)
   except safetensors.SafetensorError as e:
@@ -211,13 +216,3 @@ def _class_named(folder: Folder) -> str:
   except (DataError, LookupError, TypeError, ValueError):
     return 'AutoModel'
   return name if isinstance(name, str) and name.isidentifier() else 'AutoModel'
-
-
-def _require_inside(file: epath.Path, folder: epath.Path) -> None:
-  """Refuses links that lead out, but for the download cache's own snapshots/REVISION/FILE -> blobs/HASH."""
-  if '://' in str(file):
-    return  # object stores have no links
-  real, home = pathlib.Path(file).resolve(), pathlib.Path(folder).resolve()
-  blobs = home.parent.parent / 'blobs' if home.parent.name == 'snapshots' else home
-  if not (real.is_relative_to(home) or real.is_relative_to(blobs)):
-    raise DataError(f'{file}: a link that leads out of the folder, to {real}; copy the file itself there')

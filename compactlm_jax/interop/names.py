@@ -345,7 +345,9 @@ def _checked(name: str, tensor: np.ndarray, expected: tuple[int, ...]) -> np.nda
   if tensor.dtype not in (np.float32, np.float16, np.dtype(ml_dtypes.bfloat16)):
     raise DataError(f'tensor {name}: found dtype {tensor.dtype}, expected float32, float16 or bfloat16')
   if tensor.shape != expected:
-    raise ConfigError(f'tensor {name}: found shape {tensor.shape}, expected {expected} from config.json')
+    raise ConfigError(
+      f'tensor {name}: found shape {tensor.shape}, expected {expected} from config.json; take both files of one model'
+    )
   value = tensor.astype(np.float32)
   if not np.isfinite(value).all():
     raise DataError(f'tensor {name}: holds values that are not finite; the file is damaged')
