@@ -1,9 +1,6 @@
 """Hostile, damaged and incomplete folders are refused by name, and nothing in them runs."""
 
 import json
-import pathlib
-import pickle
-import struct
 
 import numpy as np
 import pytest
@@ -74,20 +71,10 @@ def test_a_complete_folder_is_read(tmp_path):
   assert np.array_equal(sharded.params['encoder']['layers']['ffn_in']['kernel'][1], expected)
 
 
-def test_pickles_are_never_opened(tmp_path):
-  """Mutation: torch.load or pickle.load on the file would create the canary."""
-  canary = tmp_path / 'canary'
-
-  class Bomb:
-    def __reduce__(self):
-      return (pathlib.Path.touch, (canary,))
-
+def test_the_remedy_for_pickles_names_the_class(tmp_path):
+  """Hostile ones are in faults/test_hostile.py. Mutation: always AutoModel, which reads no head."""
   folder = _write(tmp_path / 'm')
-  (folder / 'model.safetensors').unlink()
-  for name in ('pytorch_model.bin', 'model.pt', 'weights.pkl'):
-    (folder / name).write_bytes(pickle.dumps(Bomb()))
-  with pytest.raises(DataError, match=r'model\.pt.*AutoModel\.from_pretrained'):
-    from_pretrained(folder)
+  (folder / 'model.safetensors').rename(folder / 'pytorch_model.bin')
   for architectures, named in (
     (['ConvBertForMaskedLM'], 'ConvBertForMaskedLM'),
     (['a b'], 'AutoModel'),
@@ -96,30 +83,6 @@ def test_pickles_are_never_opened(tmp_path):
     (folder / 'config.json').write_text(json.dumps({**CONFIG, 'architectures': architectures}))
     with pytest.raises(DataError, match=f"transformers' {named}.from_pretrained"):
       from_pretrained(folder)
-  assert not canary.exists()
-  pickle.loads((folder / 'model.pt').read_bytes())  # noqa: S301 - proves that the bomb is live
-  assert canary.exists()
-
-
-@pytest.mark.parametrize(
-  'shard',
-  ['../model.safetensors', '/etc/model.safetensors', 'sub/a.safetensors', 'a.bin', '', '..', 3, 'a\0.safetensors'],
-)
-def test_an_index_cannot_leave_the_folder(shard, tmp_path):
-  index = _shard(tmp_path / 'm')
-  _write(tmp_path).joinpath('model.safetensors')  # a real file where '..' leads
-  index['weight_map']['embeddings.LayerNorm.bias'] = shard
-  with pytest.raises(DataError, match='embeddings.LayerNorm.bias is said to be in'):
-    from_pretrained(_index(tmp_path / 'm', index))
-
-
-def test_links_out_of_the_folder_are_refused(tmp_path):
-  outside = _write(tmp_path / 'outside')
-  folder = _write(tmp_path / 'm')
-  (folder / 'model.safetensors').unlink()
-  (folder / 'model.safetensors').symlink_to(outside / 'model.safetensors')
-  with pytest.raises(DataError, match='leads out of the folder'):
-    from_pretrained(folder)
 
 
 def test_links_of_the_download_cache_are_followed(tmp_path):
@@ -138,33 +101,6 @@ def test_truncated_weights_name_the_file(keep, tmp_path):
   data = (folder / 'model.safetensors').read_bytes()
   (folder / 'model.safetensors').write_bytes(data[:keep])
   with pytest.raises(DataError, match=r'model\.safetensors: damaged or truncated'):
-    from_pretrained(folder)
-
-
-def _entry(shape, start, stop):
-  return {'dtype': 'F32', 'shape': shape, 'data_offsets': [start, stop]}
-
-
-def _header(entries, payload=b'\0' * 16):
-  text = json.dumps(entries).encode()
-  return struct.pack('<Q', len(text)) + text + payload
-
-
-@pytest.mark.parametrize(
-  'data',
-  [
-    struct.pack('<Q', 1 << 60) + b'{}',
-    _header({'a': _entry([4], 0, 16), 'b': _entry([2], 8, 16)}),
-    _header({'a': _entry([1 << 40, 1 << 40], 0, 16)}),
-    _header({'a': _entry([4], 0, 16)}, b'\0' * 99),
-    struct.pack('<Q', 8) + b'not json',
-  ],
-  ids=['huge header', 'overlap', 'absurd shape', 'trailing bytes', 'no json'],
-)  # fmt: skip
-def test_malformed_headers_are_refused(data, tmp_path):
-  folder = _write(tmp_path / 'm')
-  (folder / 'model.safetensors').write_bytes(data)
-  with pytest.raises(DataError, match='damaged or truncated'):
     from_pretrained(folder)
 
 
@@ -305,9 +241,9 @@ def test_a_hub_name_offline_says_so(tmp_path, monkeypatch):
   assert not [p for p in kwargs['allow_patterns'] if not p.endswith(('.json', '.safetensors', '.txt'))]
 
 
-@pytest.mark.parametrize('name', ['model.safetensors', 'config.json', 'README.md'])
+@pytest.mark.parametrize('name', ['config.json', 'README.md'])
 def test_a_flipped_bit_is_found_by_the_manifest(name, tmp_path):
-  """Mutation: do not pass the manifest's digests on: the flipped weight loads silently."""
+  """Of weights: faults/test_hostile.py. Mutation: do not pass the manifest's digests on."""
   save_pretrained(from_pretrained(_write(tmp_path / 'm')), tmp_path / 'e')
   data = bytearray((tmp_path / 'e' / name).read_bytes())
   data[-2] ^= 1
