@@ -8,6 +8,9 @@ from collections.abc import Iterator
 
 BUCKET = 'compactlm-test'
 
+# gcsfs reads it when it is imported, and would ask the real service of what kind the bucket is.
+os.environ.setdefault('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')
+
 
 @contextlib.contextmanager
 def emulated(folder) -> Iterator[str]:
@@ -22,7 +25,7 @@ def emulated(folder) -> Iterator[str]:
     'STORAGE_EMULATOR_HOST': url,  # gcsfs and google-cloud-storage
     'TENSORSTORE_GCS_HTTP_URL': url,
     'GOOGLE_CLOUD_PROJECT': 'test',
-    'GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT': 'false',  # would ask the real service of what kind the bucket is
+    'NO_GCE_CHECK': 'true',  # google-auth would look for the metadata server of a virtual machine
   }
   before = {name: os.environ.get(name) for name in settings}
   os.environ.update(settings)

@@ -40,6 +40,21 @@ def test_round_trip_with_donation(tmp_path, commit_file):
   assert equal(restored, make_state(4)) and metadata == {**METADATA, 'step': 4}
 
 
+def test_by_the_protocol_of_buckets_a_step_counts_with_its_commit_file_only(tmp_path):
+  """Mutation: go by names in `StepDirectory._counts`."""
+  with Checkpoints(tmp_path / 'c', 3, commit_file=True) as checkpoints:
+    for step in (1, 2):
+      checkpoints.save(step, place(make_state(step), 2), METADATA, wait=True)
+    assert all((tmp_path / 'c' / step / 'commit_success.txt').exists() for step in ('1', '2'))
+    restored, _ = checkpoints.restore(abstract(make_state(0)))
+    assert equal(restored, make_state(2))
+  (tmp_path / 'c' / '2' / 'commit_success.txt').unlink()
+  with Checkpoints(tmp_path / 'c', 3, commit_file=True) as checkpoints:
+    assert checkpoints.all_steps() == [1] and not (tmp_path / 'c' / '2').exists()
+    restored, metadata = checkpoints.restore(abstract(make_state(0)))
+  assert equal(restored, make_state(1)) and metadata['step'] == 1
+
+
 def test_a_relative_directory(tmp_path, monkeypatch):
   """Mutation: take `epath.Path(directory)` as it is; Orbax then fails in the background."""
   monkeypatch.chdir(tmp_path)
@@ -73,7 +88,6 @@ def test_sync_part_does_not_wait_for_the_disk(tmp_path):
   with Checkpoints(tmp_path, 3, on_event=event) as checkpoints:
     checkpoints.save(1, make_state(1), METADATA)
     assert 'committed' not in seen and checkpoints.all_steps() == []
-    checkpoints.check_errors()  # does not wait either
     gate.set()
   assert seen == ['start', 'digest', 'manifest', 'committed', 'verified']
 
