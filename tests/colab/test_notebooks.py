@@ -7,6 +7,7 @@ import io
 import json
 import pathlib
 import re
+import runpy
 import types
 
 import jax
@@ -86,8 +87,8 @@ def check_pictures(name, outputs):
     (png,) = shown[ident]
     pixels = imread(io.BytesIO(base64.b64decode(png)))[..., :3]
     assert min(pixels.shape[:2]) >= 200, ident
-    drawn = (pixels < 0.9).any(-1)
-    assert drawn.mean() > 0.02 and len(np.unique(pixels[drawn], axis=0)) > 10, f'{ident} is blank'
+    coloured = np.ptp(pixels, axis=-1) > 0.2  # what is plotted; frames and letters are grey
+    assert coloured.mean() > 1e-3, f'{ident} shows no data'
 
 
 def test_quickstart_distils_and_the_student_loads_in_transformers(tmp_path, fetched, monkeypatch):
@@ -149,7 +150,7 @@ def test_only_what_a_user_may_call_is_imported(name):
   assert found and {module.split('.')[1] for module in found} <= USABLE
 
 
-def install(name, installed, versions, monkeypatch):
+def install(name, installed, versions, folder, monkeypatch):
   """Runs the cell that installs, where the package is not there yet: (magics that were called, its variables)."""
   asked = []
   shell = types.SimpleNamespace(run_line_magic=lambda magic, line: asked.append((magic, line)))
@@ -157,9 +158,10 @@ def install(name, installed, versions, monkeypatch):
   monkeypatch.setattr(importlib.util, 'find_spec', lambda package: None)
   monkeypatch.setattr(importlib.metadata, 'distributions', lambda: known)
   monkeypatch.setattr(importlib.metadata, 'version', lambda package: versions.get(package, '1.0'))
-  space = {'get_ipython': lambda: shell, 'REPOSITORY': 'https://host/repository'}
-  exec(python_of(name)['install'], space)
-  return asked, space
+  file = folder / 'cell.py'
+  file.write_text(python_of(name)['install'])
+  given = {'get_ipython': lambda: shell, 'REPOSITORY': 'https://host/repository'}
+  return asked, runpy.run_path(str(file), given)
 
 
 LOADED = {'jax': jax.__version__, 'numpy': np.__version__}
@@ -177,19 +179,19 @@ LOADED = {'jax': jax.__version__, 'numpy': np.__version__}
   ],
 )
 @pytest.mark.parametrize('name', NAMES)
-def test_a_usable_jax_is_kept_and_another_is_replaced_with_its_plugin(name, installed, wanted, monkeypatch):
+def test_a_usable_jax_is_kept_and_another_is_replaced_with_its_plugin(name, installed, wanted, tmp_path, monkeypatch):
   """Mutation: name no JAX (pip then takes the newest for the newest Flax, and libtpu stays behind)."""
-  asked, space = install(name, installed, LOADED, monkeypatch)
+  asked, space = install(name, installed, LOADED, tmp_path, monkeypatch)
   assert asked == [('pip', 'install --quiet "compactlm-jax[plots] @ git+{REPOSITORY}" "{wanted_jax}"')]
   assert space['wanted_jax'] == wanted
   Requirement(wanted)
 
 
 @pytest.mark.parametrize('name', NAMES)
-def test_a_package_that_was_replaced_under_the_kernel_asks_for_a_restart(name, monkeypatch):
+def test_a_package_that_was_replaced_under_the_kernel_asks_for_a_restart(name, tmp_path, monkeypatch):
   """Mutation: compare the version of jax alone."""
   with pytest.raises(RuntimeError, match='Restart session'):
-    install(name, {}, {**LOADED, 'numpy': '0.1'}, monkeypatch)
+    install(name, {}, {**LOADED, 'numpy': '0.1'}, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize('name', NAMES)
