@@ -5,10 +5,9 @@ by us: shape, dtype and SHA-256 of every leaf, the caller's metadata, and a SHA-
 commits atomically but restores flipped bits and casts dtypes without a word, and never falls back to an older step;
 the manifest closes these holes.
 
-With several processes, process 0 digests whole leaves (leaves that are spread over processes are gathered one at a
-time), and every process reads and verifies the whole checkpoint and then takes its own shards. Digests therefore do
-not depend on the mesh, and a checkpoint restores onto any number of devices or processes. The cost is that each host
-reads all bytes and holds them once in host memory, which is small for the models of this library.
+With several processes, process 0 digests whole leaves (those spread over processes are gathered one at a time), and
+every process reads and verifies the whole checkpoint, then takes its own shards. So digests do not depend on the mesh,
+and a checkpoint restores onto any number of devices or processes; each host holds all bytes once, which is little here.
 """
 
 from __future__ import annotations
@@ -101,7 +100,7 @@ class Checkpoints:
     self._worker: threading.Thread | None = None
     self._error: BaseException | None = None
     self._last_good: int | None = None  # saved or restored, and verified, by this object
-    self._failures, self._saving = 0, -1
+    self._failures, self._saving, self._agreed = 0, -1, True
     try:
       if jax.process_index() == 0:
         self._directory.mkdir(parents=True, exist_ok=True)
@@ -114,6 +113,10 @@ class Checkpoints:
     return self
 
   def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    if error and jax.process_count() > 1:  # perhaps of this process alone: the others agree on nothing now
+      if self._worker is not None:
+        self._worker.join(60)
+      return
     # If there is an error already, it is the one to report.
     with contextlib.suppress(*([StorageError] if error else [])):
       self.wait()
@@ -130,7 +133,8 @@ class Checkpoints:
     """Starts to save; digests, writing, verification by reading back, and retention run in the background.
 
     `state` may be donated as soon as this returns. A save that fails (a full disk) is logged and the next call tries
-    again, up to `retries` times in a row. Saving a step that this run has saved already does nothing.
+    again, up to `retries` times in a row (a process that fails alone, among several, raises). Saving a step that this
+    run has saved already does nothing.
 
     Args:
       step: number of steps done.
@@ -151,15 +155,6 @@ class Checkpoints:
       self._start(step, state, metadata)
     if wait or self._worker is None:  # without a worker it has failed already
       self._collect(final=wait)
-
-  def check_errors(self) -> None:
-    """Reports a failed background save without waiting for one that is running (with several processes: no-op).
-
-    Raises:
-      StorageError: see `save`.
-    """
-    if jax.process_count() == 1 and self._worker is not None and not self._worker.is_alive():
-      self._collect(final=False)
 
   def wait(self) -> None:
     """Waits for the save that is running.
@@ -213,12 +208,13 @@ class Checkpoints:
     return None
 
   def _start(self, step: int, state: TrainState, metadata: Mapping[str, Any]) -> None:
-    self._saving = step
+    self._saving, self._agreed = step, True
     size = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
     free = storage.free_bytes(self._directory)
     if not _all_processes(free is None or jax.process_index() != 0 or free >= 2 * size):
       self._error = OSError(f'{free} bytes free, {2 * size} wanted before a save')
-      return
+      return  # on all processes
+    self._agreed = jax.process_count() == 1
     self._event('start', step)
     manifest = _Manifest(step, metadata, _host_copies(state), self._event)
     try:
@@ -262,6 +258,8 @@ class Checkpoints:
       self._worker = None
     step, self._saving = self._saving, -1
     error, self._error = self._error, None
+    if error is not None and not self._agreed:  # the others wait for what this process did not write
+      self._failed(step, error, final=True)
     if _all_processes(error is None):
       self._failures, self._last_good = 0, step
     else:
