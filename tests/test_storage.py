@@ -107,6 +107,7 @@ def test_datasets_are_those_of_a_disk(bucket, tmp_path):
     assert here == there
     files = {p.name for p in (bucket / f'rows{parts}').iterdir()}
     assert files == {p.name for p in (tmp_path / f'rows{parts}').iterdir()}
+    assert all(name.startswith('compactlm_rows-') or '-' not in name for name in files)  # no marks of parts
     a, b = (open_dataset(place / f'rows{parts}').fetch(np.arange(20)) for place in (bucket, epath.Path(tmp_path)))
     assert all((a[name] == b[name]).all() for name in b)
 

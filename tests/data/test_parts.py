@@ -69,6 +69,7 @@ def test_bytes_do_not_depend_on_who_writes_which_part_when(texts, vocabulary, ma
   parts.finish(plan, tokenizer)
   assert digests(tmp_path / 'out') == digests(made)
   assert len([name for name in digests(made) if 'train.array_record' in name]) == 3
+  assert not [name for name in digests(made) if name.startswith(('part-', '.'))]
 
 
 def test_rows_are_those_of_the_files_and_as_many_as_asked_for_are_held_out(texts, vocabulary, tmp_path):
