@@ -122,6 +122,9 @@ def load_tokenizer(folder: Any) -> Tokenizer:
       f'{path}: neither tokenizer.json nor vocab.txt is there; give a Hugging Face tokenizer folder, '
       'or make one with: compactlm tokenizer --input=GLOB --vocab_size=N --output=DIR'
     )
+  unknown = getattr(backend.model, 'unk_token', None)
+  if unknown is not None and backend.model.token_to_id(unknown) is None:  # found out at the first unknown word only
+    raise ConfigError(f'{path}: the unk_token {unknown!r} of the model is not in its vocabulary; save it again')
   backend.no_padding()
   backend.no_truncation()
   backend.encode_special_tokens = True
