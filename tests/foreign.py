@@ -6,6 +6,7 @@ by numbers that a function `pick` chooses: hypothesis in tests/faults/test_fuzz.
 that fails; a generator of random numbers in benchmarks/fuzz.py, which is fast enough for a hundred thousand cases.
 """
 
+import contextlib
 import dataclasses
 import faulthandler
 import functools
@@ -98,6 +99,23 @@ def _watch() -> _Watch:
   return _Watch()
 
 
+@contextlib.contextmanager
+def watched(folder: pathlib.Path) -> Iterator[None]:
+  """Nothing outside of `folder` is opened or changed, nothing is started, nobody is called.
+
+  Raises:
+    OtherError: at the end, if it was.
+  """
+  watch = _watch()
+  watch.folder, watch.thread, watch.seen = os.path.realpath(folder) + os.sep, threading.get_ident(), []
+  try:
+    yield
+  finally:
+    watch.folder = ''
+    if watch.seen:
+      raise OtherError(watch.seen[0])
+
+
 def check(reader: Reader, folder: pathlib.Path) -> str:
   """Reads `folder`, which holds one case.
 
@@ -107,27 +125,23 @@ def check(reader: Reader, folder: pathlib.Path) -> str:
   Raises:
     OtherError: an exception that is not ours, a file outside the folder, code, a network call, too much memory.
   """
-  watch = _watch()
   faulthandler.register(signal.SIGALRM, chain=True)  # tells where it hangs, then the signal ends the process
   before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   signal.setitimer(signal.ITIMER_REAL, SECONDS)
-  watch.folder, watch.thread, watch.seen = os.path.realpath(folder) + os.sep, threading.get_ident(), []
   try:
-    reader.read(folder)
+    with watched(folder):
+      reader.read(folder)
     result = 'read'
   except CompactLMError as e:
     result = type(e).__name__
     if not str(e):
       raise OtherError(f'{reader.name}: {result} without a message') from e
+  except (OtherError, KeyboardInterrupt):
+    raise
   except BaseException as e:
-    if isinstance(e, KeyboardInterrupt):
-      raise
     raise OtherError(f'{reader.name}: {type(e).__name__}: {e!s:.300}') from e
   finally:
-    watch.folder = ''
     signal.setitimer(signal.ITIMER_REAL, 0)
-  if watch.seen:
-    raise OtherError(f'{reader.name}: {watch.seen[0]}')
   grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
   if grown > MOST_BYTES:
     raise OtherError(f'{reader.name}: {grown} bytes more memory')
