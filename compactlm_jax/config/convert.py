@@ -56,7 +56,7 @@ def _coerce(kind: Any, value: Any, path: str) -> Any:
 
 
 @functools.cache
-def _kinds(cls: type) -> dict[str, Any]:
+def _kinds(cls: Any) -> dict[str, Any]:
   return typing.get_type_hints(cls)
 
 
@@ -68,7 +68,7 @@ def from_config_dict(cls: type[_C], config: Any, prefix: str = '') -> _C:
   """
   if not isinstance(config, (dict, ml_collections.ConfigDict)):
     raise ConfigError(f'{".".join(["config", prefix])[:-1]}: expected a section, got {config!r}')
-  kinds = _kinds(cls)
+  kinds = _kinds(typing.cast(Any, cls))
   unknown = sorted(set(config.keys()) - set(kinds))
   if unknown:
     raise ConfigError(f'config.{prefix}{unknown[0]}: unknown field; known fields are {", ".join(sorted(kinds))}')
