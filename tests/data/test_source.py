@@ -219,6 +219,7 @@ def test_prepared_rows_train_without_tensorflow(corpus, vocabulary, tmp_path):
   prepare(str(corpus), str(vocabulary), tmp_path / 'out', 32, 'pairs', holdout_rows=5)
   code = (
     'import sys, warnings; warnings.simplefilter("error")\n'
+    'warnings.filterwarnings("ignore", "label.. is deprecated", DeprecationWarning)\n'  # of protobuf 6, about TFDS
     'from compactlm_jax.data.batches import Batches\n'
     'from compactlm_jax.data.source import open_dataset\n'
     'b = Batches(open_dataset(sys.argv[1]), 4, 0)\n'
