@@ -31,7 +31,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from compactlm_jax import stepdir, storage
-from compactlm_jax.errors import ConfigError, NumericsError, StorageError
+from compactlm_jax.errors import ConfigError, NumericsError, StorageError, first_line
 from compactlm_jax.stepdir import DamagedError, StepDirectory
 from compactlm_jax.tree import named_leaves, nested
 from compactlm_jax.types import Params, TrainState
@@ -270,7 +270,7 @@ class Checkpoints:
     if jax.process_index() == 0:
       with contextlib.suppress(OSError):
         self._steps.clean()
-    reason = str(error).partition('\n')[0][:300] or type(error).__name__
+    reason = first_line(error)
     if final or self._failures > self._retries:
       last = self._last_good if self._last_good is not None else self.latest_step()
       good = 'there is no older one' if last is None else f'the last good step is {last}'
@@ -356,7 +356,8 @@ def _read(path: epath.Path, leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
     name: np.broadcast_to(np.zeros((), jnp.dtype(leaf['dtype'])), tuple(leaf['shape']))
     for name, leaf in leaves.items()
   }
-  (context := ocp.Context()).pytree.loading.partial_load = True
+  context = ocp.Context()
+  context.pytree.loading.partial_load = True
   if jax.process_count() > 1:
     # Each process reads by itself, without barriers. All must read equally often: Orbax counts operations per process
     # and uses the count in the barriers of the next save.

@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from compactlm_jax.errors import ConfigError, PeerError
+from compactlm_jax.errors import ConfigError, PeerError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -269,11 +269,6 @@ def lost_peer(error: BaseException) -> str:
   text = f'{type(error).__name__} {error}'
   lost = re.search(r'gloo|coordination|heartbeat|UNAVAILABLE|connection (was )?(reset|closed|refused)|peer', text, re.I)
   return first_line(error) if lost else ''
-
-
-def first_line(error: BaseException) -> str:
-  """The first line of what an error says."""
-  return (str(error).partition('\n')[0] or type(error).__name__)[:300]
 
 
 TOLD = 'COMPACTLM_TOLD'

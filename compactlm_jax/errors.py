@@ -52,3 +52,8 @@ class ConfigError(CompactLMError):
   """A configuration that is invalid, or does not match the data, tokenizer or weights. Exit code 78."""
 
   exit_code = 78
+
+
+def first_line(error: BaseException) -> str:
+  """The first line of what an error says, or its kind."""
+  return (str(error).partition('\n')[0] or type(error).__name__)[:300]

@@ -46,6 +46,11 @@ def free_bytes(path: epath.PathLike) -> int | None:
   return None if is_remote(path) else shutil.disk_usage(path).free
 
 
+def cache_folder(name: str) -> epath.Path:
+  """$XDG_CACHE_HOME/compactlm/NAME, or ~/.cache/compactlm/NAME."""
+  return epath.Path(os.environ.get('XDG_CACHE_HOME') or epath.Path('~/.cache').expanduser()) / 'compactlm' / name
+
+
 def children(folder: epath.PathLike) -> list[epath.Path]:
   """What a folder holds; nothing if it is not there, as a bucket knows no empty folders."""
   try:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from typing import Any
 
 from etils import epath
@@ -15,17 +14,12 @@ from etils import epath
 from compactlm_jax.data import text
 from compactlm_jax.data.manifest import FILE, Manifest
 from compactlm_jax.errors import DataError, StorageError
-from compactlm_jax.storage import free_bytes, whole_file
+from compactlm_jax.storage import cache_folder, free_bytes, whole_file
 
 log = logging.getLogger(__name__)
 
 _BLOCK = 1 << 22
 _SPARE_BYTES = 64 << 20
-
-
-def cache_folder() -> epath.Path:
-  """$XDG_CACHE_HOME/compactlm/data, or ~/.cache/compactlm/data."""
-  return epath.Path(os.environ.get('XDG_CACHE_HOME') or epath.Path('~/.cache').expanduser()) / 'compactlm' / 'data'
 
 
 def local_copy(path: Any, manifest: Manifest) -> epath.Path:
@@ -43,7 +37,7 @@ def local_copy(path: Any, manifest: Manifest) -> epath.Path:
     StorageError: the disk is too small.
   """
   remote = epath.Path(path)
-  folder = cache_folder() / hashlib.sha256(manifest.dumps().encode()).hexdigest()[:32]
+  folder = cache_folder('data') / hashlib.sha256(manifest.dumps().encode()).hexdigest()[:32]
   shards = [shard for found in manifest.splits.values() for shard in found]
   wanted = [s for s in shards if not ((folder / s.file).exists() and (folder / s.file).stat().length == s.bytes)]
   folder.mkdir(parents=True, exist_ok=True)

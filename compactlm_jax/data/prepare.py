@@ -132,7 +132,6 @@ def _write_once(
   overwrite: bool,
 ) -> Manifest:
   if (existing := _existing(target, settings, overwrite)) is not None:
-    log.info('%s already holds this dataset; it is reused', target)
     return existing
   # At least this much is written: ids take about two bytes each, a token about four characters of (packed) text.
   _require_space(target.parent, sum(s.size for s in sources) // 2 + _SPARE_BYTES)
@@ -153,7 +152,6 @@ def _write_parts(
 ) -> Manifest:
   plan = plan_parts(sources, {**settings, 'parts': spread.parts, 'shard_rows': 0})
   if (existing := _existing(target, plan.settings, overwrite, plan)) is not None:
-    log.info('%s already holds this dataset; it is reused', target)
     return existing
   write = write_here if spread.runner == LOCAL else _beam(spread)
   with _parts_folder(target) as folder:
@@ -186,6 +184,7 @@ def _existing(
     manifest = read_manifest(target)
     if manifest.settings == settings or (plan is not None and plan.describes(manifest.settings)):
       verify_files(target, manifest)
+      log.info('%s already holds this dataset; it is reused', target)
       return manifest
   except DataError:
     if not overwrite:

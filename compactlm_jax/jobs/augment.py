@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 import pathlib
 import shutil
 import sys
@@ -35,7 +34,7 @@ from compactlm_jax.jobs.candidates import Finder, load_masked_model
 from compactlm_jax.jobs.models import params_digest
 from compactlm_jax.jobs.output import output_table
 from compactlm_jax.parse import parse_json
-from compactlm_jax.storage import is_remote
+from compactlm_jax.storage import is_remote, whole_file
 from compactlm_jax.train.signals import StopRequest
 
 SHARD_ROWS = 256
@@ -329,26 +328,20 @@ def _parts_folder(target: pathlib.Path, settings: dict[str, Any], overwrite: boo
 
 
 def _join(target: pathlib.Path, parts: pathlib.Path, header: str, settings: dict[str, Any], counts: Counts) -> None:
-  draft = target.with_name(f'.{target.name}.tmp')
-  try:
-    with draft.open('wb') as out:
-      out.write(header.encode())
-      for file in sorted(file for file in parts.iterdir() if file.name.isdecimal()):
-        with file.open('rb') as part:
-          part.readline()
-          shutil.copyfileobj(part, out)
-    os.replace(draft, target)
-  finally:
-    draft.unlink(missing_ok=True)
+  with whole_file(target) as draft, draft.open('wb') as out:
+    out.write(header.encode())
+    for file in sorted(file for file in parts.iterdir() if file.name.isdecimal()):
+      with file.open('rb') as part:
+        part.readline()
+        shutil.copyfileobj(part, out)
   report = {'settings': settings, 'counts': dataclasses.asdict(counts)}
   _write_whole(_report_file(target), json.dumps(report, indent=2) + '\n')
   shutil.rmtree(parts)
 
 
 def _write_whole(file: pathlib.Path, content: str) -> None:
-  draft = file.with_name(f'.{file.name}.{os.getpid()}.tmp')
-  draft.write_text(content, encoding='utf-8', newline='')
-  os.replace(draft, file)
+  with whole_file(file, shared=True) as draft:
+    draft.write_bytes(content.encode())
 
 
 def _read_counts(file: pathlib.Path) -> Counts:

@@ -13,6 +13,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from compactlm_jax import storage
 from compactlm_jax.plan.program import Collective, Overflow, Program
 
 log = logging.getLogger(__name__)
@@ -22,9 +23,8 @@ _ENVIRONMENT = ('XLA_FLAGS', 'LIBTPU_INIT_ARGS', 'JAX_DEFAULT_MATMUL_PRECISION')
 
 
 def cache_folder() -> pathlib.Path:
-  """$XDG_CACHE_HOME/compactlm/plan, or ~/.cache/compactlm/plan."""
-  root = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
-  return pathlib.Path(root) / 'compactlm' / 'plan'
+  """Where results are kept; see `storage.cache_folder`."""
+  return pathlib.Path(storage.cache_folder('plan'))
 
 
 def versions() -> dict[str, str]:
@@ -97,6 +97,5 @@ def save(key: str, result: Program | Overflow) -> None:
 
 
 def _replace(path: pathlib.Path, content: bytes) -> None:
-  draft = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-  draft.write_bytes(content)
-  draft.replace(path)
+  with storage.whole_file(path, shared=True) as draft:
+    draft.write_bytes(content)
