@@ -39,4 +39,4 @@ benchmarks: .venv/ready
 	.venv/bin/python benchmarks/loader.py
 
 clean:
-	rm -rf .venv .venv-demo $(DEMO_DIR)
+	rm -rf .venv .venv-demo .cache $(DEMO_DIR)

@@ -1,12 +1,16 @@
 """Strict settings for every test: eight virtual CPU devices, no silent rank promotion, warnings are errors."""
 
 import os
+import pathlib
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('JAX_NUM_CPU_DEVICES', '8')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 # Tests compile hundreds of tiny programs: LLVM's optimiser would take most of their time.
 os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0')
+# Compiled programs are shared by all processes of the tests, and kept for the next run (`make clean` removes them).
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(pathlib.Path(__file__).parents[1] / '.cache' / 'jax'))
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
 
 import jax
 

@@ -153,7 +153,8 @@ def _evaluate(values: flags.FlagValues) -> str:
   results = run_evaluate(config, values.checkpoint, values.split, values.output, timing=timing)
   if 'grid' in results:
     print(as_text(results))
-  return f'{values.output or values.checkpoint}: {json.dumps(results["metrics"])}'
+  found = json.dumps(results['metrics']) if results['metrics'] else 'predictions of unlabelled rows'
+  return f'{values.output or values.checkpoint}: {found}'
 
 
 def _predict(values: flags.FlagValues) -> str:

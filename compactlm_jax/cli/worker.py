@@ -161,6 +161,8 @@ def _translated(name: str, number: int) -> int:
   by = signal.Signals(number).name
   if number in _RESTART:
     why = 'another process of the job is gone, or this one was killed'
+    if number == signal.SIGKILL:
+      why = 'from outside, or by the system because memory ran out; see its log before it happens again'
     print(f'compactlm {name}: ended by {by} ({why}); a restart continues from the last checkpoint', file=sys.stderr)
     return PeerError.exit_code
   print(f'compactlm {name}: ended by {by}; this is a bug, here or in a library', file=sys.stderr)

@@ -38,6 +38,7 @@ FIELDS = {
 
 def start(workdir, cache=None):
   env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '1'}
+  env.pop('JAX_COMPILATION_CACHE_DIR', None)
   if cache:
     env |= {'JAX_COMPILATION_CACHE_DIR': str(cache), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
   overrides = [f'--config.{name}={value}' for name, value in FIELDS.items()]
