@@ -1,0 +1,147 @@
+"""A small run of every task, compiled once per process, whose updates can be made non-finite from outside.
+
+One layer, 16 channels, rows of 16 tokens, dropout on. A batch whose first mask entry is `LOSS` or `GRADIENT` instead of
+1 makes the loss, or one gradient alone, non-finite: so one compiled program serves all cases, and a run with a bad
+update differs from one without in that update only.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from compactlm_jax.config import MeshConfig, RunConfig, from_config_dict
+from compactlm_jax.jobs import build_job
+from compactlm_jax.parallel import make_mesh, param_shardings, state_shardings, to_global
+from compactlm_jax.train.optimizer import make_optimizer
+from compactlm_jax.train.step import compile_step, init_state, make_train_step
+from compactlm_jax.tree import named_leaves
+from compactlm_jax.types import TrainState
+
+ROOT = pathlib.Path(__file__).parents[1]
+TASKS = ('electra', 'lm', 'distill', 'finetune', 'prune', 'adapt')
+LOSS, GRADIENT = 2, 3
+POISONED_LEAF = 'encoder/layers/ffn_out/bias'
+
+
+def config_of(task, **changes):
+  """configs/tiny.py:TASK, smaller; of the stages of adapt the one with a teacher and all terms."""
+  spec = importlib.util.spec_from_file_location('every_task_tiny', ROOT / 'configs' / 'tiny.py')
+  tiny = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(tiny)
+  config = from_config_dict(RunConfig, tiny.get_config(task))
+  sizes = {'vocab_size': 64, 'hidden_size': 16, 'num_layers': 1, 'intermediate_size': 32, 'embedding_size': 16}
+  fields = {
+    'encoder': dataclasses.replace(config.encoder, max_positions=16, **sizes),
+    'data': dataclasses.replace(config.data, seq_len=16, eval_rows=16),
+    'mesh': MeshConfig(data=2, fsdp=2),
+    'steps': 60,
+    'log_every': 1,
+    'seed': 3,
+  }
+  if task == 'adapt':
+    fields['adapt'] = dataclasses.replace(config.adapt, stages=('depth',), depths=(1.0,))
+  return dataclasses.replace(config, **{**fields, **changes})
+
+
+def poisoned(task):
+  """The task with a loss that a batch can make non-finite."""
+
+  def loss(params, frozen, batch, key, step):
+    asked = batch.attention_mask[0, 0]
+    clean = dataclasses.replace(batch, attention_mask=jnp.minimum(batch.attention_mask, 1))
+    value, metrics = task.loss(params, frozen, clean, key, step)
+    x = named_leaves(params)[POISONED_LEAF].reshape(-1)[0]
+    # sqrt(0) is 0, its derivative infinite; sqrt(1) - 1 changes nothing.
+    value += jnp.sqrt(jnp.where(asked == GRADIENT, 0 * x, 1.0)) - 1.0
+    return jnp.where(asked == LOSS, jnp.nan, value), metrics
+
+  return dataclasses.replace(task, loss=loss)
+
+
+def poison(batch, kind):
+  """The batch with what makes its update non-finite: 'loss', 'gradient', or 'batch', an id outside the vocabulary."""
+  ids, mask = np.array(batch.input_ids), np.array(batch.attention_mask)
+  if kind == 'batch':
+    ids[0, 1] = 64 + 7
+  else:
+    mask[0, 0] = {'loss': LOSS, 'gradient': GRADIENT}[kind]
+  return dataclasses.replace(batch, input_ids=ids, attention_mask=mask)
+
+
+def host(tree):
+  """Copies of all leaves, which no later step reuses."""
+  return jax.tree.map(lambda x: np.array(x), tree)
+
+
+def same_bits(a, b):
+  """Whether two trees have the same structure, dtypes and bits; NaN equals NaN."""
+  leaves = [jax.tree.leaves(tree) for tree in (a, b)]
+  same = all(x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in zip(*leaves))
+  return same and jax.tree.structure(a) == jax.tree.structure(b)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A placed job and its compiled step."""
+
+  job: Any
+  mesh: Any
+  initial: TrainState
+  frozen: Any
+  step: Any
+
+  def place(self, state):
+    """A state on the mesh, in buffers of its own, which a step may reuse."""
+    return jax.tree.map(lambda x, s: jax.device_put(np.array(x), s), state, state_shardings(self.mesh, state))
+
+  def steps(self, state, numbers, skip=(), kinds=None):
+    """(losses, state on the host) after the given steps.
+
+    Args:
+      state: on the host.
+      numbers: 0-based.
+      skip: steps whose update is left out; the counter moves on.
+      kinds: step -> what makes its update non-finite.
+    """
+    state, losses = self.place(state), []
+    for number in numbers:
+      if number in skip:
+        state = dataclasses.replace(state, step=state.step + 1)
+        continue
+      batch = self.job.batches.batch(number)
+      if kind := (kinds or {}).get(number):
+        batch = poison(batch, kind)
+      state, metrics = self.step(state, self.frozen, to_global(self.mesh, batch))
+      assert int(metrics['bad_step']) == (number in (kinds or {}))
+      losses.append(float(metrics['loss']))
+    return losses, host(state)
+
+
+def fresh(config, devices):
+  """(job, mesh, state on the host, frozen weights in place), made anew."""
+  job = build_job(config)
+  mesh = make_mesh(config.mesh, devices)
+  tx = make_optimizer(config.optimizer, job.total_steps, job.task.trainable, job.task.groups)
+  frozen = None if job.task.frozen is None else jax.device_put(job.task.frozen, param_shardings(mesh, job.task.frozen))
+  return job, mesh, host(init_state(job.task, tx, mesh, config.seed)), frozen, tx
+
+
+@functools.cache
+def compiled(task, data=2, fsdp=2):
+  """The `Run` of a task on data x fsdp devices; its task is `poisoned`."""
+  config = config_of(task, mesh=MeshConfig(data=data, fsdp=fsdp))
+  job, mesh, state, frozen, tx = fresh(config, jax.devices()[: data * fsdp])
+  step = make_train_step(poisoned(job.task), tx, config.seed, config.optimizer.accumulate, mesh)
+  return Run(job, mesh, state, frozen, compile_step(step, mesh, state_on(mesh, state), frozen))
+
+
+def state_on(mesh, state):
+  """Shapes of a state with their places on a mesh."""
+  placed = state_shardings(mesh, state)
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, placed)
