@@ -66,7 +66,7 @@ class Masks:
       draw = jax.random.uniform(jax.random.fold_in(key, index), shape, minval=-1.0)
       # PyTorch's kaiming_uniform_ with a = sqrt(5), as the original calls it, is uniform within 1 / sqrt(inputs).
       bound = 1.0 if method == 'random' else scale if how == 'uniform' else shape[1] ** -0.5
-      out[name] = jnp.full(shape, scale) if how == 'constant' and method != 'random' else bound * draw
+      out[name] = jnp.full(shape, scale, jnp.float32) if how == 'constant' and method != 'random' else bound * draw
     return out
 
   def ranked(self, params: Params, spread: Spread | None = None) -> Leaves:

@@ -35,6 +35,13 @@ def placed(prune):
   return place_job(prune_config(prune), jax.devices()[:1])
 
 
+@pytest.mark.parametrize('prune', [PruneConfig(density=0.3), HARD, GATES, SOFT], ids=lambda prune: prune.method)
+def test_a_fresh_state_has_the_types_of_a_trained_one(prune):
+  """Or the second step, and the first after a resume, compiles again. Mutation: no dtype for constant scores."""
+  weak = [name for name, leaf in named_leaves(placed(prune)[2]).items() if leaf.weak_type]
+  assert not weak
+
+
 def test_gradients_of_scores_and_weights_are_those_of_the_masked_weights():
   """dL/dS = dL/dW' * W in every entry, dL/dW = dL/dW' * M. Mutation: g * M * W for the scores, g for the weights."""
   job, mesh, state, frozen, _ = placed(HARD)
