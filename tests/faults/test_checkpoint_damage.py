@@ -1,10 +1,10 @@
 """Damaged checkpoints and full disks: detected, named, and answered by the step before."""
 
-import pathlib
 import shutil
 
 import pytest
 from checkpointing import METADATA, abstract, equal, flip_weight, make_state, restore, snapshot, write
+from damaging import FullDisk, damages, inflict
 
 from compactlm_jax import checkpoint
 from compactlm_jax.checkpoint import Checkpoints, load_params
@@ -20,28 +20,6 @@ def two_steps(tmp_path_factory):
   directory = tmp_path_factory.mktemp('two')
   write(directory, (1, 2))
   return directory
-
-
-def damages(directory, step):
-  """Every file of a step x {truncate, delete, flip one bit at 3 offsets}."""
-  for path in sorted(p for p in (directory / str(step)).rglob('*') if p.is_file()):
-    size, name = path.stat().st_size, path.relative_to(directory)
-    yield name, 'delete', 0
-    if size:
-      yield name, 'truncate', size // 2
-      yield from ((name, 'flip', offset) for offset in sorted({0, size // 2, size - 1}))
-
-
-def inflict(directory, name, how, offset):
-  path = directory / name
-  data = bytearray(path.read_bytes())
-  if how == 'delete':
-    path.unlink()
-  elif how == 'truncate':
-    path.write_bytes(data[:offset])
-  else:
-    data[offset] ^= 1
-    path.write_bytes(data)
 
 
 def check_damage(two_steps, work, name, how, offset):
@@ -138,28 +116,6 @@ def test_an_explicit_step_does_not_fall_back(two_steps, tmp_path):
   for call in (restore, load_params):
     with pytest.raises(ConfigError, match='step'):
       call(work, step=7)
-
-
-class FullDisk:
-  """Stands for Orbax: its answers fail with ENOSPC while `full`."""
-
-  def __init__(self, monkeypatch, late):
-    real, self.full = checkpoint.ocp.save_checkpointables_async, True
-
-    def save(path, items):
-      if not self.full:
-        return real(path, items)
-      if not late:
-        raise OSError(28, 'No space left on device')
-      pathlib.Path(f'{path}.orbax-checkpoint-tmp').mkdir()
-
-      class Response:
-        def result(self):
-          raise ValueError('RESOURCE_EXHAUSTED: No space left on device')
-
-      return Response()
-
-    monkeypatch.setattr(checkpoint.ocp, 'save_checkpointables_async', save)
 
 
 @pytest.mark.parametrize('late', [False, True])

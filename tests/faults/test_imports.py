@@ -1,0 +1,39 @@
+"""Row 20 of the fault matrix: training and export need no other framework and warn of nothing."""
+
+import os
+import subprocess
+import sys
+
+from every_task import ROOT
+from processes import FIELDS
+
+CODE = """
+import sys, warnings
+ABSENT = ('torch', 'tensorflow', 'tensorboard', 'tensorboardX', 'wandb')
+class Without:
+  def __init__(self, finder):
+    self._finder = finder
+  def __getattr__(self, name):
+    return getattr(self._finder, name)
+  def find_spec(self, name, *args):
+    return None if name.partition('.')[0] in ABSENT else self._finder.find_spec(name, *args)
+sys.meta_path[:] = map(Without, sys.meta_path)
+warnings.simplefilter('error')
+warnings.filterwarnings('ignore', '.*load_module.*', DeprecationWarning)  # of ml_collections
+warnings.filterwarnings('ignore', 'label.. is deprecated', DeprecationWarning)  # of protobuf 6, about TFDS
+from compactlm_jax import cli
+code = cli.main(sys.argv[1:3] + sys.argv[5:]) or cli.main(['export', f'--checkpoint={sys.argv[3]}', sys.argv[4]])
+assert not set(ABSENT) & set(sys.modules)
+sys.exit(code)
+"""
+
+
+def test_training_and_export_need_no_other_framework_and_warn_of_nothing(tmp_path):
+  """Mutation: `import torch` in jobs/export.py, or a deprecated call (`jax.tree_map`) in train/loop.py."""
+  fields = [f'--config.{name}={value}' for name, value in {**FIELDS, 'steps': 2}.items()]
+  argv = ['train', f'--workdir={tmp_path}/run', f'{tmp_path}/run', f'--output={tmp_path}/out']
+  argv += [f'--config={ROOT}/configs/tiny.py:finetune', *fields]
+  env = {**os.environ, 'JAX_NUM_CPU_DEVICES': '1'}
+  done = subprocess.run([sys.executable, '-c', CODE, *argv], cwd=ROOT, env=env, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr[-3000:]
+  assert (tmp_path / 'out' / 'model.safetensors').exists() and 'Warning' not in done.stderr
