@@ -3,6 +3,8 @@
 import dataclasses
 import pathlib
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from stored_rows import T, V, example, write
@@ -12,18 +14,19 @@ from compactlm_jax.data import shards
 from compactlm_jax.data.manifest import read_manifest
 from compactlm_jax.data.source import open_dataset
 from compactlm_jax.errors import DataError
+from compactlm_jax.tree import named_leaves, nested
 
 # --- checkpoints ----------------------------------------------------------------------------------------------------
 
 
-def damages(directory, step):
-  """Every file of a step x {truncate, delete, flip one bit at 3 offsets}."""
+def damages(directory, step, offsets=lambda size: {0, size // 2, size - 1}):
+  """Every file of a step x {truncate, delete, flip one bit at `offsets` of its size}."""
   for path in sorted(p for p in (directory / str(step)).rglob('*') if p.is_file()):
     size, name = path.stat().st_size, path.relative_to(directory)
     yield name, 'delete', 0
     if size:
       yield name, 'truncate', size // 2
-      yield from ((name, 'flip', offset) for offset in sorted({0, size // 2, size - 1}))
+      yield from ((name, 'flip', offset) for offset in sorted(offsets(size)))
 
 
 def inflict(directory, name, how, offset):
@@ -59,6 +62,40 @@ class FullDisk:
       return Response()
 
     monkeypatch.setattr(checkpoint.ocp, 'save_checkpointables_async', save)
+
+
+class Watched:
+  """Rows that tell which step is next."""
+
+  def __init__(self, batches, tell):
+    self._batches, self._tell = batches, tell
+
+  def prefetch(self, start_step):
+    """See `train.loop.BatchSource`."""
+    for step, batch in self._batches.prefetch(start_step):
+      self._tell(step)
+      yield step, batch
+
+
+def misfits(state):
+  """What a run may wrongly ask of a checkpoint: name -> (shapes of a state, the leaf that must be named)."""
+  like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+  leaves = named_leaves(like.params)
+  name = next(n for n, x in leaves.items() if n.startswith('encoder/') and x.ndim > 1)
+  leaf, struct = leaves[name], jax.ShapeDtypeStruct
+  rest = {n: x for n, x in leaves.items() if n != name}
+  changed = {
+    'bfloat16 for float32': {**leaves, name: struct(leaf.shape, jnp.bfloat16)},
+    'int32 for float32': {**leaves, name: struct(leaf.shape, jnp.int32)},
+    'another shape': {**leaves, name: struct((*leaf.shape[:-1], leaf.shape[-1] + 1), leaf.dtype)},
+    'a leaf too many': {**leaves, 'encoder/more/kernel': leaf},
+    'a leaf too few': rest,
+    'a leaf renamed': {**rest, f'{name}_new': leaf},
+  }
+  named = {'a leaf too many': 'encoder/more/kernel', 'a leaf renamed': f'{name}_new'}
+  return {
+    case: (dataclasses.replace(like, params=nested(params)), named.get(case, name)) for case, params in changed.items()
+  }
 
 
 # --- records --------------------------------------------------------------------------------------------------------

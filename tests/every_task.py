@@ -27,6 +27,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 TASKS = ('electra', 'lm', 'distill', 'finetune', 'prune', 'adapt')
 LOSS, GRADIENT = 2, 3
 POISONED_LEAF = 'encoder/layers/ffn_out/bias'
+MESHES = {'1': (1, 1), '2': (2, 1), '8': (8, 1), '1 x 4': (1, 4), '2 x 2': (2, 2), '4 x 1': (4, 1)}
+"""Name -> (data, fsdp)."""
 
 
 def config_of(task, **changes):
@@ -145,3 +147,19 @@ def state_on(mesh, state):
   """Shapes of a state with their places on a mesh."""
   placed = state_shardings(mesh, state)
   return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, placed)
+
+
+def deviation(task, state, data, fsdp, steps=20):
+  """Largest relative difference of the losses after a move from 4 devices to data x fsdp.
+
+  Args:
+    task: of TASKS.
+    state: on the host, after five steps.
+    data: devices that split rows alone.
+    fsdp: devices that split rows and parameters.
+    steps: how many are compared.
+  """
+  numbers = range(5, 5 + steps)
+  expected, found = (run.steps(state, numbers)[0] for run in (compiled(task), compiled(task, data, fsdp)))
+  assert len(set(expected)) == steps
+  return max(abs(a - b) / abs(a) for a, b in zip(expected, found, strict=True))

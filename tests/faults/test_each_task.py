@@ -9,7 +9,19 @@ import json
 import jax
 import numpy as np
 import pytest
-from every_task import POISONED_LEAF, TASKS, compiled, config_of, fresh, poison, poisoned, same_bits, state_on
+from every_task import (
+  MESHES,
+  POISONED_LEAF,
+  TASKS,
+  compiled,
+  config_of,
+  deviation,
+  fresh,
+  poison,
+  poisoned,
+  same_bits,
+  state_on,
+)
 
 from compactlm_jax.checkpoint import Checkpoints, load_params
 from compactlm_jax.config import MeshConfig
@@ -19,9 +31,6 @@ from compactlm_jax.metrics import read_metrics
 from compactlm_jax.parallel import make_mesh, to_global
 from compactlm_jax.train.loop import train
 from compactlm_jax.tree import named_leaves
-
-MESHES = {'1': (1, 1), '2': (2, 1), '8': (8, 1), '1 x 4': (1, 4), '2 x 2': (2, 2), '4 x 1': (4, 1)}
-"""Name -> (data, fsdp)."""
 
 
 def only(*fast):
@@ -122,14 +131,6 @@ def test_leaves_and_rows_are_the_same_on_any_devices(task, saved):
     assert jax.tree.map(lambda x: x.sharding, restored) == jax.tree.map(lambda x: x.sharding, like)
     assert same_bits(jax.tree.map(np.asarray, restored), state)
     assert same_bits(jax.tree.map(np.asarray, to_global(mesh, batch)), batch)
-
-
-def deviation(task, state, data, fsdp, steps=20):
-  """Largest relative difference of the losses after a move from 4 devices to data x fsdp."""
-  numbers = range(5, 5 + steps)
-  expected, found = (run.steps(state, numbers)[0] for run in (compiled(task), compiled(task, data, fsdp)))
-  assert len(set(expected)) == steps
-  return max(abs(a - b) / abs(a) for a, b in zip(expected, found, strict=True))
 
 
 @pytest.mark.parametrize('task', only('finetune'))

@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from damaging import FullDisk
+from damaging import FullDisk, Watched
 from every_task import config_of
 
 from compactlm_jax.config import MeshConfig
@@ -13,19 +13,6 @@ from compactlm_jax.metrics import read_metrics
 from compactlm_jax.train.loop import train
 
 CONFIG = config_of('finetune', steps=20, checkpoint_every=2, keep=20, mesh=MeshConfig(data=4, fsdp=2))
-
-
-class Watched:
-  """Rows that tell which step is next."""
-
-  def __init__(self, batches, tell):
-    self._batches, self._tell = batches, tell
-
-  def prefetch(self, start_step):
-    """See `train.loop.BatchSource`."""
-    for step, batch in self._batches.prefetch(start_step):
-      self._tell(step)
-      yield step, batch
 
 
 def job(tell=lambda step: None):
