@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import pytest
 from foreign_readers import bundle
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 from compactlm_jax.checkpoint import Checkpoints
 from compactlm_jax.config import RunConfig
@@ -186,6 +187,28 @@ def test_every_dependency_has_a_bound_or_a_reason():
   """Mutation: drop '<7' behind hypothesis."""
   free = {r.name for r in _requirements() if not any(s.operator in ('<', '<=', '==', '~=') for s in r.specifier)}
   assert free == set(UNBOUNDED)
+
+
+FIRST_SAFE = {
+  'numpy': ('1.22', 'CVE-2021-41496: a buffer that overflows'),
+  'onnx': ('1.21', 'CVE-2025-51480, CVE-2026-27489 and others: files outside of the folder'),
+  'pytest': ('9.0.3', 'CVE-2025-71176: its folder in /tmp'),
+  'scikit-learn': ('1.5', 'CVE-2024-5206: words of the training data kept'),
+  'torch': ('2.6', 'CVE-2025-32434: code run by torch.load'),
+  'tqdm': ('4.66.3', 'CVE-2024-34062: eval of command line options'),
+  'transformers': ('5.3', 'CVE-2026-4372: code run by a configuration; CVE-2025-14920 and others before'),
+}
+"""The first version without a known vulnerability, as of November 2026. `pip-audit` (docs/reliability.md) knows more."""
+
+
+def test_no_dependency_may_be_of_a_version_that_is_known_to_be_vulnerable():
+  """Of what pyproject.toml allows. Mutation: tqdm>=4.66."""
+  for name, (safe, why) in FIRST_SAFE.items():
+    bounds = [r.specifier for r in _requirements() if r.name == name]
+    assert bounds, name
+    for bound in bounds:
+      (least,) = [s.version for s in bound if s.operator in ('>=', '==')]
+      assert Version(least) >= Version(safe), (name, str(bound), why)
 
 
 def test_every_licence_is_permissive():
