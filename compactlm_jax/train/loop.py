@@ -17,7 +17,7 @@ from etils import epath
 from compactlm_jax.checkpoint import Checkpoints
 from compactlm_jax.config import RunConfig
 from compactlm_jax.errors import PreemptedError
-from compactlm_jax.metrics import MetricsWriter
+from compactlm_jax.metrics import MetricsWriter, read_metrics
 from compactlm_jax.parallel import check_batch_size, make_mesh, param_shardings, state_shardings, to_global
 from compactlm_jax.parse import parse_row
 from compactlm_jax.storage import write_whole
@@ -32,6 +32,8 @@ from compactlm_jax.train.watchdog import Watchdog
 from compactlm_jax.types import Batch, Params, Task, TrainState
 
 log = logging.getLogger(__name__)
+
+_MISSED = 'evaluation_missed'  # in the metadata of a checkpoint: asked to stop, the run left without it
 
 
 class BatchSource(Protocol):
@@ -105,7 +107,7 @@ def train(
     stop = stack.enter_context(StopRequest())
     _keep_files(job, epath.Path(workdir))
     checkpoints = stack.enter_context(Checkpoints(epath.Path(workdir) / 'checkpoints', keep=config.keep))
-    mesh, state, frozen, step_fn = _set_up(job, checkpoints)
+    mesh, state, frozen, step_fn, missed = _set_up(job, checkpoints)
     first = int(state.step)
     if first >= total and (results := _results_of(workdir, total)):
       log.info('all %d steps are done; results.json is kept (delete it to evaluate again)', total)
@@ -116,7 +118,8 @@ def train(
     evaluated = _evaluator(job, mesh, frozen, metadata)
     if job.keeper is not None:
       job.keeper.start(epath.Path(workdir), first)
-
+    if missed:
+      _make_up(writer, workdir, first, evaluated(state)[1])
     watchdog = stack.enter_context(Watchdog())
     batches = itertools.islice(job.batches.prefetch(first), max(0, total - first))
     for step, batch in watchdog.over(first, batches):
@@ -124,14 +127,15 @@ def train(
       done, stopping = step + 1, stop.requested(step + 1)
       reporter.add(done, metrics, batch, state, frozen)
       watchdog.done()
-      # Before the save: a run that resumes from this step does not evaluate it again.
-      if config.eval_every and done % config.eval_every == 0 and done < total and job.evals and not stopping:
+      # Before the save: a run that resumes from this step does not evaluate it again, unless it was asked to stop here.
+      due = bool(config.eval_every and done % config.eval_every == 0 and done < total and job.evals)
+      if due and not stopping:
         reporter.flush()
-        writer.write(done, {f'eval_{name}': value for name, value in evaluated(state)[1].items()})
+        writer.write(done, _line(evaluated(state)[1]))
       if stopping or done == total or done % config.checkpoint_every == 0:
         reporter.flush()
         writer.sync()
-        checkpoints.save(done, state, metadata, wait=stopping or done == total)
+        checkpoints.save(done, state, {**metadata, _MISSED: due and stopping}, wait=stopping or done == total)
       if stopping and done < total:
         raise PreemptedError(f'asked to stop: step {done} is saved in {workdir}; the same command continues from it')
 
@@ -140,8 +144,8 @@ def train(
     return _finish(job, workdir, scores, further, time.monotonic() - started)
 
 
-def _set_up(job: Job, checkpoints: Checkpoints) -> tuple[Any, TrainState, Any, Any]:
-  """The mesh, the state (restored or fresh), the frozen weights in place, and the compiled step."""
+def _set_up(job: Job, checkpoints: Checkpoints) -> tuple[Any, TrainState, Any, Any, bool]:
+  """The mesh, the state (restored or fresh), the frozen weights, the compiled step, and if an evaluation is missing."""
   config = job.config
   mesh = make_mesh(config.mesh)
   check_batch_size(mesh, config.batch_size, config.optimizer.accumulate)
@@ -155,7 +159,19 @@ def _set_up(job: Job, checkpoints: Checkpoints) -> tuple[Any, TrainState, Any, A
     log.info('resuming at step %d of %d', int(state.step), job.total_steps)
   frozen = None if job.task.frozen is None else jax.device_put(job.task.frozen, param_shardings(mesh, job.task.frozen))
   step_fn = make_train_step(job.task, tx, config.seed, config.optimizer.accumulate, mesh)
-  return mesh, state, frozen, compile_step(step_fn, mesh, state, frozen)
+  missed = restored is not None and bool(restored[1].get(_MISSED))
+  return mesh, state, frozen, compile_step(step_fn, mesh, state, frozen), missed
+
+
+def _line(scores: Mapping[str, float]) -> dict[str, float]:
+  return {f'eval_{name}': value for name, value in scores.items()}
+
+
+def _make_up(writer: MetricsWriter, workdir: str, step: int, scores: Mapping[str, float]) -> None:
+  """The line of an evaluation that a stop came before; a run that was killed after it has it already."""
+  line = _line(scores)
+  if not any(known['step'] == step and line.keys() <= known.keys() for known in read_metrics(workdir)):
+    writer.write(step, line)
 
 
 def _evaluator(
