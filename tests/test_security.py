@@ -198,7 +198,7 @@ FIRST_SAFE = {
   'tqdm': ('4.66.3', 'CVE-2024-34062: eval of command line options'),
   'transformers': ('5.3', 'CVE-2026-4372: code run by a configuration; CVE-2025-14920 and others before'),
 }
-"""The first version without a known vulnerability, as of November 2026. `pip-audit` (docs/reliability.md) knows more."""
+"""The first version without a vulnerability that we know of (November 2026); `pip-audit` knows more."""
 
 
 def test_no_dependency_may_be_of_a_version_that_is_known_to_be_vulnerable():
