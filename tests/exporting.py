@@ -75,6 +75,7 @@ def deviation(kind, folder, seed=0, inputs=100):
   import torch
   import transformers
 
+  transformers.utils.logging.disable_progress_bar()
   save_pretrained(random_bundle(kind, seed), folder)
   rng, length = np.random.default_rng(seed + 1), SIZES['max_positions']
   mask = (np.arange(length) < rng.integers(1, length + 1, inputs)[:, None]).astype(np.int32)
