@@ -41,12 +41,14 @@ with Checkpoints(directory, 2, commit_file=commit_file, on_event=event) as check
 """
 
 KILL_POINTS = [('digest', 2), ('manifest', 2), ('commit', 2), ('committed', 3), ('verified', 3), ('half deleted', 3)]
+QUICK = ('digest', 'commit', 'half deleted')  # of the commit by a file; the others differ less from a rename
 
 
 @pytest.mark.parametrize(
   ('commit_file', 'point', 'latest'),
   [(False, *p) for p in KILL_POINTS]
-  + [(True, *p) for p in KILL_POINTS if p[0] in ('digest', 'commit', 'half deleted')],
+  + [pytest.param(True, *p, marks=() if p[0] in QUICK else pytest.mark.slow) for p in KILL_POINTS]
+  + [pytest.param(mode, 'start', 2, marks=pytest.mark.slow) for mode in (False, True)],
 )
 def test_kill_inside_the_save_window(tmp_path, commit_file, point, latest):
   """Mutation: drop `clean` (leftovers stay), or write no mark in `delete` (a half deleted step counts)."""
@@ -58,7 +60,7 @@ def test_kill_inside_the_save_window(tmp_path, commit_file, point, latest):
     str(tmp_path / 'c'),
     point,
     str(commit_file),
-    str(pathlib.Path(__file__).parent),
+    str(pathlib.Path(__file__).parents[1]),
   ]
   result = subprocess.run(args, env=env, capture_output=True, text=True)
   assert result.returncode == -9, result.stderr[-2000:]
@@ -123,7 +125,7 @@ def test_two_processes_save_restore_and_fall_back_together(tmp_path):
     s.bind(('127.0.0.1', 0))
     port = s.getsockname()[1]
   env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '2'}
-  here = str(pathlib.Path(__file__).parent)
+  here = str(pathlib.Path(__file__).parents[1])
   runs = [
     subprocess.Popen(
       [sys.executable, '-c', TWO_PROCESSES, str(i), str(tmp_path / 'c'), here, str(port)],
