@@ -218,34 +218,34 @@ PARTS: dict[str, Callable[[int, pathlib.Path], Figures]] = {
 }
 
 
-def figures(seed: int, only: tuple[str, ...] = ()) -> Figures:
+def figures(seed: int, only: tuple[str, ...] = tuple(PARTS)) -> Figures:
   """(what, figure) of every part.
 
   Args:
     seed: of bits, weights and inputs.
-    only: names of PARTS; all if empty.
+    only: names of PARTS.
 
   Raises:
     WrongError: something was silently wrong.
   """
   found: Figures = []
-  for name, part in PARTS.items():
-    if not only or name in only:
-      with tempfile.TemporaryDirectory() as folder:
-        found += part(seed, pathlib.Path(folder))
+  for name in only:
+    with tempfile.TemporaryDirectory() as folder:
+      found += PARTS[name](seed, pathlib.Path(folder))
   return found
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--seed', type=int, default=0)
-  parser.add_argument('--only', default='')
+  parser.add_argument('--only', default=','.join(PARTS))
   args = parser.parse_args()
   logging.disable(logging.CRITICAL)
   print(f'JAX {jax.__version__}, {jax.device_count()} devices, seed {args.seed}')
-  print('| what | figure |\n|---|---|')
-  for what, figure in figures(args.seed, tuple(filter(None, args.only.split(',')))):
-    print(f'| {what} | {figure} |', flush=True)
+  print('| what | figure | part |\n|---|---:|---|')
+  for name in args.only.split(','):
+    for what, figure in figures(args.seed, (name,)):
+      print(f'| {what} | {figure} | {name} |', flush=True)
 
 
 if __name__ == '__main__':
