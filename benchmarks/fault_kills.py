@@ -1,0 +1,258 @@
+"""Runs that are killed at random moments, and runs of 2,000 steps: the sections `kills` and `long` of faults.py.
+
+Every task in rotation, as `compactlm train` in processes of their own (tests/faulted_runs.py). A run is killed by
+SIGKILL: one time in four while it starts, else some time after it wrote its first line, in a step, a save or an
+evaluation. The same command starts it again, and nothing else touches its directory. At the end losses, evaluations,
+parameters and optimiser have to be those of a run that was left alone.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import os
+import pathlib
+import random
+import statistics
+import sys
+import tempfile
+import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / 'tests'))
+
+import faulted_runs as runs
+
+EVERY = 5
+SHORT = {'steps': 60, 'checkpoint_every': EVERY, 'eval_every': 20}
+LONG = {'steps': 2000, 'checkpoint_every': 100, 'eval_every': 500}
+WARM = 200  # steps after which nothing new is compiled: the first evaluation has its time before 2 * WARM
+KILLS_PER_RUN = 4
+Figures = list[tuple[str, str]]
+
+
+@dataclasses.dataclass
+class Tally:
+  """What was counted over all runs."""
+
+  kills: int = 0
+  starting: int = 0
+  saving: int = 0
+  redone: list[int] = dataclasses.field(default_factory=list)
+  finished: int = 0
+  equal: int = 0
+  replayed: int = 0
+  differing: int = 0
+  repairs: int = 0
+  tasks: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+
+
+@dataclasses.dataclass
+class Alone:
+  """A run that was left alone: its outcome, its losses, seconds to its first line and from there to its end."""
+
+  outcome: dict
+  losses: dict
+  start: float
+  rest: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+  """A look at a running process: steps logged, resident memory and disk in bytes, open files."""
+
+  step: int
+  memory: int
+  files: int
+  disk: int
+
+
+def written(workdir: pathlib.Path) -> list[tuple[str, int]]:
+  """What changes when a run of any stage writes a line."""
+  return [(name, p.stat().st_mtime_ns) for name, run in runs.runs(workdir).items() for p in run.glob('metrics.jsonl')]
+
+
+def left_alone(workdir: pathlib.Path, task: str, cache: pathlib.Path, **changes: object) -> Alone:
+  """Runs a task to its end."""
+  started = time.monotonic()
+  process = runs.start(workdir, task, cache, **changes)
+  while not written(workdir) and process.popen.poll() is None:
+    time.sleep(0.01)
+  first = time.monotonic()
+  runs.finish(process)
+  return Alone(runs.outcome(workdir), runs.losses(workdir), first - started, time.monotonic() - first)
+
+
+def survive(workdir: pathlib.Path, task: str, cache: pathlib.Path, alone: Alone, moments: random.Random, tally: Tally,
+            kills: int, **changes: object) -> None:  # fmt: skip
+  """Kills a run so many times, lets it end, and compares."""
+  while True:
+    before, process = written(workdir), runs.start(workdir, task, cache, **changes)
+    starting = moments.random() < 0.25
+    if kills:
+      while not starting and written(workdir) == before and process.popen.poll() is None:
+        time.sleep(0.002)
+      time.sleep(moments.uniform(0, alone.start if starting else alone.rest / 2))
+      if runs.kill(process):
+        kills -= 1
+        note(workdir, task, tally, alone, starting)
+        continue
+    if process.popen.wait(runs.processes.PATIENCE):
+      tally.repairs += 1  # it would need a person
+      print(f'{workdir}: exit code {process.popen.returncode}\n{process.text()[-3000:]}', file=sys.stderr)
+      return
+    tally.finished += 1
+    tally.equal += runs.outcome(workdir) == alone.outcome
+    return
+
+
+def note(workdir: pathlib.Path, task: str, tally: Tally, alone: Alone, starting: bool) -> None:
+  """Counts a kill."""
+  _, _, redone = runs.lost(workdir)
+  tally.kills += 1
+  tally.tasks[task] += 1
+  tally.starting += starting
+  tally.saving += any('tmp' in p.name for run in runs.runs(workdir).values() for p in run.glob('checkpoints/*'))
+  if not starting:
+    tally.redone.append(redone)
+  seen = runs.losses(workdir)
+  tally.replayed += len(seen)
+  tally.differing += sum(alone.losses.get(place) != loss for place, loss in seen.items())
+
+
+def kill_figures(seed: int, kills: int = 50, tasks: tuple[str, ...] = runs.TASKS, folder: str = '') -> Figures:
+  """Section `kills`: at least so many over all tasks. What runs leave is kept in `folder`, if one is named."""
+  moments, tally = random.Random(seed), Tally()
+  with tempfile.TemporaryDirectory() as temporary:
+    root, alone, number = pathlib.Path(folder or temporary), {}, 0
+    while tally.kills < kills:
+      task = tasks[number % len(tasks)]
+      changes = {**SHORT, **({'steps': 30, 'eval_every': 10} if task == 'adapt' else {})}  # in each of two stages
+      cache = root / f'cache-{task}'
+      if task not in alone:
+        alone[task] = left_alone(root / f'alone-{task}', task, cache, **changes)
+      survive(root / f'run-{number}', task, cache, alone[task], moments, tally, KILLS_PER_RUN, **changes)
+      number += 1
+      print(f'{task}: {tally}', file=sys.stderr, flush=True)
+  return summary(tally, EVERY)
+
+
+def summary(tally: Tally, every: int) -> Figures:
+  """The figures of killed runs."""
+  tasks = ', '.join(f'{task} {count}' for task, count in sorted(tally.tasks.items()))
+  return [
+    (
+      'SIGKILL at random moments',
+      f'{tally.kills} kills ({tasks}; {tally.starting} while starting, {tally.saving} with a save under way)',
+    ),
+    (
+      'killed runs that end with the bits of a run left alone: every loss and evaluation, parameters, optimiser',
+      f'{tally.equal} of {tally.finished}',
+    ),
+    (
+      'losses logged before a kill that differ from those of the run left alone',
+      f'{tally.differing} of {tally.replayed}',
+    ),
+    (
+      f'steps done again per kill, saving every {every}',
+      f'median {statistics.median(tally.redone):g}, at most {max(tally.redone)}',
+    ),
+    ('runs that needed repair by hand', str(tally.repairs)),
+  ]
+
+
+def last_step(path: pathlib.Path) -> int:
+  """The step of the last whole line of metrics.jsonl, without reading all of it."""
+  try:
+    with path.open('rb') as file:
+      file.seek(max(0, path.stat().st_size - 4096))
+      lines = file.read().split(b'\n')[:-1]
+    return int(lines[-1].split(b'"step": ')[1].split(b',')[0])
+  except (OSError, IndexError, ValueError):
+    return 0
+
+
+def bytes_in(folder: pathlib.Path) -> int:
+  """Bytes of all files below a folder, which may change meanwhile."""
+  total = 0
+  for base, _, names in os.walk(folder):
+    for name in names:
+      try:
+        total += os.lstat(os.path.join(base, name)).st_size
+      except FileNotFoundError:
+        continue
+  return total
+
+
+def look(process: runs.processes.Process, workdir: pathlib.Path) -> Sample | None:
+  """A sample; None once the process is gone."""
+  proc = pathlib.Path(f'/proc/{process.popen.pid}')
+  try:
+    memory = int((proc / 'statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+    files = len(os.listdir(proc / 'fd'))
+  except (OSError, IndexError):
+    return None
+  return Sample(last_step(workdir / 'metrics.jsonl'), memory, files, bytes_in(workdir / 'checkpoints'))
+
+
+def watched(workdir: pathlib.Path, task: str, cache: pathlib.Path, **changes: object) -> list[Sample]:
+  """Samples of a run that is left alone, five a second."""
+  process, samples = runs.start(workdir, task, cache, **changes), []
+  while process.popen.poll() is None:
+    if (sample := look(process, workdir)) is not None:
+      samples.append(sample)
+    time.sleep(0.2)
+  runs.finish(process)
+  return samples
+
+
+def flatness(samples: list[Sample], steps: int, size: int) -> tuple[float, int, int, float]:
+  """(growth of memory in percent, open files early and late, most disk in checkpoints) from WARM to the last steps."""
+  # The first evaluation compiles; memory is compared from then on.
+  first = LONG['eval_every'] if steps > 2 * LONG['eval_every'] else WARM
+  early = [s for s in samples if first < s.step <= first + 300]
+  late = [s for s in samples if steps - 300 <= s.step < steps]
+  if not early or not late:
+    raise SystemExit('too few samples: more steps are needed')
+  memory = [statistics.median(s.memory for s in part) for part in (early, late)]
+  files = [min(s.files for s in part) for part in (early, late)]  # between two saves, which open some
+  return 100 * (memory[1] / memory[0] - 1), files[0], files[1], max(s.disk for s in samples) / size
+
+
+def long_figures(seed: int, kills: int = 50, steps: int = 2000, tasks: tuple[str, ...] = runs.TASKS) -> Figures:
+  """Section `long`: of every task a run that is left alone and one under kills."""
+  moments, tally, found = random.Random(seed), Tally(), {}
+  keep = runs.SMALL['keep']
+  with tempfile.TemporaryDirectory() as folder:
+    root = pathlib.Path(folder)
+    for task in tasks:
+      changes = {**LONG, 'steps': steps, **({'adapt.stages': 'depth'} if task == 'adapt' else {})}
+      workdir, cache, started = root / f'alone-{task}', root / f'cache-{task}', time.monotonic()
+      samples = watched(workdir, task, cache, **changes)
+      size = bytes_in(workdir / 'checkpoints' / str(steps))
+      found[task] = flatness(samples, steps, size)
+      print(f'{task}: {found[task]}, {time.monotonic() - started:.0f} s', file=sys.stderr, flush=True)
+      rest = 0.8 * (time.monotonic() - started)
+      alone = Alone(runs.outcome(workdir), runs.losses(workdir), rest / 8, rest)
+      survive(root / f'run-{task}', task, cache, alone, moments, tally, -(-kills // len(tasks)), **changes)
+      print(f'{task}: {tally}', file=sys.stderr, flush=True)
+  growth = max(found, key=lambda task: found[task][0])
+  return [
+    (
+      f'runs of {steps} steps under kills that end with the bits of one left alone',
+      f'{tally.equal} of {tally.finished}',
+    ),
+    ('kills of these runs', str(tally.kills)),
+    (
+      f'growth of resident memory over {steps} steps, from the first evaluation on',
+      ', '.join(f'{task} {values[0]:+.1f} %' for task, values in found.items()) + f' (most: {growth})',
+    ),
+    (
+      'open files between saves, early and late',
+      ', '.join(f'{task} {values[1]} and {values[2]}' for task, values in found.items()),
+    ),
+    (
+      f'most disk that checkpoints take, keep = {keep}',
+      f'{max(values[3] for values in found.values()):.2f} checkpoints',
+    ),
+    ('long runs that needed repair by hand', str(tally.repairs)),
+  ]
