@@ -4,6 +4,7 @@ Accumulation: train/test_step.py, tasks/test_prune.py. Rows per host: data/test_
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from compactlm_jax.train.step import make_gradient
 from compactlm_jax.types import SpecialTokens
 
 
+@functools.cache
 def gradient(config, eager=False):
   """(loss, gradients) of the first step, with dropout."""
   job = build_job(config)
