@@ -1,7 +1,7 @@
 """Runs that are killed at random moments, and runs of 2,000 steps: the sections `kills` and `long` of faults.py.
 
 Every task in rotation, as `compactlm train` in processes of their own (tests/faulted_runs.py). A run is killed by
-SIGKILL: one time in four while it starts, else some time after it wrote its first line, in a step, a save or an
+SIGKILL: one time in four while it starts, else some steps after its first one, at any moment of a step, a save or an
 evaluation. The same command starts it again, and nothing else touches its directory. At the end losses, evaluations,
 parameters and optimiser have to be those of a run that was left alone.
 """
@@ -48,12 +48,12 @@ class Tally:
 
 @dataclasses.dataclass
 class Alone:
-  """A run that was left alone: its outcome, its losses, seconds to its first line and from there to its end."""
+  """A run that was left alone: its outcome, its losses, seconds to its first line and between two of them."""
 
   outcome: dict
   losses: dict
   start: float
-  rest: float
+  pace: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,17 @@ def left_alone(workdir: pathlib.Path, task: str, cache: pathlib.Path, **changes:
     time.sleep(0.01)
   first = time.monotonic()
   runs.finish(process)
-  return Alone(runs.outcome(workdir), runs.losses(workdir), first - started, time.monotonic() - first)
+  losses = runs.losses(workdir)
+  return Alone(runs.outcome(workdir), losses, first - started, (time.monotonic() - first) / len(losses))
+
+
+def go_on(process: runs.processes.Process, workdir: pathlib.Path, before: list[tuple[str, int]], steps: int) -> None:
+  """Waits until a process has written its first lines, and so many more."""
+  while written(workdir) == before and process.popen.poll() is None:
+    time.sleep(0.002)
+  wanted = len(runs.losses(workdir)) + steps
+  while len(runs.losses(workdir)) < wanted and process.popen.poll() is None:
+    time.sleep(0.002)
 
 
 def survive(workdir: pathlib.Path, task: str, cache: pathlib.Path, alone: Alone, moments: random.Random, tally: Tally,
@@ -89,12 +99,12 @@ def survive(workdir: pathlib.Path, task: str, cache: pathlib.Path, alone: Alone,
     before, process = written(workdir), runs.start(workdir, task, cache, **changes)
     starting = moments.random() < 0.25
     if kills:
-      while not starting and written(workdir) == before and process.popen.poll() is None:
-        time.sleep(0.002)
-      time.sleep(moments.uniform(0, alone.start if starting else alone.rest / 2))
+      if not starting:
+        go_on(process, workdir, before, moments.randrange(len(alone.losses) // (kills + 1) + 1))
+      time.sleep(moments.uniform(0, alone.start / 2 if starting else 10 * alone.pace))
       if runs.kill(process):
         kills -= 1
-        note(workdir, task, tally, alone, starting)
+        note(workdir, task, tally, alone, written(workdir) == before)
         continue
     if process.popen.wait(runs.processes.PATIENCE):
       tally.repairs += 1  # it would need a person
@@ -106,7 +116,7 @@ def survive(workdir: pathlib.Path, task: str, cache: pathlib.Path, alone: Alone,
 
 
 def note(workdir: pathlib.Path, task: str, tally: Tally, alone: Alone, starting: bool) -> None:
-  """Counts a kill."""
+  """Counts a kill; `starting` if the process had written nothing."""
   _, _, redone = runs.lost(workdir)
   tally.kills += 1
   tally.tasks[task] += 1
@@ -231,8 +241,8 @@ def long_figures(seed: int, kills: int = 50, steps: int = 2000, tasks: tuple[str
       size = bytes_in(workdir / 'checkpoints' / str(steps))
       found[task] = flatness(samples, steps, size)
       print(f'{task}: {found[task]}, {time.monotonic() - started:.0f} s', file=sys.stderr, flush=True)
-      rest = 0.8 * (time.monotonic() - started)
-      alone = Alone(runs.outcome(workdir), runs.losses(workdir), rest / 8, rest)
+      losses, seconds = runs.losses(workdir), time.monotonic() - started
+      alone = Alone(runs.outcome(workdir), losses, seconds / 8, seconds / len(losses))
       survive(root / f'run-{task}', task, cache, alone, moments, tally, -(-kills // len(tasks)), **changes)
       print(f'{task}: {tally}', file=sys.stderr, flush=True)
   growth = max(found, key=lambda task: found[task][0])
