@@ -13,5 +13,13 @@ os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(pathlib.Path(__file__).pa
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
 
 import jax
+import pytest
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+
+@pytest.fixture(autouse=True, scope='module')
+def _forget_programs():
+  """What a module compiled goes with it: otherwise a worker of the whole suite grows to 7 GB."""
+  yield
+  jax.clear_caches()
