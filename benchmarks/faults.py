@@ -1,8 +1,8 @@
 """Injects faults by the hundred and prints what became of them: the slow tier of the fault matrix, as a Markdown table.
 
 Sections: `kills` (SIGKILL at random moments, all tasks), `long` (2,000 steps of every task, alone and under kills:
-memory, open files, disk) and `damage` (see fault_damage.py). Figures also go to benchmarks/results/faults.json, each
-section with its seed and the versions that it ran with; sections that are not run keep their old ones.
+memory, open files, disk) and `damage` (see fault_damage.py). Figures also go to benchmarks/results/faults.json, by the
+command that makes them again; those of commands that are not run stay.
 
 Usage: python benchmarks/faults.py [--only=kills,long,damage] [--seed=0] [--kills=50] [--steps=2000] [--tasks=NAME,...]
 Takes hours on two cores; `--only=kills --kills=10` takes minutes.
@@ -50,10 +50,10 @@ def options_of(args: argparse.Namespace, name: str) -> list[str]:
 
 
 def table(record: dict[str, dict]) -> str:
-  """The figures of all sections that have run."""
+  """The figures of all commands that have run."""
   lines = ['| fault | figure | command |', '|---|---|---|']
-  for section in record.values():
-    lines += [f'| {what} | {figure} | `{section["command"]}` |' for what, figure in section['figures']]
+  for command, found in record.items():
+    lines += [f'| {what} | {figure} | `{command}` |' for what, figure in found['figures']]
   return '\n'.join(lines)
 
 
@@ -72,8 +72,8 @@ def main() -> None:
   for name in args.only.split(','):
     started = time.monotonic()
     figures = known[name](args.seed)
-    record[name] = {
-      'command': f'python benchmarks/faults.py {" ".join(options_of(args, name))}',
+    command = f'python benchmarks/faults.py {" ".join(options_of(args, name))}'
+    record[command] = {
       'seconds': round(time.monotonic() - started),
       'python': platform.python_version(),
       'cores': os.cpu_count(),
