@@ -32,7 +32,7 @@ NOTHING = {
 def test_a_mask_of_ones_is_no_mask(name):
   """Parameters, loss and gradients of a task that prunes nothing are those of its loss without a view.
 
-  Mutation: multiply by the mask's mean, or scale what is kept.
+  Mutation: a factor beside the mask in `ops.masks.masked_weight`.
   """
   prune = PruneConfig(**{'method': name, **NOTHING[name]})
   task = (job := build_job(dataclasses.replace(config_of('prune'), prune=prune))).task
