@@ -4,7 +4,7 @@ What the run keeps beside its checkpoints is compared too: the best network, eac
 """
 
 import pytest
-from faulted_runs import finish, kill, losses, outcome, resumed, start, wait_for
+from faulted_runs import finish, kill, losses, outcome, resumed, saved, start, wait_for
 
 STEPS = 12  # of each stage
 
@@ -18,12 +18,13 @@ def test_killed_in_two_stages_it_ends_with_the_same_bits(tmp_path):
   assert list(expected) == ['width', ''] and all(
     stage['kept'] and 'grid' in stage['results'] for stage in expected.values()
   )
-  for lines, finished in ((4, False), (8, False), (STEPS + 7, True)):  # twice in the first stage, once in the second
+  for lines, finished in ((4, False), (8, False), (STEPS + 11, True)):  # twice in the first stage, once in the second
     process = start(killed, 'adapt', cache)
     assert wait_for(process, killed, lines) and kill(process), process.text()[-3000:]
     assert losses(killed).items() <= losses(whole).items()
     assert (killed / 'stages' / 'width' / 'results.json').exists() == finished
     assert (killed / 'config.json').exists() == finished and not (killed / 'results.json').exists()
+  at = saved(killed)  # the save of step 5 is over, since that of step 10 waits for it
   said = finish(start(killed, 'adapt', cache))
-  assert 'stages/width is finished and kept' in said and resumed(said)
+  assert 'stages/width is finished and kept' in said and resumed(said) == at >= 5
   assert outcome(killed) == expected
