@@ -1,7 +1,7 @@
 """An adaptive network on real text: its grid after each stage, beside cells as cut and models trained separately.
 
 Usage: python benchmarks/dynabert.py --model=FOLDER --workdir=RUNS (--table=TSV | --glue=FOLDER --task=mrpc) [--seeds=1]
-  [--rows=4000] [--epochs=3] [--separate=0.25x1,1x0.5,0.25x0.5] [--separate_seeds=3]
+  [--rows=4000] [--epochs=3] [--separate=1x1,0.25x1,1x0.5,0.25x0.5] [--separate_seeds=3]
 FOLDER is a BERT-like encoder with its tokenizer; TSV a table with the columns label and text (.gz is read), of which a
 fixed tenth is held out; --glue a folder in GLUE's official layout. Runs that are over are not run again.
 
@@ -115,7 +115,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   for name in ('model', 'workdir'):
     parser.add_argument(f'--{name}', required=True)
-  for name, default in (('table', ''), ('glue', ''), ('task', 'mrpc'), ('separate', '0.25x1,1x0.5,0.25x0.5')):
+  for name, default in (('table', ''), ('glue', ''), ('task', 'mrpc'), ('separate', '1x1,0.25x1,1x0.5,0.25x0.5')):
     parser.add_argument(f'--{name}', default=default)
   for name, count in (('seeds', 1), ('separate_seeds', 3), ('rows', 4000)):
     parser.add_argument(f'--{name}', type=int, default=count)

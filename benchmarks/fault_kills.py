@@ -3,7 +3,7 @@
 Every task in rotation, as `compactlm train` in processes of their own (tests/faulted_runs.py). A run is killed by
 SIGKILL: one time in four while it starts, else some steps after its first one, at any moment of a step, a save or an
 evaluation. The same command starts it again, and nothing else touches its directory. At the end losses, evaluations,
-parameters and optimiser have to be those of a run that was left alone.
+parameters and optimiser have to be those of a run that was left alone, and checkpoints never take more disk than its.
 """
 
 from __future__ import annotations
@@ -27,7 +27,12 @@ SHORT = {'steps': 60, 'checkpoint_every': EVERY, 'eval_every': 20}
 LONG = {'steps': 2000, 'checkpoint_every': 100, 'eval_every': 500}
 WARM = 200  # steps after which nothing new is compiled: the first evaluation has its time before 2 * WARM
 KILLS_PER_RUN = 4
+KEEP = runs.SMALL['keep']
+DISK = KEEP + 1.1  # checkpoints: a new one is whole before the oldest goes; sizes differ by a few bytes
+GROWTH = 5.0  # percent
 Figures = list[tuple[str, str]]
+Found = tuple[Figures, list[str]]
+"""(what, figure) of a section, and its problems: what should not be."""
 
 
 @dataclasses.dataclass
@@ -43,17 +48,32 @@ class Tally:
   replayed: int = 0
   differing: int = 0
   repairs: int = 0
+  disk: float = 0.0
+  left: float = 0.0
   tasks: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+
+  def problems(self) -> list[str]:
+    """What should not be; nothing if every run went as it must."""
+    found = {
+      f'{self.finished - self.equal} of {self.finished} runs end with other bits': self.equal != self.finished,
+      'no run came to its end': not self.finished,
+      f'{self.differing} of {self.replayed} losses logged before a kill differ': self.differing,
+      f'{self.repairs} runs needed repair by hand': self.repairs,
+      f'checkpoints take the disk of {self.disk:.2f} of them after a restart': self.disk > DISK,
+      f'checkpoints take the disk of {self.left:.2f} of them at the end': self.left > KEEP + 0.1,
+    }
+    return [problem for problem, there in found.items() if there]
 
 
 @dataclasses.dataclass
 class Alone:
-  """A run that was left alone: its outcome, its losses, seconds to its first line and between two of them."""
+  """A run that was left alone: outcome, losses, seconds to its first line and between two, bytes of a checkpoint."""
 
   outcome: dict
   losses: dict
   start: float
   pace: float
+  sizes: dict[str, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +100,19 @@ def left_alone(workdir: pathlib.Path, task: str, cache: pathlib.Path, **changes:
   first = time.monotonic()
   runs.finish(process)
   losses = runs.losses(workdir)
-  return Alone(runs.outcome(workdir), losses, first - started, (time.monotonic() - first) / len(losses))
+  pace = (time.monotonic() - first) / len(losses)
+  return Alone(runs.outcome(workdir), losses, first - started, pace, sizes_of(workdir))
+
+
+def sizes_of(workdir: pathlib.Path) -> dict[str, int]:
+  """Stage -> bytes of its last checkpoint."""
+  return {name: bytes_in(run / 'checkpoints' / str(runs.saved(run))) for name, run in runs.runs(workdir).items()}
+
+
+def disk(workdir: pathlib.Path, alone: Alone) -> float:
+  """How many checkpoints take as much disk as those of a run, in the stage that has the most."""
+  folders = {name: run / 'checkpoints' for name, run in runs.runs(workdir).items()}
+  return max(bytes_in(folder) / alone.sizes[name] for name, folder in folders.items())
 
 
 def go_on(process: runs.processes.Process, workdir: pathlib.Path, before: list[tuple[str, int]], steps: int) -> None:
@@ -100,7 +132,10 @@ def survive(workdir: pathlib.Path, task: str, cache: pathlib.Path, alone: Alone,
     starting = moments.random() < 0.25
     if kills:
       if not starting:
+        go_on(process, workdir, before, 0)
+        tally.disk = max(tally.disk, disk(workdir, alone))
         go_on(process, workdir, before, moments.randrange(len(alone.losses) // (kills + 1) + 1))
+        tally.disk = max(tally.disk, disk(workdir, alone))
       time.sleep(moments.uniform(0, alone.start / 2 if starting else 10 * alone.pace))
       if runs.kill(process):
         kills -= 1
@@ -111,6 +146,7 @@ def survive(workdir: pathlib.Path, task: str, cache: pathlib.Path, alone: Alone,
       print(f'{workdir}: exit code {process.popen.returncode}\n{process.text()[-3000:]}', file=sys.stderr)
       return
     tally.finished += 1
+    tally.left = max(tally.left, disk(workdir, alone))
     tally.equal += runs.outcome(workdir) == alone.outcome
     return
 
@@ -129,7 +165,7 @@ def note(workdir: pathlib.Path, task: str, tally: Tally, alone: Alone, starting:
   tally.differing += sum(alone.losses.get(place) != loss for place, loss in seen.items())
 
 
-def kill_figures(seed: int, kills: int = 50, tasks: tuple[str, ...] = runs.TASKS, folder: str = '') -> Figures:
+def kill_figures(seed: int, kills: int = 50, tasks: tuple[str, ...] = runs.TASKS, folder: str = '') -> Found:
   """Section `kills`: at least so many over all tasks. What runs leave is kept in `folder`, if one is named."""
   moments, tally = random.Random(seed), Tally()
   with tempfile.TemporaryDirectory() as temporary:
@@ -143,7 +179,7 @@ def kill_figures(seed: int, kills: int = 50, tasks: tuple[str, ...] = runs.TASKS
       survive(root / f'run-{number}', task, cache, alone[task], moments, tally, KILLS_PER_RUN, **changes)
       number += 1
       print(f'{task}: {tally}', file=sys.stderr, flush=True)
-  return summary(tally, EVERY)
+  return summary(tally, EVERY), tally.problems()
 
 
 def summary(tally: Tally, every: int) -> Figures:
@@ -166,8 +202,15 @@ def summary(tally: Tally, every: int) -> Figures:
       f'steps done again per kill, saving every {every}',
       f'median {statistics.median(tally.redone):g}, at most {max(tally.redone)}',
     ),
+    disk_figure(tally),
     ('runs that needed repair by hand', str(tally.repairs)),
   ]
+
+
+def disk_figure(tally: Tally) -> tuple[str, str]:
+  """Of killed runs; those left alone have one of their own."""
+  what = f'most disk that checkpoints of killed runs take after a restart, and at the end, keep = {KEEP}'
+  return what, f'{tally.disk:.2f} and {tally.left:.2f} checkpoints'
 
 
 def last_step(path: pathlib.Path) -> int:
@@ -228,25 +271,34 @@ def flatness(samples: list[Sample], steps: int, size: int) -> tuple[float, int, 
   return 100 * (memory[1] / memory[0] - 1), files[0], files[1], max(s.disk for s in samples) / size
 
 
-def long_figures(seed: int, kills: int = 50, steps: int = 2000, tasks: tuple[str, ...] = runs.TASKS) -> Figures:
+def long_figures(seed: int, kills: int = 50, steps: int = 2000, tasks: tuple[str, ...] = runs.TASKS) -> Found:
   """Section `long`: of every task a run that is left alone and one under kills."""
   moments, tally, found = random.Random(seed), Tally(), {}
-  keep = runs.SMALL['keep']
   with tempfile.TemporaryDirectory() as folder:
     root = pathlib.Path(folder)
     for task in tasks:
       changes = {**LONG, 'steps': steps, **({'adapt.stages': 'depth'} if task == 'adapt' else {})}
       workdir, cache, started = root / f'alone-{task}', root / f'cache-{task}', time.monotonic()
       samples = watched(workdir, task, cache, **changes)
-      size = bytes_in(workdir / 'checkpoints' / str(steps))
-      found[task] = flatness(samples, steps, size)
+      sizes = sizes_of(workdir)
+      found[task] = flatness(samples, steps, sizes[''])
       print(f'{task}: {found[task]}, {time.monotonic() - started:.0f} s', file=sys.stderr, flush=True)
       losses, seconds = runs.losses(workdir), time.monotonic() - started
-      alone = Alone(runs.outcome(workdir), losses, seconds / 8, seconds / len(losses))
+      alone = Alone(runs.outcome(workdir), losses, seconds / 8, seconds / len(losses), sizes)
       survive(root / f'run-{task}', task, cache, alone, moments, tally, -(-kills // len(tasks)), **changes)
       print(f'{task}: {tally}', file=sys.stderr, flush=True)
   growth = max(found, key=lambda task: found[task][0])
-  return [
+  problems = [
+    f'{task}: {problem}'
+    for task, values in found.items()
+    for problem, there in {
+      f'memory grows by {values[0]:.1f} %': values[0] >= GROWTH,
+      f'open files grow from {values[1]} to {values[2]}': values[2] > values[1] + 1,
+      f'checkpoints take the disk of {values[3]:.2f} of them': values[3] > DISK,
+    }.items()
+    if there
+  ]
+  figures = [
     (
       f'runs of {steps} steps under kills that end with the bits of one left alone',
       f'{tally.equal} of {tally.finished}',
@@ -261,8 +313,10 @@ def long_figures(seed: int, kills: int = 50, steps: int = 2000, tasks: tuple[str
       ', '.join(f'{task} {values[1]} and {values[2]}' for task, values in found.items()),
     ),
     (
-      f'most disk that checkpoints take, keep = {keep}',
+      f'most disk that checkpoints take, keep = {KEEP}',
       f'{max(values[3] for values in found.values()):.2f} checkpoints',
     ),
+    disk_figure(tally),
     ('long runs that needed repair by hand', str(tally.repairs)),
   ]
+  return figures, [*problems, *tally.problems()]

@@ -2,7 +2,8 @@
 
 Sections: `kills` (SIGKILL at random moments, all tasks), `long` (2,000 steps of every task, alone and under kills:
 memory, open files, disk) and `damage` (see fault_damage.py). Figures also go to benchmarks/results/faults.json, by the
-command that makes them again; those of commands that are not run stay.
+command that makes them again; those of commands that are not run stay. The exit code is 1, and nothing from that
+section on is kept, if a run differs or needs repair, or memory, open files or disk grow.
 
 Usage: python benchmarks/faults.py [--only=kills,long,damage] [--seed=0] [--kills=50] [--steps=2000] [--tasks=NAME,...]
 Takes hours on two cores; `--only=kills --kills=10` takes minutes.
@@ -29,13 +30,13 @@ import fault_kills
 RESULTS = pathlib.Path(__file__).parent / 'results' / 'faults.json'
 
 
-def sections(args: argparse.Namespace) -> dict[str, Callable[[int], fault_kills.Figures]]:
-  """Name -> seed -> (what, figure)."""
+def sections(args: argparse.Namespace) -> dict[str, Callable[[int], fault_kills.Found]]:
+  """Name -> seed -> figures and problems."""
   options = {'kills': args.kills, 'tasks': tuple(args.tasks.split(','))}
   return {
     'kills': functools.partial(fault_kills.kill_figures, **options),
     'long': functools.partial(fault_kills.long_figures, steps=args.steps, **options),
-    'damage': fault_damage.figures,
+    'damage': lambda seed: (fault_damage.figures(seed), []),
   }
 
 
@@ -69,9 +70,10 @@ def main() -> None:
   if unknown := set(args.only.split(',')) - set(known):
     parser.error(f'--only: {", ".join(sorted(unknown))}; the sections are {", ".join(known)}')
   record = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+  wrong = []
   for name in args.only.split(','):
     started = time.monotonic()
-    figures = known[name](args.seed)
+    figures, problems = known[name](args.seed)
     command = f'python benchmarks/faults.py {" ".join(options_of(args, name))}'
     record[command] = {
       'seconds': round(time.monotonic() - started),
@@ -79,9 +81,13 @@ def main() -> None:
       'cores': os.cpu_count(),
       'figures': figures,
     }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(record, indent=1) + '\n')
+    wrong += [f'{name}: {problem}' for problem in problems]
+    if not wrong:
+      RESULTS.parent.mkdir(exist_ok=True)
+      RESULTS.write_text(json.dumps(record, indent=1) + '\n')
   print(table(record))
+  if wrong:
+    sys.exit('\n'.join(['WRONG', *wrong]))
 
 
 if __name__ == '__main__':

@@ -74,11 +74,10 @@ def main() -> None:
     return
   index, shards = map(int, args.shard.split('/'))
   readers = [r for r in READERS if not args.readers or r.name in args.readers.split(',')]
-  whole = sum(r.share for r in readers)
   totals: collections.Counter[str] = collections.Counter()
   print('| reader | cases | read | refused, by class | longest case |\n|---|---:|---:|---|---:|')
   for reader in readers:
-    numbers = range(index, -(-int(args.cases * reader.share) // int(whole)), shards)
+    numbers = range(index, -(-args.cases // len(readers)), shards)
     results, longest, number = read_cases(reader, numbers, args.seed)
     totals += results
     refused = ', '.join(f'{name} {count}' for name, count in sorted(results.items()) if name != 'read')

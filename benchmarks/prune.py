@@ -8,8 +8,8 @@ are not run again; the table is printed after each, and written to RUNS/prune.js
 
 All runs have equal steps, batches and learning rates (weights 1e-4, scores 1e-2, L0's scores 1e-1 as published). Hard
 movement and magnitude end at the asked density; of soft movement and L0 the weight of the penalty is controlled so that
-they do (prune.control='density'). `--methods='heads and neurons' --densities=.2` prunes those. The dense run has the
-same steps; with `--teacher=1` it teaches (weights .1 and .9).
+they do (prune.control='density'). `--methods='heads and neurons' --densities=.2` prunes those, `--methods=random` keeps
+weights by chance. The dense run has the same steps; with `--teacher=1` it teaches (weights .1 and .9).
 """
 
 from __future__ import annotations
@@ -37,8 +37,11 @@ METHODS: dict[str, dict[str, Any]] = {
   'hard movement': {'method': 'hard_movement'},
   'soft movement': {'method': 'soft_movement', 'control': 'density'},
 }
-STRUCTURED = {'heads and neurons': {'method': 'hard_movement', 'structure': 'heads+neurons'}}
-"""Run only if asked for: their density is one of heads and neurons."""
+ASKED: dict[str, dict[str, Any]] = {
+  'heads and neurons': {'method': 'hard_movement', 'structure': 'heads+neurons'},
+  'random': {'method': 'random'},
+}
+"""Run only if asked for; the density of the first is one of heads and neurons."""
 
 
 def split(table: pathlib.Path, folder: pathlib.Path) -> tuple[str, str]:
@@ -77,7 +80,7 @@ def dense(args: argparse.Namespace, train: str, dev: str) -> RunConfig:
 
 def pruned(base: RunConfig, method: str, density: float, teacher: str, **given: Any) -> RunConfig:
   """The run of a method; given: other fields of `config.prune`."""
-  fields = {'density': density, **{**METHODS, **STRUCTURED}[method], **given}
+  fields = {'density': density, **{**METHODS, **ASKED}[method], **given}
   return dataclasses.replace(base, task='prune', teacher=teacher, prune=PruneConfig(**fields))
 
 
@@ -108,6 +111,9 @@ def main() -> None:
   parser.add_argument('--final_warmup', type=float, default=2.0, help='prune.final_warmup')
   parser.add_argument('--teacher', default='0,1', help='0 without, 1 with distillation from the dense run')
   args = parser.parse_args()
+  if unknown := set(args.methods.split(',')) - {*METHODS, *ASKED}:
+    known = ', '.join([*METHODS, *ASKED])
+    parser.error(f'--methods: {", ".join(sorted(unknown))} is unknown; use some of {known}')
   keep_memory()
   workdir = pathlib.Path(args.workdir)
   base = dense(args, *split(pathlib.Path(args.table), workdir / 'data'))

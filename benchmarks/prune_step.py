@@ -1,11 +1,11 @@
 """Cost of a pruning step relative to a dense fine-tuning step, for every method, BERT-base by default.
 
 TPU (--only=tpu): the whole step compiled for a v3-8, as `compactlm plan` does (libtpu, no TPU needed; bfloat16);
-estimates of the compiler, not measurements. 'masks' is the step minus the same step with masks that cost nothing to
-find (a comparison of the scores with a constant). The search for thresholds is a loop, whose body the compiler counts
-once:
-benchmarks/prune_masks.py says what a pass costs and how many there are.
-CPU (--only=cpu): measured in float32, steps take turns with the dense one, the quickest of each counts.
+estimates of the compiler, not measurements. 'masks', on both, is the step minus the same step with masks that cost
+nothing to find (a comparison of the scores with a constant). The search for thresholds is a loop, whose body the
+compiler counts once: benchmarks/prune_masks.py says what a pass costs and how many there are.
+CPU (--only=cpu): measured in float32, the step, the dense one and that with free masks take turns, the quickest of each
+counts.
 
 The dense step trains all weights; pruning leaves the embeddings alone, as published, and trains the scores.
 
@@ -15,8 +15,9 @@ Usage: python benchmarks/prune_step.py [--only=tpu|cpu] [--batches=32,256] [--me
 from __future__ import annotations
 
 import argparse
+import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -83,12 +84,21 @@ def free_cuts(leaves: Mapping[str, Any], keeps: Any) -> dict[str, Cut]:
   return {name: Cut(jnp.zeros(leaf.shape[0]), jnp.full(leaf.shape[0], -1)) for name, leaf in leaves.items()}
 
 
+@contextlib.contextmanager
+def search_of(method: str) -> Iterator[None]:
+  """What is traced here finds its masks by searching, or for FREE without."""
+  search, masks.local_cuts = masks.local_cuts, free_cuts if method == FREE else masks.local_cuts
+  try:
+    yield
+  finally:
+    masks.local_cuts = search
+
+
 def compiled(method: str, batch_size: int, layers: int, mesh: Mesh) -> Program:
   """The program of a step for one core."""
-  search, masks.local_cuts = masks.local_cuts, free_cuts if method == FREE else masks.local_cuts
-  step, arguments = abstract_step(resolve(run_config(method, batch_size, layers, 'bfloat16')), mesh)
-  program = compile_program(step, *arguments, effort=QUICK)
-  masks.local_cuts = search
+  with search_of(method):
+    step, arguments = abstract_step(resolve(run_config(method, batch_size, layers, 'bfloat16')), mesh)
+    program = compile_program(step, *arguments, effort=QUICK)
   assert isinstance(program, Program), f'{method} does not fit'
   return program
 
@@ -102,19 +112,20 @@ def on_tpu(args: argparse.Namespace) -> None:
     '| rows x length | step | ms | to dense | masks ms | to dense | GB moved | exchanges |\n|---|---|' + '---:|' * 6
   )
   for batch_size in args.batches:
-    dense = free = float('nan')
+    programs = {name: compiled(name, batch_size, args.layers, mesh) for name in ('', FREE)}
+    dense, free = (1e3 * program.optimal_seconds for program in programs.values())
     for method in ['', *args.methods]:
-      program = compiled(method, batch_size, args.layers, mesh)
+      program = programs.get(method) or compiled(method, batch_size, args.layers, mesh)
       ms = 1e3 * program.optimal_seconds
-      dense, free = (ms, free) if not method else (dense, ms if method == FREE else free)
       cells = [f'{batch_size} x 128', method or 'dense', f'{ms:.2f}', f'{ms / dense:.2f}']
       cells += [f'{ms - free:.2f}', f'{(ms - free) / dense:.2f}'] if method else ['', '']
       cells += [f'{program.bytes_accessed / 1e9:.2f}', str(len(program.collectives))]
       print('| ' + ' | '.join(cells) + ' |', flush=True)
 
 
-def stepper(config: RunConfig) -> Any:
+def stepper(method: str, batch_size: int, layers: int) -> Callable[[], None]:
   """One call is one step."""
+  config = run_config(method, batch_size, layers, 'float32')
   task = make_finetune_task(config.encoder, ('a', 'b'), config.finetune)
   task = pruned(task, config, config.steps) if config.task == 'prune' else task
   mesh = make_mesh(MeshConfig(), jax.devices()[:1])
@@ -131,20 +142,22 @@ def stepper(config: RunConfig) -> Any:
     box[0], metrics = step(box[0], None, batch)
     metrics['loss'].block_until_ready()
 
+  with search_of(method):
+    call()
   return call
 
 
 def on_cpu(args: argparse.Namespace) -> None:
   """Measured on this machine."""
   print('CPU, float32, measured: the quickest of interleaved steps\n')
-  print('| rows x length | step | dense ms | ms | to dense |\n|---|---|---:|---:|---:|')
+  print('| rows x length | step | dense ms | ms | to dense | masks ms | to dense |\n|---|---|' + '---:|' * 5)
   for batch_size in args.batches:
     for method in args.methods:
-      dense = stepper(run_config('', batch_size, args.layers, 'float32'))
-      own = stepper(run_config(method, batch_size, args.layers, 'float32'))
-      base, ms = (1e3 * seconds for seconds in best_of([dense, own], args.rounds))
-      print(f'| {batch_size} x 128 | {method} | {base:.0f} | {ms:.0f} | {ms / base:.2f} |', flush=True)
-      del dense, own
+      steps = [stepper(name, batch_size, args.layers) for name in ('', FREE, method)]
+      dense, free, ms = (1e3 * seconds for seconds in best_of(steps, args.rounds))
+      cells = [f'{batch_size} x 128', method, f'{dense:.0f}', f'{ms:.0f}', f'{ms / dense:.2f}']
+      print('| ' + ' | '.join([*cells, f'{ms - free:.0f}', f'{(ms - free) / dense:.2f}']) + ' |', flush=True)
+      del steps
 
 
 def main() -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
@@ -33,7 +32,7 @@ from jax.sharding import PartitionSpec as P
 from compactlm_jax import stepdir, storage
 from compactlm_jax.errors import ConfigError, NumericsError, StorageError, first_line
 from compactlm_jax.stepdir import DamagedError, StepDirectory
-from compactlm_jax.tree import named_leaves, nested
+from compactlm_jax.tree import named_leaves, nested, not_finite
 from compactlm_jax.types import Params, TrainState
 
 log = logging.getLogger(__name__)
@@ -117,8 +116,7 @@ class Checkpoints:
       if self._worker is not None:
         self._worker.join(60)
       return
-    # If there is an error already, it is the one to report.
-    with contextlib.suppress(*([StorageError] if error else [])):
+    with contextlib.suppress(*([StorageError] if error else [])):  # an earlier error is the one to report
       self.wait()
 
   def all_steps(self) -> list[int]:
@@ -129,7 +127,15 @@ class Checkpoints:
     """The newest committed step, or None."""
     return max(self.all_steps(), default=None)
 
-  def save(self, step: int, state: TrainState, metadata: Mapping[str, Any], *, wait: bool = False) -> None:
+  def save(
+    self,
+    step: int,
+    state: TrainState,
+    metadata: Mapping[str, Any],
+    *,
+    wait: bool = False,
+    before: Callable[[], None] = lambda: None,
+  ) -> None:
     """Starts to save; digests, writing, verification by reading back, and retention run in the background.
 
     `state` may be donated as soon as this returns. A save that fails (a full disk) is logged and the next call tries
@@ -141,6 +147,7 @@ class Checkpoints:
       state: what to save.
       metadata: JSON-able, returned by `restore`.
       wait: return only when the checkpoint is committed and verified, and raise if it is not.
+      before: writes what a checkpoint must not be ahead of; if it raises, the save has failed, on all processes.
 
     Raises:
       NumericsError: a parameter is not finite; nothing is written.
@@ -151,8 +158,12 @@ class Checkpoints:
     if step != self._last_good:
       if step in self.all_steps():
         raise ConfigError(f'{self._directory / str(step)} exists already; move it away to save step {step} again')
-      _check_finite(state.params, step)
-      self._start(step, state, metadata)
+      if bad := not_finite(state.params):
+        raise NumericsError(
+          f'step {step}: parameter {bad[0]} is not finite ({len(bad)} leaves in all); not saved, the last '
+          'checkpoint stays. Lower config.optimizer.learning_rate and resume'
+        )
+      self._start(step, state, metadata, before)
     if wait or self._worker is None:  # without a worker it has failed already
       self._collect(final=wait)
 
@@ -207,12 +218,16 @@ class Checkpoints:
       raise stepdir.none_intact(self._directory, damaged)
     return None
 
-  def _start(self, step: int, state: TrainState, metadata: Mapping[str, Any]) -> None:
+  def _start(self, step: int, state: TrainState, metadata: Mapping[str, Any], before: Callable[[], None]) -> None:
     self._saving, self._agreed = step, True
-    size = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
-    free = storage.free_bytes(self._directory)
-    if not _all_processes(free is None or jax.process_index() != 0 or free >= 2 * size):
-      self._error = OSError(f'{free} bytes free, {2 * size} wanted before a save')
+    try:
+      before()
+      free, wanted = storage.free_bytes(self._directory), 2 * sum(x.nbytes for x in jax.tree.leaves(state))
+      if jax.process_index() == 0 and free is not None and free < wanted:
+        raise OSError(f'{free} bytes free, {wanted} wanted before a save')
+    except Exception as e:  # clients of buckets have errors of their own
+      self._error = e
+    if not _all_processes(self._error is None):
       return  # on all processes
     self._agreed = jax.process_count() == 1
     self._event('start', step)
@@ -332,21 +347,6 @@ def _host_copies(state: Any) -> dict[str, np.ndarray]:
     if jax.process_index() == 0:
       out[name] = np.asarray(x if x.is_fully_addressable else x.addressable_data(0))
   return out
-
-
-@jax.jit
-def _finite(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
-  return {name: jnp.isfinite(x).all() for name, x in leaves.items()}
-
-
-def _check_finite(params: Params, step: int) -> None:
-  floats = {n: x for n, x in named_leaves(params).items() if jnp.issubdtype(x.dtype, jnp.inexact)}
-  bad = [name for name, ok in jax.device_get(_finite(floats)).items() if not ok]
-  if bad:
-    raise NumericsError(
-      f'step {step}: parameter {bad[0]} is not finite ({len(bad)} of {len(floats)} leaves); not saved, the last '
-      'checkpoint stays. Lower config.optimizer.learning_rate and resume'
-    )
 
 
 def _read(path: epath.Path, leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:

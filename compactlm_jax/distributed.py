@@ -201,29 +201,36 @@ def join(launch: Launch) -> Group:
   jax.config.update('jax_enable_preemption_service', False)
   given = launch.num_processes is not None
   try:
-    jax.distributed.initialize(
-      launch.coordinator or None,
-      launch.num_processes,
-      launch.process_id,
-      cluster_detection_method='deactivate' if given else None,
-      initialization_timeout=launch.join_timeout,
-      heartbeat_timeout_seconds=launch.heartbeat_timeout,
-      shutdown_timeout_seconds=30,
-    )
+    with _aside():
+      jax.distributed.initialize(
+        launch.coordinator or None,
+        launch.num_processes,
+        launch.process_id,
+        cluster_detection_method='deactivate' if given else None,
+        initialization_timeout=launch.join_timeout,
+        heartbeat_timeout_seconds=launch.heartbeat_timeout,
+        shutdown_timeout_seconds=30,
+      )
   except (ValueError, TypeError) as e:
     raise ConfigError(
       f'--coordinator: JAX does not find its place here ({first_line(e)}); give --coordinator=HOST:PORT, '
       '--num_processes and --process_id'
     ) from e
   except RuntimeError as e:
-    who = f'{launch.coordinator or "the coordinator"} within {launch.join_timeout} s'
-    raise PeerError(
-      f'the {launch.num_processes or ""} processes did not meet at {who} ({first_line(e)}); start all of them, with '
-      'the same --coordinator and --num_processes and different --process_id'
-    ) from e
+    raise PeerError(not_met(launch, first_line(e))) from e
   _group = _make_group(_leave_now)
   log.info('process %d of %d', _group.index, _group.count)
   return _group
+
+
+def not_met(launch: Launch, why: str) -> str:
+  """What to say when the processes of a job did not come together."""
+  where = f'--coordinator={launch.coordinator}' if launch.coordinator else 'the coordinator'
+  return (
+    f'{launch.num_processes or "the"} processes did not meet at {where} within --join_timeout={launch.join_timeout} s '
+    f'({why}); start all of them, where they reach that address, with the same --coordinator and --num_processes and '
+    'different --process_id'
+  )
 
 
 def group() -> Group | None:
@@ -280,6 +287,33 @@ def tell(code: int) -> None:
   if TOLD in os.environ:
     with contextlib.suppress(OSError, ValueError):
       os.write(int(os.environ[TOLD]), bytes([code]))
+
+
+JOINING = 'COMPACTLM_JOINING'
+"""Environment variable: the descriptor of a file for what is said on stderr while this process joins the others.
+
+If they do not come, JAX ends it by SIGABRT with a C++ stack; the process that started it then says why.
+"""
+
+
+@contextlib.contextmanager
+def _aside() -> Iterator[None]:
+  """Within, stderr goes to the file of JOINING; at the end it gets what is there, and the file is empty."""
+  if JOINING not in os.environ:
+    yield
+    return
+  file, stderr = int(os.environ[JOINING]), os.dup(2)
+  sys.stderr.flush()
+  os.dup2(file, 2)
+  try:
+    yield
+  finally:
+    sys.stderr.flush()
+    os.dup2(stderr, 2)
+    os.close(stderr)
+    with contextlib.suppress(OSError):  # nobody reads it any more
+      os.write(2, os.pread(file, os.fstat(file).st_size, 0))
+    os.ftruncate(file, 0)
 
 
 def _leave_now(code: int) -> None:

@@ -8,13 +8,16 @@ values.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import json
 import logging
 import math
+import queue
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from types import TracebackType
@@ -24,16 +27,55 @@ import jax
 from etils import epath
 from tqdm.auto import tqdm
 
-from compactlm_jax.errors import ConfigError, StorageError
+from compactlm_jax.errors import ConfigError, StorageError, first_line
 from compactlm_jax.parse import parse_row
 from compactlm_jax.storage import GrowingFile, write_whole
 
 log = logging.getLogger(__name__)
 
+_BOARD_LINES = 1000
+_BOARD_SECONDS = 10.0
 
-class _Board(Protocol):
+
+class _Summary(Protocol):
   def add_scalar(self, tag: str, value: float, step: int) -> None: ...
   def close(self) -> None: ...
+
+
+class _Board:
+  """TensorBoard's writer in a thread of its own, because on a full disk tensorboardX blocks for ever."""
+
+  def __init__(self, summary: _Summary) -> None:
+    self._lines: queue.Queue[tuple[int, Mapping[str, float]] | None] = queue.Queue(_BOARD_LINES)
+    self._thread = threading.Thread(target=self._run, args=(summary,), name='compactlm-tensorboard', daemon=True)
+    self._thread.start()
+    self._whole = True
+
+  def write(self, step: int, values: Mapping[str, float]) -> None:
+    self._put((step, dict(values)))
+
+  def close(self) -> None:
+    self._put(None)
+    self._thread.join(_BOARD_SECONDS)
+    if self._thread.is_alive():
+      log.warning('TensorBoard: its files cannot be finished and lack lines; metrics.jsonl has them all')
+
+  def _put(self, line: tuple[int, Mapping[str, float]] | None) -> None:
+    try:
+      self._lines.put_nowait(line)
+    except queue.Full:
+      if self._whole:
+        log.warning('TensorBoard: its files cannot be written for now and will lack lines; metrics.jsonl has them all')
+      self._whole = False
+
+  def _run(self, summary: _Summary) -> None:
+    try:
+      while (line := self._lines.get()) is not None:
+        for name, value in line[1].items():
+          summary.add_scalar(name, float(value), line[0])
+      summary.close()
+    except Exception as e:  # of its files
+      log.warning('TensorBoard: its files end here (%s); metrics.jsonl has all lines', first_line(e))
 
 
 class MetricsWriter:
@@ -45,7 +87,8 @@ class MetricsWriter:
     start_step: steps done already; later lines in an existing file are dropped.
     bar: show a progress bar; by default if standard error is a terminal or belongs to a notebook.
     tensorboard: also write WORKDIR/tensorboard by tensorboardX; by default if that is installed (extra 'tensorboard').
-    shown: names shown on the bar and in the log, where present; by default the loss and its parts.
+    shown: names shown on the bar and in the log, where present; by default the loss, its parts and the density of a
+      pruning run.
 
   Raises:
     StorageError: metrics.jsonl cannot be written.
@@ -92,7 +135,8 @@ class MetricsWriter:
     return self
 
   def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-    self.close()
+    with contextlib.suppress(*([Exception] if error else [])):  # an earlier error is the one to report
+      self.close()
 
   def step(self, step: int, values: Mapping[str, float], *, tokens: int = 0, logged: bool = True) -> None:
     """Reports one training step, steps in ascending order.
@@ -124,35 +168,28 @@ class MetricsWriter:
     self._show(step, values, left, hours)
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
-    """Writes one line of host numbers, {'step': step, **values}.
-
-    Raises:
-      StorageError: the disk is full or gone.
-    """
+    """Writes one line of host numbers, {'step': step, **values}; on a full disk it waits for `sync`."""
     if not self._active:
       return
-    try:
-      self._file.write(json.dumps({'step': step, **{k: _number(v) for k, v in values.items()}}, allow_nan=False) + '\n')
-    except OSError as e:
-      raise StorageError(f'{self._path}: cannot be written at step {step} ({e}); free space, then resume') from e
+    self._file.write(json.dumps({'step': step, **{k: _number(v) for k, v in values.items()}}, allow_nan=False) + '\n')
     if self._board is not None:
-      for name, value in values.items():
-        self._board.add_scalar(name, float(value), step)
+      self._board.write(step, values)
 
   def sync(self) -> None:
     """Before a checkpoint: all lines so far are in the file, in a bucket too.
 
     Raises:
-      StorageError: see `write`.
+      OSError: they are not, for now; they are kept. Clients of buckets raise errors of their own.
     """
     if self._active:
-      try:
-        self._file.sync()
-      except OSError as e:
-        raise StorageError(f'{self._path}: cannot be written ({e}); free space, then resume') from e
+      self._file.sync()
 
   def close(self) -> None:
-    """Closes the file, the bar and TensorBoard."""
+    """Closes the file, the bar and TensorBoard.
+
+    Raises:
+      StorageError: lines that were kept still cannot be written.
+    """
     if not self._active:
       return
     self._active = False
@@ -160,7 +197,11 @@ class MetricsWriter:
       self._bar.close()
     if self._board is not None:
       self._board.close()
-    self._file.close()
+    try:
+      self._file.close()
+    except OSError as e:
+      why = e.strerror or e
+      raise StorageError(f'{self._path}: cannot be written ({why}); free space, then run the same command again') from e
 
   def _seconds_left(self, step: int, now: float) -> float:
     """At the pace since the first step was reported, which leaves compiling out; before that, since opening."""
@@ -169,7 +210,7 @@ class MetricsWriter:
     return pace * max(self._total - step, 0)
 
   def _show(self, step: int, values: Mapping[str, float], left: float, hours: float) -> None:
-    names = self._shown or tuple(k for k in values if 'loss' in k or k.startswith('relation'))
+    names = self._shown or tuple(k for k in values if 'loss' in k or k.startswith('relation') or k == 'density')
     parts = {name: f'{float(values[name]):.4g}' for name in names if name in values}
     if self._rate:
       parts['tokens/s'] = f'{self._rate:,.0f}'
@@ -239,4 +280,4 @@ def _open_board(folder: epath.Path) -> _Board:
     board = importlib.import_module('tensorboardX')
   except ImportError as e:
     raise ConfigError("TensorBoard output needs the extra: pip install 'compactlm-jax[tensorboard]'") from e
-  return board.SummaryWriter(str(folder))
+  return _Board(board.SummaryWriter(str(folder)))

@@ -21,7 +21,7 @@ from etils import epath
 
 from compactlm_jax.errors import ConfigError, StorageError
 from compactlm_jax.parse import parse_json
-from compactlm_jax.storage import children
+from compactlm_jax.storage import children, copy_folder
 
 log = logging.getLogger(__name__)
 
@@ -144,6 +144,18 @@ def read_manifest(path: epath.Path, step: int) -> dict[str, Any]:
     raise StorageError(f'{path}: cannot be read ({e}); fix its permissions') from e
   except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
     raise DamagedError(f'{MANIFEST}: {type(e).__name__}: {e}') from e
+
+
+def copy_step(source: epath.Path, target: epath.Path) -> None:
+  """Copies a committed checkpoint, under another number if `target` is named so: its manifest then says that one.
+
+  Raises:
+    DamagedError: the manifest is not intact; arrays are proven when the copy is read.
+  """
+  manifest = read_manifest(source, int(source.name))
+  copy_folder(source, target)
+  body = {**{k: v for k, v in manifest.items() if k != 'sha256'}, 'step': int(target.name)}
+  (target / MANIFEST).write_text(json.dumps({**body, 'sha256': _sha256_json(body)}))
 
 
 def check_same_leaves(path: epath.Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

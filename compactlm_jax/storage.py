@@ -7,6 +7,7 @@ truncates, listing a folder without files fails. But an object that is written i
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import pathlib
 import re
@@ -20,12 +21,19 @@ from typing import Any
 
 from etils import epath
 
-from compactlm_jax.errors import CompactLMError, ConfigError, DataError, StorageError
+from compactlm_jax.errors import CompactLMError, ConfigError, DataError, StorageError, first_line
+
+log = logging.getLogger(__name__)
 
 _REFUSED = re.compile(
   r'Forbidden|PERMISSION_DENIED|UNAUTHENTICATED|does not have storage\.|Anonymous caller|Invalid Credentials'
   r'|default credentials were not found|\b40[13]\b.{0,40}(Unauthorized|Forbidden)'
 )
+_UNREACHED = re.compile(
+  r'Cannot connect to host|Connect call failed|Server disconnected|Connection (refused|reset)|[Tt]imed? ?out|CURL error'
+  r'|Name or service not known|Temporary failure in name resolution|[Rr]esolve host'
+)
+_CLIENTS = ('aiohttp', 'gcsfs', 'google')
 _OBJECT = re.compile(r'\bb/([^/\s]+)/o(?:/([^\s?\\]+))?')
 _BLOCK = 1 << 22
 _REWRITE_SECONDS = 30
@@ -116,48 +124,70 @@ class GrowingFile:
   """A text file to add lines to.
 
   On a disk they are in the file at once. In a bucket, where nothing is appended, the file is written anew at most every
-  half minute, and when it is synced or closed.
+  half minute, and when it is synced or closed. What cannot be written (a full disk) stays in memory and is tried again.
 
   Args:
     path: of the file, which is gone on with if it exists.
   """
 
   def __init__(self, path: epath.PathLike) -> None:
-    self._path, self._text, self._written = epath.Path(path), '', time.monotonic()
+    self._path, self._written = epath.Path(path), time.monotonic()
     self._file: Any = None
+    self._kept = b''  # of a disk's file what is not in it yet, of a bucket's all
     if not is_remote(path):
-      self._file = self._path.open('a')
+      self._file = open(self._path, 'ab', buffering=0)
     elif self._path.exists():
-      self._text = self._path.read_text()
-    self._new = False
+      self._kept = self._path.read_bytes()
+    self._new = self._failing = False
 
   def write(self, text: str) -> None:
-    """Adds text."""
-    if self._file is not None:
-      self._file.write(text)
-      self._file.flush()
+    """Adds text; if it cannot be written now, that is logged."""
+    self._kept, self._new = self._kept + text.encode(), True
+    if self._file is None and time.monotonic() - self._written <= _REWRITE_SECONDS:
       return
-    self._text, self._new = self._text + text, True
-    if time.monotonic() - self._written > _REWRITE_SECONDS:
+    try:
       self.sync()
+    except Exception as e:  # clients of buckets have errors of their own
+      if not self._failing:
+        why = getattr(e, 'strerror', None) or first_line(e)
+        log.warning('%s: cannot be written (%s); lines are kept and tried again', self._path, why)
+      self._failing = True
 
   def sync(self) -> None:
-    """All that was added is in the file afterwards."""
-    if self._new:
-      write_whole(self._path, self._text)
-      self._new, self._written = False, time.monotonic()
+    """All that was added is in the file afterwards, or this raises what the disk or the bucket complains of."""
+    self._written = time.monotonic()
+    if self._file is None and self._new:
+      write_whole(self._path, self._kept)
+      self._new = False
+    while self._file is not None and self._kept:
+      try:
+        # A disk that is nearly full takes a part: the line is torn until the rest follows.
+        self._kept = self._kept[self._file.write(self._kept) :]
+      except OSError as e:
+        e.filename = str(self._path)
+        raise
+    self._failing = False
 
   def close(self) -> None:
     """Syncs and closes."""
-    self.sync()
-    if self._file is not None:
-      self._file.close()
+    try:
+      self.sync()
+    finally:
+      if self._file is not None:
+        self._file.close()
 
 
 def copy_file(source: epath.PathLike, target: epath.PathLike) -> None:
   """Copies a file, between a disk and a bucket too; memory does not grow with its size."""
   with epath.Path(source).open('rb') as read, epath.Path(target).open('wb') as write:
     shutil.copyfileobj(read, write, _BLOCK)
+
+
+def copy_folder(source: epath.PathLike, target: epath.PathLike) -> None:
+  """Copies a folder and all that it holds, to where nothing is."""
+  epath.Path(target).mkdir(parents=True, exist_ok=True)
+  for child in epath.Path(source).iterdir():
+    (copy_folder if child.is_dir() else copy_file)(child, epath.Path(target) / child.name)
 
 
 def temporary_folder() -> epath.Path:
@@ -180,6 +210,11 @@ def own_error(error: BaseException) -> CompactLMError | None:
       return StorageError(
         f'{_named(cause, said)}: no permission, or no credentials. On a disk fix the permissions; for a bucket give '
         'this account the role Storage Object Admin on it, or log in with: gcloud auth application-default login'
+      )
+    if (type(cause).__module__.partition('.')[0] in _CLIENTS or 'CURL error' in said) and _UNREACHED.search(said):
+      return StorageError(
+        f'{_named(cause, said)}: the bucket cannot be reached; check the network, the name of the bucket and the '
+        'credentials, then run the same command again'
       )
     cause = cause.__cause__ or cause.__context__
   return None

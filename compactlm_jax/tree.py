@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 
 from compactlm_jax.errors import ConfigError
 
@@ -51,6 +52,17 @@ def map_named(fn: Callable[[str, Any], _V], tree: Any) -> Any:
   return jax.tree_util.tree_map_with_path(lambda path, leaf: fn(leaf_name(path), leaf), tree)
 
 
+def not_finite(tree: Any) -> list[str]:
+  """Names of the leaves that hold NaN or infinity."""
+  floats = {n: x for n, x in named_leaves(tree).items() if jnp.issubdtype(x.dtype, jnp.inexact)}
+  return [name for name, ok in jax.device_get(_finite(floats)).items() if not ok]
+
+
+@jax.jit
+def _finite(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+  return {name: jnp.isfinite(x).all() for name, x in leaves.items()}
+
+
 def match_one(rules: Sequence[tuple[str, _V]], name: str, what: str) -> _V:
   """The value of the one rule whose regex matches the whole name.
 
@@ -67,4 +79,7 @@ def match_one(rules: Sequence[tuple[str, _V]], name: str, what: str) -> _V:
     return hits[0][1]
   if not hits:
     raise ConfigError(f'parameter {name}: no {what} rule matches it; add a row for it')
-  raise ConfigError(f'parameter {name}: {len(hits)} {what} rules match it ({", ".join(p for p, _ in hits)})')
+  patterns = ', '.join(pattern for pattern, _ in hits)
+  raise ConfigError(
+    f'parameter {name}: {len(hits)} {what} rules match it ({patterns}); make their patterns exclude each other'
+  )

@@ -23,6 +23,8 @@ of 128 tokens; the second term weighs .1 in the stage of widths and 1 in that of
                     settings were not published; here those of BERT (mlm), ELECTRA-base (electra) and MiniLMv2 with 32
                     relation heads, which divide every width (minilm). --config.adapt.sampling=sandwich trains 4 of
                     the 8 cells per step
+  RoBERTa           its weights must be put into BERT's layout first (see configs/minilm.py); its recipe warms up over
+                    6 % of the steps (--config.optimizer.warmup_fraction=.06)
 Hardware: any; bfloat16 (--config.encoder.dtype=bfloat16) on a TPU. The original: one V100. A step costs as much as a
 step of each of the cells it trains: for the 12 cells of the grid 5.6 steps of the full network, and the teacher's pass.
 Data: as in configs/glue.py and configs/finetune.py; of pretrain-* rows written by `compactlm prepare`.

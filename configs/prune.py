@@ -18,11 +18,15 @@ Recipes: 3e-5, linear warm-up and decay, no weight decay, clipping at 1, embeddi
   qqp     128 tokens, batches of 32, 10 epochs, warm-up 11,000, multiples 2 and 3; soft: lambda 190
           (both by third parties that started from the authors' code; alibaba/AliceMind ContrastivePruning: 190 gave
           90 %, 550 97 % on QQP, 290 and 680 on MNLI, 600 and 2000 on SQuAD). L0's lambda outside SQuAD is our choice
-  hybrid  nn_pruning: 32 x 32 blocks in the attention, neurons in the feed-forward, sigmoid threshold, lambda 10, 20
-          epochs on SQuAD and 12 on GLUE
+  hybrid  nn_pruning: 32 x 32 blocks in the attention, its output included (attention_output_with_dense=0), neurons in
+          the feed-forward, sigmoid threshold, lambda 10, 20 epochs on SQuAD and 12 on GLUE, schedule multiples 1 and
+          10, on GLUE 1 and 4 (examples/command_line.py). A masked neuron loses its bias, as with its bias_mask; a bias
+          of the attention stays here when all blocks of its column are masked
   minibert, layerdrop  the same updates on a small dense model (--config.model=SMALL) and with every layer left out with
           probability .2, of which --config.finetune.keep_layers are kept
-A density instead of a lambda: --config.prune.control=density --config.prune.density=.1 (soft, L0, RPP).
+A density instead of a lambda: --config.prune.control=density --config.prune.density=.1 (soft, L0, RPP). With neither,
+these three prune nothing and are refused. L0 as published needs, beside method=l0, prune.scores_scale=2.197 and
+prune.scores_learning_rate=.1.
 Hardware: any; bfloat16 (--config.encoder.dtype=bfloat16) on a TPU. The original: one V100 of 16 GB.
 Command: compactlm train --config=configs/prune.py:squad-soft --config.model=BERT --config.teacher=SQUAD_RUN \
   --config.data.path=SQUAD --workdir=RUN
@@ -62,7 +66,14 @@ def methods(task: str) -> dict[str, dict]:
       'initial_warmup': 1,
       'final_warmup': 1,
     },
-    'hybrid': {'method': 'soft_movement', 'structure': 'block+neurons', 'threshold': 0.1, 'regularization': 10.0},
+    'hybrid': {
+      'method': 'soft_movement',
+      'structure': 'block+neurons',
+      'threshold': 0.1,
+      'regularization': 10.0,
+      'initial_warmup': 1,
+      'final_warmup': 10 if task == 'squad' else 4,
+    },
   }
 
 

@@ -82,7 +82,7 @@ VARIANTS = {
     prune=PruneConfig(density=0.15),
     **COMMON,
   ),
-  # Three stages of 30 steps. Without a teacher (--config.teacher=RUN, of tiny:finetune) the first trains on labels.
+  # Two stages of 30 steps. Without a teacher (--config.teacher=RUN, of tiny:finetune) the first trains on labels.
   'adapt': RunConfig(
     task='adapt',
     data=DataConfig(seq_len=64),

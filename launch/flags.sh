@@ -1,4 +1,4 @@
-# The flags of tpu.sh, and how it speaks. Sourced, not run.
+# The flags of tpu.sh, and how it speaks to gcloud and to you. Sourced, not run.
 # shellcheck shell=bash disable=SC2034 # tpu.sh uses the variables
 
 name=${LAUNCH_NAME:-} zone=${LAUNCH_ZONE:-} project=${LAUNCH_PROJECT:-}
@@ -54,4 +54,21 @@ check_flags() {
 
 need_command() {
   [[ $# -gt 0 && $* != *$'\n'* ]] || fail 78 'give the command after --, without line breaks: -- compactlm train ...'
+}
+
+# Every gcloud command passes here. --quiet: nothing may wait for an answer at night; deleting asks by itself.
+tpus() { # KIND VERB NAME ...
+  set -- gcloud compute tpus "$@" "--zone=$zone" "--project=$project" --quiet
+  if [[ -z $dry_run ]]; then "$@"; else shown "$@" >&3; fi
+}
+
+remote() { # WORKERS COMMAND ...; each argument arrives as it is
+  local workers=$1 line
+  shift
+  line=$(shown "$@")
+  tpus tpu-vm ssh "$name" "--worker=$workers" "--command=$line"
+}
+
+unreachable() {
+  fail 74 "the command failed on a worker of $name, or ssh to it (see above)"
 }

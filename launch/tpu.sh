@@ -24,12 +24,6 @@ exec 3>&1 # dry runs print here, also from inside $(...)
 scratch=$(mktemp)
 trap 'rm -f "$scratch"' EXIT
 
-# Every gcloud command passes here. --quiet: nothing may wait for an answer at night; deleting asks by itself.
-tpus() { # KIND VERB NAME ...
-  set -- gcloud compute tpus "$@" "--zone=$zone" "--project=$project" --quiet
-  if [[ -z $dry_run ]]; then "$@"; else shown "$@" >&3; fi
-}
-
 # Prints what gcloud tells, or NOT_FOUND. Only that very answer counts as absent: a lost network must not lead to a
 # second VM.
 describe() { # KIND FORMAT ASSUMED_IN_A_DRY_RUN
@@ -123,17 +117,6 @@ ready() {
   esac
 }
 
-remote() { # WORKERS COMMAND ...; each argument arrives as it is
-  local workers=$1 line
-  shift
-  line=$(shown "$@")
-  tpus tpu-vm ssh "$name" "--worker=$workers" "--command=$line"
-}
-
-unreachable() {
-  fail 74 "the command failed on a worker of $name, or ssh to it (see above)"
-}
-
 install() {
   local files
   case $source in
@@ -141,7 +124,8 @@ install() {
     git+*://*@*) files=("$here/worker.sh") ;;
     *.whl)
       [[ -f $source ]] || fail 78 "--source: there is no file $source"
-      files=("$here/worker.sh" "$source" "$here/../configs") # configs/ is not part of the package
+      # These two are not part of the package; with a tag they come from its clone.
+      files=("$here/worker.sh" "$source" "$here/constraints.txt" "$here/../configs")
       ;;
     *) fail 78 '--source= git+https://HOST/REPOSITORY@TAG, or a .whl file' ;;
   esac
@@ -205,17 +189,26 @@ delete() {
   remove
 }
 
-# Sets `verdict` to lost, the exit code of the run, or nothing while it runs; fails if ssh does.
+# Sets `verdict` to lost, the exit code of the run, or nothing while it runs; fails if ssh does. `failed` is the code of
+# a worker that ended for good. The others follow it, or restart for ever: at the second look they are stopped.
 observe() {
-  local lines
+  local lines before=$failed
   lines=$(remote all bash compactlm/worker.sh status) || return
   [[ -z $dry_run ]] || lines='compactlm-status worker exited 0'
   lines=$(grep '^compactlm-status ' <<<"$lines") || return
   say "$lines"
-  if grep -Eq ' (lost|absent)$' <<<"$lines"; then
+  failed=$(awk '$3 == "exited" && $4 != 0 && $4 != 75 { print $4; exit }' <<<"$lines")
+  if [[ -n $failed ]]; then
+    if grep -q ' running ' <<<"$lines"; then
+      [[ -n $before ]] || return 0
+      say "a worker ended with $failed; stopping the others"
+      remote all bash compactlm/worker.sh stop >&2 || return
+    fi
+    verdict=$failed
+  elif grep -Eq ' (lost|absent)$' <<<"$lines"; then
     verdict=lost
-  elif ! grep -q ' running ' <<<"$lines"; then # one code of several: the first that is not 0
-    verdict=$(awk '$4 && !code { code = $4 } END { print code + 0 }' <<<"$lines")
+  elif ! grep -q ' running ' <<<"$lines"; then # 75 if one was stopped
+    verdict=$(awk '$4 { code = $4 } END { print code + 0 }' <<<"$lines")
   fi
 }
 
@@ -230,7 +223,7 @@ clear_lost() { # VM_INFO
 }
 
 watch() { # COMMAND ...
-  local info made=0 unheard=0 verdict known='' broken=''
+  local info made=0 unheard=0 verdict failed='' known='' broken=''
   need_command "$@"
   [[ -z $recreate$queued || -n $source && -n $type ]] || fail 78 'a new VM also needs --type= and --source='
   while :; do

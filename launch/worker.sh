@@ -10,12 +10,13 @@
 # Restarts by exit code (README.md of the package): 75 always; 74 at most 3 times, waiting longer each time; others never.
 # On a pod every worker decides alone, by its own process's code. That agrees because `compactlm train` leaves with 75
 # on all workers together, and a worker that comes back first waits in jax.distributed for the rest (5 minutes by
-# default: every pause here is shorter).
+# default: every pause here is shorter). Where one crashed and does not come back, `tpu.sh watch` stops the others.
 set -euo pipefail
 
 self=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/$(basename "${BASH_SOURCE[0]}")
 root=${COMPACTLM_ROOT:-$HOME/compactlm}
 pause=${COMPACTLM_PAUSE:-10} # seconds
+uv=$root/uv/bin/uv
 uv_version=0.13.9
 python_version=3.12
 
@@ -27,12 +28,12 @@ fail() { # CODE MESSAGE
 # Images for v2 to v6e are Ubuntu 22.04, whose Python 3.10 is too old. uv brings a Python of its own: no root, and no
 # apt, which unattended upgrades lock for the first minutes of a VM.
 fetch_uv() {
-  [[ -x $root/bin/uv ]] && return
-  curl --proto '=https' --retry 5 -LsSf "https://astral.sh/uv/$uv_version/install.sh" |
-    env UV_INSTALL_DIR="$root/bin" UV_NO_MODIFY_PATH=1 sh || fail 74 "uv $uv_version could not be fetched; try again"
+  [[ -x $uv ]] && return
+  python3 -m pip install --quiet --target "$root/uv" "uv==$uv_version" ||
+    fail 74 "uv $uv_version could not be fetched (see above); try again"
 }
 
-fetch_source() { # git+URL@REF: a clone, because configs/ is not part of the package
+fetch_source() { # git+URL@REF: a clone, because configs/ and constraints.txt are not part of the package
   local url=${1#git+}
   rm -rf "$root/src"
   # Not `clone --branch`, which takes no commit.
@@ -42,8 +43,10 @@ fetch_source() { # git+URL@REF: a clone, because configs/ is not part of the pac
   git -C "$root/src" checkout --quiet FETCH_HEAD
   rm -rf "$root/configs"
   cp -R "$root/src/configs" "$root/configs"
+  cp "$root/src/launch/constraints.txt" "$root/"
 }
 
+# The versions of all that comes along are those of constraints.txt, so that a new VM goes on with what the old one had.
 # JAX's own index of libtpu wheels (-f .../libtpu_releases.html) is not needed: PyPI has libtpu for JAX 0.10 and newer.
 install() { # SOURCE
   local place
@@ -57,13 +60,13 @@ install() { # SOURCE
     *) fail 78 "source ${1:-is missing}: give git+https://HOST/REPOSITORY@TAG or a .whl file" ;;
   esac
   fetch_uv
-  [[ -x $root/venv/bin/python ]] || "$root/bin/uv" venv --quiet --python "$python_version" "$root/venv" ||
+  [[ -x $root/venv/bin/python ]] || "$uv" venv --quiet --python "$python_version" "$root/venv" ||
     fail 74 "Python $python_version could not be installed; try again"
   # A new version of a wheel or a branch may carry the same version number, hence --reinstall-package.
-  "$root/bin/uv" pip install --quiet --python "$root/venv/bin/python" --reinstall-package compactlm-jax \
-    "compactlm-jax[tpu,gcs] @ file://$place" ||
+  "$uv" pip install --quiet --python "$root/venv/bin/python" --constraint "$root/constraints.txt" \
+    --reinstall-package compactlm-jax "compactlm-jax[tpu,gcs] @ file://$place" ||
     fail 74 "$1 could not be installed; see the message above"
-  "$root/bin/uv" pip freeze --python "$root/venv/bin/python" | grep -E '^(compactlm-jax|jax|jaxlib|libtpu)\b' || true
+  "$uv" pip freeze --python "$root/venv/bin/python" | grep -E '^(compactlm-jax|jax|jaxlib|libtpu)\b' || true
 }
 
 # The process id alone is not enough: after a reboot another process may have it.
@@ -96,7 +99,7 @@ start() { # COMMAND ...
 
 child='' stopping=''
 
-forward() { # the command saves and leaves with 75; it is not restarted
+forward() { # the command saves and leaves with 75; it is not restarted here
   stopping=yes
   [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true
 }
@@ -125,8 +128,10 @@ supervise() { # [COMMAND ...]; without one, what `start` was given
     while IFS= read -r line; do set -- "$@" "$line"; done <"$root/command"
   fi
   export PATH="$root/venv/bin:$PATH"
-  trap forward TERM INT HUP
+  trap forward TERM HUP
+  trap 'touch "$root/stop"; forward' INT
   exec >>"$root/run.log" 2>&1
+  rm -f "$root/stop"
   echo $$ >"$root/supervisor.pid"
   while :; do
     number=$((number + 1))
@@ -141,11 +146,13 @@ supervise() { # [COMMAND ...]; without one, what `start` was given
     wait $! || true
     [[ -z $stopping ]] || break
   done
-  rm -f "$root/supervisor.pid"
+  # A signal that `stop` did not send is a shutdown: what it ended is `lost`, and goes on when the machine is back. 143:
+  # the command had no handler yet, or ended in the very moment of the signal, when bash does not tell its code.
+  [[ -n $stopping && ! -e $root/stop && $code =~ ^(74|75|143)$ ]] || rm -f "$root/supervisor.pid"
   exit "$code"
 }
 
-# One line that tpu.sh reads. `lost`: the supervisor ended without a result, as after a reboot.
+# One line that tpu.sh reads. `lost`: the supervisor ended before the run, as in a reboot.
 status() {
   local state=absent
   if running; then
@@ -160,6 +167,7 @@ status() {
 
 stop() {
   running || { echo 'nothing runs' && return; }
+  touch "$root/stop" # tells it from a shutdown
   kill -TERM "$(cat "$root/supervisor.pid")"
   for _ in $(seq "${COMPACTLM_GRACE:-300}"); do
     running || { status && return; }

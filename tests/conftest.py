@@ -6,8 +6,11 @@ import pathlib
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('JAX_NUM_CPU_DEVICES', '8')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
-# Tests compile hundreds of tiny programs: LLVM's optimiser would take most of their time.
-os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0')
+# Tests compile hundreds of tiny programs: LLVM's optimiser would take most of their time. Eight devices share few
+# cores: on a loaded machine one of them may come to a collective later than the 40 s after which XLA aborts.
+os.environ.setdefault(
+  'XLA_FLAGS', '--xla_backend_optimization_level=0 --xla_cpu_collective_call_terminate_timeout_seconds=300'
+)
 # Compiled programs are shared by all processes of the tests, and kept for the next run (`make clean` removes them).
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(pathlib.Path(__file__).parents[1] / '.cache' / 'jax'))
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')

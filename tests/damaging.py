@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from stored_rows import T, V, example, write
 
-from compactlm_jax import checkpoint
+from compactlm_jax import checkpoint, storage
 from compactlm_jax.data import shards
 from compactlm_jax.data.manifest import read_manifest
 from compactlm_jax.data.source import open_dataset
@@ -43,9 +43,13 @@ def inflict(directory, name, how, offset):
 
 
 class FullDisk:
-  """Stands for Orbax: its answers fail with ENOSPC while `full`; `late`, when the files are being written."""
+  """A disk without space for checkpoints while `full`.
 
-  def __init__(self, monkeypatch, late):
+  Orbax answers at once with ENOSPC, or `late`, when the files are being written. With `lines` growing files have no
+  space either: of the next line half is written, and then nothing.
+  """
+
+  def __init__(self, monkeypatch, late=False, lines=False):
     real, self.full = checkpoint.ocp.save_checkpointables_async, True
 
     def save(path, items):
@@ -62,6 +66,24 @@ class FullDisk:
       return Response()
 
     monkeypatch.setattr(checkpoint.ocp, 'save_checkpointables_async', save)
+    if lines:
+      monkeypatch.setattr(storage, 'open', lambda *args, **kwargs: _File(self, open(*args, **kwargs)), raising=False)
+
+
+class _File:
+  """A file of a `FullDisk`."""
+
+  def __init__(self, disk, file):
+    self._disk, self._file, self._torn = disk, file, False
+
+  def write(self, data):
+    if self._disk.full and self._torn:
+      raise OSError(28, 'No space left on device')
+    self._torn = self._disk.full
+    return self._file.write(data[: len(data) // 2] if self._torn else data)
+
+  def close(self):
+    self._file.close()
 
 
 class Watched:

@@ -7,19 +7,16 @@ update differs from one without in that update only.
 
 import dataclasses
 import functools
-import importlib.util
 import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tiny import configured, place_job
 
-from compactlm_jax.config import MeshConfig, RunConfig, from_config_dict
-from compactlm_jax.jobs import build_job
-from compactlm_jax.parallel import make_mesh, param_shardings, state_shardings, to_global
-from compactlm_jax.train.optimizer import make_optimizer
-from compactlm_jax.train.step import compile_step, init_state, make_train_step
+from compactlm_jax.config import MeshConfig
+from compactlm_jax.parallel import state_shardings, to_global
 from compactlm_jax.tree import named_leaves
 from compactlm_jax.types import TrainState
 
@@ -27,16 +24,19 @@ ROOT = pathlib.Path(__file__).parents[1]
 TASKS = ('electra', 'lm', 'distill', 'finetune', 'prune', 'adapt')
 LOSS, GRADIENT = 2, 3
 POISONED_LEAF = 'encoder/layers/ffn_out/bias'
-MESHES = {'1': (1, 1), '2': (2, 1), '8': (8, 1), '1 x 4': (1, 4), '2 x 2': (2, 2), '4 x 1': (4, 1)}
-"""Name -> (data, fsdp)."""
+MESHES = {'1': (1, 1, 1), '2': (2, 1, 1), '8': (8, 1, 1), '1 x 4': (1, 4, 1), '2 x 2': (2, 2, 1), '4 x 1': (4, 1, 1)}
+MESHES |= {'2 x 2 x 2': (2, 2, 2), '1 x 1 x 4': (1, 1, 4)}
+"""Name -> (data, fsdp, model)."""
 
 
 def config_of(task, **changes):
-  """configs/tiny.py:TASK, smaller; of the stages of adapt the one with a teacher and all terms."""
-  spec = importlib.util.spec_from_file_location('every_task_tiny', ROOT / 'configs' / 'tiny.py')
-  tiny = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(tiny)
-  config = from_config_dict(RunConfig, tiny.get_config(task))
+  """configs/tiny.py:TASK, smaller; of the stages of adapt the one with a teacher and all terms.
+
+  'sandwich' is 'adapt' with some of its sub-networks at each step.
+  """
+  sampling = 'sandwich' if task == 'sandwich' else 'all'
+  task = 'adapt' if task == 'sandwich' else task
+  config = configured(task)
   sizes = {'vocab_size': 64, 'hidden_size': 16, 'num_layers': 1, 'intermediate_size': 32, 'embedding_size': 16}
   fields = {
     'encoder': dataclasses.replace(config.encoder, max_positions=16, **sizes),
@@ -47,7 +47,7 @@ def config_of(task, **changes):
     'seed': 3,
   }
   if task == 'adapt':
-    fields['adapt'] = dataclasses.replace(config.adapt, stages=('depth',), depths=(1.0,))
+    fields['adapt'] = dataclasses.replace(config.adapt, stages=('depth',), depths=(1.0,), sampling=sampling)
   return dataclasses.replace(config, **{**fields, **changes})
 
 
@@ -125,22 +125,12 @@ class Run:
     return losses, host(state)
 
 
-def fresh(config, devices):
-  """(job, mesh, state on the host, frozen weights in place), made anew."""
-  job = build_job(config)
-  mesh = make_mesh(config.mesh, devices)
-  tx = make_optimizer(config.optimizer, job.total_steps, job.task.trainable, job.task.groups)
-  frozen = None if job.task.frozen is None else jax.device_put(job.task.frozen, param_shardings(mesh, job.task.frozen))
-  return job, mesh, host(init_state(job.task, tx, mesh, config.seed)), frozen, tx
-
-
 @functools.cache
-def compiled(task, data=2, fsdp=2):
-  """The `Run` of a task on data x fsdp devices; its task is `poisoned`."""
-  config = config_of(task, mesh=MeshConfig(data=data, fsdp=fsdp))
-  job, mesh, state, frozen, tx = fresh(config, jax.devices()[: data * fsdp])
-  step = make_train_step(poisoned(job.task), tx, config.seed, config.optimizer.accumulate, mesh)
-  return Run(job, mesh, state, frozen, compile_step(step, mesh, state_on(mesh, state), frozen))
+def compiled(task, data=2, fsdp=2, model=1):
+  """The `Run` of a task on data x fsdp x model devices; its task is `poisoned`."""
+  config = config_of(task, mesh=MeshConfig(data=data, fsdp=fsdp, model=model))
+  job, mesh, state, frozen, step = place_job(config, jax.devices()[: data * fsdp * model], poisoned)
+  return Run(job, mesh, host(state), frozen, step)
 
 
 def state_on(mesh, state):
@@ -149,17 +139,18 @@ def state_on(mesh, state):
   return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, placed)
 
 
-def deviation(task, state, data, fsdp, steps=20):
-  """Largest relative difference of the losses after a move from 4 devices to data x fsdp.
+def deviation(task, state, data, fsdp, model=1, steps=20):
+  """Largest relative difference of the losses after a move from 4 devices to data x fsdp x model.
 
   Args:
     task: of TASKS.
     state: on the host, after five steps.
     data: devices that split rows alone.
     fsdp: devices that split rows and parameters.
+    model: devices that split hidden sizes.
     steps: how many are compared.
   """
   numbers = range(5, 5 + steps)
-  expected, found = (run.steps(state, numbers)[0] for run in (compiled(task), compiled(task, data, fsdp)))
+  expected, found = (run.steps(state, numbers)[0] for run in (compiled(task), compiled(task, data, fsdp, model)))
   assert len(set(expected)) == steps
   return max(abs(a - b) / abs(a) for a, b in zip(expected, found, strict=True))

@@ -45,13 +45,11 @@ class Reader:
     name: for reports.
     files: makes valid files, name -> content; those that end in '.gz' are stored compressed.
     read: reads the folder that they are written to.
-    share: cases of this reader, relative to others.
   """
 
   name: str
   files: Callable[[], Files]
   read: Callable[[pathlib.Path], object]
-  share: float = 1.0
 
 
 class OtherError(AssertionError):

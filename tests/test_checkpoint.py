@@ -124,7 +124,7 @@ def test_saving_a_saved_step_again_does_nothing_and_a_foreign_one_is_refused(tmp
 
 
 def test_non_finite_parameters_are_never_saved(tmp_path):
-  """Mutation: drop the call of `_check_finite`."""
+  """Mutation: drop the call of `not_finite`."""
   state = make_state(1)
   bad = TrainState(
     state.step, {**state.params, 'classifier': {'bias': jnp.array([0.0, jnp.nan, 1.0])}}, state.opt_state

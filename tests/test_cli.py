@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import logging
 import pathlib
 import re
 import time
@@ -17,9 +18,6 @@ from compactlm_jax import cli, jobs
 from compactlm_jax.jobs import finetune, load_model
 from compactlm_jax.metrics import read_metrics
 from compactlm_jax.tree import named_leaves
-
-# ml_collections loads configuration files this way.
-pytestmark = pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')
 
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 TINY = f'--config={CONFIGS}/tiny.py:'
@@ -104,6 +102,12 @@ OK = TINY + 'distill'
     (['train', OK, '--workdir=W', '--config.steps=0'], 78, 'config.steps: set steps or epochs to a positive number'),
     (['train', OK, '--workdir=W', '--config.batch_size=12'], 78, 'config.batch_size: 12 rows do not divide over 8'),
     (['train', OK, '--workdir=W', '--config.mesh.data=3'], 78, 'config.mesh: data=3, fsdp=1, model=1 do not multiply'),
+    (
+      ['train', OK, '--workdir=W', '--config.mesh.data=1', '--config.mesh.model=8',
+       '--config.encoder.intermediate_size=20'],
+      78,
+      'parameter encoder/layers/ffn_in/kernel: a dimension of 20 does not divide over config.mesh.model=8',
+    ),
     (['train', OK, '--workdir=W', '--config.data.path=/none'], 78, 'config.teacher: name a model folder or a run'),
     (['train', OK, '--workdir=W', '--config.teacher=/none'], 65, '/none: no such folder'),
     (['train', TINY + 'finetune', '--workdir=W', '--config.data.train=/n.tsv'], 78, 'config.model: name the model'),
@@ -114,12 +118,13 @@ OK = TINY + 'distill'
   ids=lambda x: ' '.join(x[:4]).replace(str(CONFIGS), '') if isinstance(x, list) else '',
 )  # fmt: skip
 def test_complaints_are_one_line_that_names_the_culprit(argv, code, message, capsys, tmp_path):
-  """Mutation: let the exception of absl or ml_collections through."""
+  """And nothing is left. Mutations: let exceptions of absl or ml_collections through; open the run before the mesh."""
   assert cli.main([part.replace('W', str(tmp_path / 'w')) if '=W' in part else part for part in argv]) == code
   silent, said = capsys.readouterr()
   head = '' if argv[0] not in cli.COMMANDS else f' {argv[0]}'
   assert said.startswith(f'compactlm{head}: {message}') and not silent
   assert 'Traceback' not in said and (not head or said.count('\n') == 1), said
+  assert not list((tmp_path / 'w').glob('*'))
 
 
 @pytest.mark.parametrize(
@@ -167,6 +172,19 @@ def test_unexpected_errors_have_their_codes(error, code, message, capsys, monkey
   said = capsys.readouterr().err
   assert f'compactlm export: {message}' in said and 'None' not in said
   assert ('Traceback' in said) == (code == 70)
+
+
+def test_a_client_of_buckets_prints_no_traceback_beside_its_error(capsys, monkeypatch):
+  """Mutation: leave its logger alone."""
+
+  def fail(*args, **options):
+    logging.getLogger('gcsfs').error('out of retries', exc_info=True)
+    raise type('HttpError', (Exception,), {'__module__': 'gcsfs.retry'})('Cannot connect to host x:443')
+
+  monkeypatch.setattr(jobs, 'run_export', fail)
+  assert cli.main(['export', '--checkpoint=a', '--output=b']) == 74
+  said = capsys.readouterr().err
+  assert said.count('\n') == 1 and said.startswith('compactlm export: Cannot connect to host x:443: the bucket')
 
 
 def test_a_run_leaves_what_the_architecture_says(run):
@@ -217,7 +235,7 @@ def test_an_export_reads_back_to_the_same_outputs(run, tmp_path, capsys):
 
 
 def test_non_finite_updates_end_a_run(tmp_path, monkeypatch, capsys):
-  """From step 3 on. Mutation: count bad steps that are not consecutive, or save before the report."""
+  """From step 3 on. Mutation: count bad steps that are not consecutive, save before the report, or catch nothing."""
   make = finetune.make_finetune_task
 
   def poisoned(*args, **kwargs):
@@ -233,6 +251,12 @@ def test_non_finite_updates_end_a_run(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(finetune, 'make_finetune_task', poisoned)
   assert cli.main(train('finetune', tmp_path, '--config.steps=9', '--config.checkpoint_every=1')) == 70
   said = capsys.readouterr().err
+  (tmp_path / 'b' / 'failure.json').mkdir(parents=True)  # nothing can be written there
+  assert cli.main(train('finetune', tmp_path / 'b', '--config.steps=9', '--config.checkpoint_every=1')) == 70
+  told = capsys.readouterr().err
+  assert 'failure.json cannot be written' in told and told.endswith(
+    said.splitlines()[-1].replace(str(tmp_path), f'{tmp_path}/b') + '\n'
+  )
   assert '3 non-finite updates in a row, the last at step 5 (first leaf: classifier/bias)' in said
   assert 'Traceback' not in said
   report = json.loads((tmp_path / 'failure.json').read_text())

@@ -105,7 +105,10 @@ def test_public_names_have_docstrings():
 
 
 def test_a_plain_import_is_light_and_needs_no_other_framework():
-  """Public names are imported on first use; torch, tensorflow and tensorboard may be absent altogether."""
+  """Public names are imported on first use; torch, tensorflow and tensorboard may be absent altogether.
+
+  Mutations: `import jax` in __init__.py; `import grain` in nn/encoder.py.
+  """
   code = """
 import sys
 for name in ('torch', 'tensorflow', 'tensorboard', 'tensorboardX', 'wandb'):

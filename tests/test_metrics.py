@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from damaging import FullDisk
 
 from compactlm_jax import metrics
 from compactlm_jax.errors import ConfigError, StorageError
@@ -123,10 +124,11 @@ def test_bar_shows_position_loss_rate_and_time_left(tmp_path, capsys):
 
 
 def test_plain_lines_in_a_log_without_a_terminal(tmp_path, capsys, caplog):
-  """Mutation: open the bar always (carriage returns land in the log)."""
+  """A pruning run tells its density. Mutations: open the bar always (carriage returns in the log); only losses."""
   with caplog.at_level('INFO'), MetricsWriter(tmp_path, 10) as writer:
-    writer.step(5, {'loss': 0.25}, tokens=64)
-  assert capsys.readouterr().err == '' and 'step 5/10, loss 0.25, tokens/s' in caplog.text and 'left' in caplog.text
+    writer.step(5, {'loss': 0.25, 'density': 0.125, 'grad_norm': 1.0}, tokens=64)
+  assert capsys.readouterr().err == '' and 'left' in caplog.text
+  assert 'step 5/10, loss 0.25, density 0.125, tokens/s' in caplog.text
 
 
 def test_bar_in_a_notebook_whose_output_is_no_terminal(tmp_path, monkeypatch):
@@ -139,21 +141,35 @@ def test_bar_in_a_notebook_whose_output_is_no_terminal(tmp_path, monkeypatch):
   assert '5/10' in output.getvalue() and 'loss=0.25' in output.getvalue()
 
 
-def test_full_disk_is_a_storage_error(tmp_path):
-  """Mutation: drop `except OSError` in `write`."""
+def test_lines_wait_for_space(tmp_path, monkeypatch, caplog):
+  """Mutations: drop `except` in `GrowingFile.write`; forget there what was not written, or write all of it again."""
+  disk = FullDisk(monkeypatch, lines=True)
   with MetricsWriter(tmp_path, 10, bar=False) as writer:
+    for step, disk.full in ((1, False), (2, True), (3, True), (4, True)):
+      writer.write(step, {'loss': 1.0})
+    assert [m['step'] for m in read_metrics(tmp_path)] == [1]
+    assert caplog.text.count('metrics.jsonl: cannot be written (No space left on device); lines are kept') == 1
+    with pytest.raises(OSError, match=r'No space left.*metrics\.jsonl'):
+      writer.sync()
+    disk.full = False
+    writer.write(5, {'loss': 1.0})
+    lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
+    assert [strict(line)['step'] for line in lines] == [1, 2, 3, 4, 5]
 
-    class Full:
-      def write(self, text):
-        raise OSError(28, 'No space left on device')
 
-      def close(self):
-        pass
-
-    writer._file.close()
-    writer._file = Full()
-    with pytest.raises(StorageError, match=r'metrics.jsonl.*step 3.*No space left'):
-      writer.write(3, {'loss': 1.0})
+def test_lines_that_never_find_space_are_an_error_unless_there_is_one(tmp_path, monkeypatch):
+  """Mutations: leave the OSError of `close` as it is; drop `suppress` in `__exit__`."""
+  disk = FullDisk(monkeypatch, lines=True)
+  for error, message in ((None, r'metrics\.jsonl: cannot be written \(No space left.*same command'), (KeyError, 'own')):
+    with pytest.raises(error or StorageError, match=message), MetricsWriter(tmp_path, 10, bar=False) as writer:
+      for step in (1, 2):
+        writer.write(step, {'loss': 1.0})
+      if error:
+        raise error('own')
+  disk.full = False
+  with MetricsWriter(tmp_path, 10, bar=False) as writer:
+    writer.write(1, {'loss': 1.0})
+  assert [m['step'] for m in read_metrics(tmp_path)] == [1]
 
 
 def test_other_processes_write_nothing(tmp_path, monkeypatch):
@@ -170,6 +186,24 @@ def test_tensorboard_is_optional_and_named_when_missing(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, 'tensorboardX', None)
   with pytest.raises(ConfigError, match='tensorboard'):
     MetricsWriter(tmp_path, 10, bar=False, tensorboard=True)
+
+
+def test_tensorboard_that_blocks_stops_no_run(tmp_path, monkeypatch, caplog):
+  """As tensorboardX does on a full disk. Mutation: call `add_scalar` in `write`."""
+  import threading
+  import types
+
+  free = threading.Event()
+  board = types.SimpleNamespace(add_scalar=lambda *args: free.wait(5), close=lambda: None)
+  monkeypatch.setitem(sys.modules, 'tensorboardX', types.SimpleNamespace(SummaryWriter=lambda folder: board))
+  monkeypatch.setattr(metrics, '_BOARD_LINES', 3)
+  monkeypatch.setattr(metrics, '_BOARD_SECONDS', 0.1)
+  with MetricsWriter(tmp_path, 10, bar=False, tensorboard=True) as writer:
+    for step in range(1, 10):
+      writer.write(step, {'loss': 0.5})
+  assert not free.is_set() and [m['step'] for m in read_metrics(tmp_path)] == list(range(1, 10))
+  assert caplog.text.count('TensorBoard: ') == 2
+  free.set()
 
 
 def test_tensorboard_gets_the_same_numbers(tmp_path, monkeypatch):

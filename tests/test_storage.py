@@ -134,6 +134,9 @@ def test_without_permission_a_command_ends_with_74(bucket, tmp_path, monkeypatch
       pass
 
 
+DISCONNECTED = type('ServerDisconnectedError', (Exception,), {'__module__': 'aiohttp.client_exceptions'})
+
+
 @pytest.mark.parametrize(
   ('error', 'kind', 'said'),
   [
@@ -142,10 +145,12 @@ def test_without_permission_a_command_ends_with_74(bucket, tmp_path, monkeypatch
     (Exception('Anonymous caller does not have storage.objects.get access, 401'), StorageError, 'Anonymous caller'),
     (PermissionError(13, 'Permission denied', '/data/x'), StorageError, '^/data/x: no permission'),
     (OSError('Forbidden: b/my/o/a%2Fb\nno'), StorageError, '^gs://my/a/b: no permission'),
+    (DISCONNECTED('Server disconnected'), StorageError, '^Server disconnected: .* check the network'),
+    (ValueError("UNAVAILABLE: CURL error[6] Couldn't resolve host name"), StorageError, 'check the network, the name'),
   ],
 )
 def test_what_clients_of_buckets_say(error, kind, said):
-  """Mutation: look at the error itself only, not at what caused it."""
+  """Mutation: look at the error itself only, not at what caused it; leave out `_UNREACHED`."""
   outer = RuntimeError('save failed')
   outer.__cause__ = error
   for e in (error, outer):
@@ -156,6 +161,8 @@ def test_what_clients_of_buckets_say(error, kind, said):
 
 
 def test_other_errors_are_left_alone():
+  """Another host that is gone is no bucket. Mutation: look for `_UNREACHED` whoever raises."""
+  assert storage.own_error(ConnectionResetError(104, 'Connection reset by peer')) is None
   assert storage.own_error(OSError(28, 'No space left on device')) is None
   assert storage.own_error(ImportError('No module named matplotlib')) is None
   assert storage.free_bytes('gs://bucket') is None and storage.free_bytes('/') > 0

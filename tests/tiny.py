@@ -1,12 +1,21 @@
 """The smallest jobs that run every part of training, for tests of the step, the mesh, the loop and the jobs."""
 
 import dataclasses
+import importlib.util
+import pathlib
 import re
 
 import jax
 import numpy as np
 
-from compactlm_jax.config import DataConfig, EncoderConfig, FinetuneConfig, OptimizerConfig, RunConfig
+from compactlm_jax.config import (
+  DataConfig,
+  EncoderConfig,
+  FinetuneConfig,
+  OptimizerConfig,
+  RunConfig,
+  from_config_dict,
+)
 from compactlm_jax.jobs import build_job
 from compactlm_jax.parallel import make_mesh, param_shardings, to_global
 from compactlm_jax.train.optimizer import make_optimizer
@@ -34,14 +43,23 @@ def tiny_config(task='distill', **changes):
   return RunConfig(task=task, **{**fields, **changes})
 
 
-def place_job(config, devices=None):
-  """(job, mesh, fresh state, frozen, compiled step), as the loop sets them up."""
+def configured(variant):
+  """The run of configs/tiny.py:VARIANT."""
+  path = pathlib.Path(__file__).parents[1] / 'configs' / 'tiny.py'
+  spec = importlib.util.spec_from_file_location('configs_tiny', path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return from_config_dict(RunConfig, module.get_config(variant))
+
+
+def place_job(config, devices=None, change=lambda task: task):
+  """(job, mesh, fresh state, frozen, compiled step), as the loop sets them up; `change` is made to the step's task."""
   job = build_job(config)
   mesh = make_mesh(config.mesh, devices)
   tx = make_optimizer(config.optimizer, job.total_steps, job.task.trainable, job.task.groups)
   state = init_state(job.task, tx, mesh, config.seed)
   frozen = None if job.task.frozen is None else jax.device_put(job.task.frozen, param_shardings(mesh, job.task.frozen))
-  step = make_train_step(job.task, tx, config.seed, config.optimizer.accumulate, mesh)
+  step = make_train_step(change(job.task), tx, config.seed, config.optimizer.accumulate, mesh)
   return job, mesh, state, frozen, compile_step(step, mesh, state, frozen)
 
 

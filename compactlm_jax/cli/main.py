@@ -17,6 +17,7 @@ from typing import Any
 from absl import flags
 
 from compactlm_jax.cli.commands import COMMANDS
+from compactlm_jax.cli.early import leaves_early
 from compactlm_jax.cli.worker import is_worker, launch_of, refuse_pod, start_worker, watched
 from compactlm_jax.distributed import Group, lost_peer
 from compactlm_jax.errors import CompactLMError, ConfigError
@@ -114,14 +115,18 @@ def _log_to_stderr() -> Iterator[None]:
   """Plain lines: warnings of all libraries, and what this one has to say."""
   # Without a handler on the root, absl adds one of its own that complains about flags parsed by other means.
   handler, root, own = logging.StreamHandler(sys.stderr), logging.getLogger(), logging.getLogger('compactlm_jax')
+  client = logging.getLogger('gcsfs')  # prints a traceback of what it raises anyway
   handler.setFormatter(logging.Formatter('%(message)s'))
   root.addHandler(handler)
-  level = own.level
-  own.setLevel(logging.INFO)
+  levels = {own: logging.INFO, client: logging.CRITICAL}
+  before = {logger: logger.level for logger in levels}
+  for logger, level in levels.items():
+    logger.setLevel(level)
   try:
     yield
   finally:
-    own.setLevel(level)
+    for logger, level in before.items():
+      logger.setLevel(level)
     root.removeHandler(handler)
 
 
@@ -146,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(command_help(name))
     return 0
   again = sys.orig_argv[1:] if argv is None else ['-m', 'compactlm_jax', *arguments]
-  with _log_to_stderr():
+  with _log_to_stderr(), leaves_early(name) if name == 'train' else contextlib.nullcontext():
     return _guarded(name, rest, again)
 
 
@@ -158,7 +163,7 @@ def _guarded(name: str, arguments: Sequence[str], again: Sequence[str]) -> int:
       refuse_pod(name)
     launch = launch_of(values) if 'coordinator' in values else None
     if launch is not None and not is_worker():
-      return watched(name, again)
+      return watched(name, again, launch)
     if launch is not None:
       group = start_worker(launch)
       logging.getLogger('compactlm_jax').setLevel(logging.WARNING if group.index else logging.INFO)

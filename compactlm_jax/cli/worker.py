@@ -1,7 +1,7 @@
 """Several processes on the command line: their flags, and the process that watches over a worker.
 
 `compactlm train` of a job of several processes starts itself again as a worker and waits for it, because JAX ends a
-worker by SIGABRT when another one is gone: whoever started the command sees 75 then.
+worker by SIGABRT when another one is gone or does not come: whoever started the command sees 75 then.
 """
 
 from __future__ import annotations
@@ -10,17 +10,19 @@ import contextlib
 import ctypes
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
+import tempfile
 import urllib.request
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import IO, Any
 
 from absl import flags
 
 from compactlm_jax.cli.flags import all_of, number, text
-from compactlm_jax.distributed import TOLD, Launch, join
+from compactlm_jax.distributed import JOINING, TOLD, Launch, join, not_met
 from compactlm_jax.errors import ConfigError, PeerError
 
 _METADATA = 'http://metadata.google.internal/computeMetadata/v1/instance/attributes/worker-network-endpoints'
@@ -59,8 +61,11 @@ def launch_of(values: flags.FlagValues) -> Launch | None:
     return Launch(**timeouts)
   if not coordinator and count is None and index is None:
     return Launch(**timeouts) if pod_workers() > 1 else None
-  if ':' not in coordinator or not coordinator.rpartition(':')[2].isdecimal():
-    raise ConfigError(f'--coordinator: {coordinator!r} must be HOST:PORT of process 0, with --num_processes')
+  host, _, port = coordinator.rpartition(':')
+  if not host or not re.fullmatch('[0-9]{1,5}', port) or not 1 <= int(port) <= 65535:
+    raise ConfigError(
+      f'--coordinator: {coordinator!r} must be HOST:PORT of process 0, with a port from 1 to 65535 and --num_processes'
+    )
   if count is None or index is None or not 0 <= index < count:
     raise ConfigError(
       f'--num_processes: {count} and --process_id: {index} must both be given, the second from 0 to the first - 1'
@@ -118,12 +123,13 @@ def start_worker(launch: Launch) -> Any:
   return join(launch)
 
 
-def watched(name: str, arguments: Sequence[str]) -> int:
+def watched(name: str, arguments: Sequence[str], launch: Launch) -> int:
   """Runs this command again as a worker, hands signals on to it, and returns the exit code of the job.
 
   Args:
     name: of the command, for messages.
     arguments: of the interpreter.
+    launch: how the worker joins the others, for messages.
   """
   told, tell = os.pipe()
   worker: subprocess.Popen[bytes] | None = None
@@ -136,11 +142,15 @@ def watched(name: str, arguments: Sequence[str]) -> int:
       worker.send_signal(number)
 
   previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
-  ours = {TOLD: str(tell), _WATCHER: str(os.getpid())}
+  aside = tempfile.TemporaryFile()
+  ours = {TOLD: str(tell), JOINING: str(aside.fileno()), _WATCHER: str(os.getpid())}
   try:
     # In a session of its own: a Ctrl-C of the terminal reaches it once, by this process.
     worker = subprocess.Popen(
-      [sys.executable, *arguments], env={**os.environ, **ours}, pass_fds=[tell], start_new_session=True
+      [sys.executable, *arguments],
+      env={**os.environ, **ours},
+      pass_fds=[tell, aside.fileno()],
+      start_new_session=True,
     )
     os.close(tell)
     for number in early:
@@ -150,15 +160,28 @@ def watched(name: str, arguments: Sequence[str]) -> int:
     with contextlib.suppress(BlockingIOError):
       if said := os.read(told, 16):
         return said[-1]
-    return code if code >= 0 else _translated(name, -code)
+    return code if code >= 0 else _translated(name, -code, _while_joining(aside), launch)
   finally:
+    aside.close()
     for number, handler in previous.items():
       signal.signal(number, handler)
     os.close(told)
 
 
-def _translated(name: str, number: int) -> int:
+def _while_joining(aside: IO[bytes]) -> str:
+  """Hands on what a worker said while it joined; why JAX ended it then, or ''. The C++ stack stays behind."""
+  aside.seek(0)
+  said, fatal, rest = re.split(r'^(F\d{4} |\Z)', aside.read().decode(errors='replace'), maxsplit=1, flags=re.M)
+  sys.stderr.write(said)
+  reason = re.search(r'absl::Status: (.+)', rest)
+  return (reason[1] if reason else rest.partition('\n')[0])[:300] if fatal else ''
+
+
+def _translated(name: str, number: int, unmet: str, launch: Launch) -> int:
   by = signal.Signals(number).name
+  if number == signal.SIGABRT and unmet:
+    print(f'compactlm {name}: {not_met(launch, unmet)}', file=sys.stderr)
+    return PeerError.exit_code
   if number in _RESTART:
     why = 'another process of the job is gone, or this one was killed'
     if number == signal.SIGKILL:

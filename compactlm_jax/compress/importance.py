@@ -53,34 +53,6 @@ class Importance:
   running: _Terms
 
 
-def head_importance(params: Params, grads: Params, encoder: EncoderConfig) -> Float[Array, 'N H']:
-  """|dL / d mask| of every head, of one batch.
-
-  Args:
-    params: a tree with 'encoder'.
-    grads: the gradient of the loss by it, of the same names.
-    encoder: its configuration.
-
-  Raises:
-    ConfigError: an encoder whose layers differ in size, scores in the tree, or shapes that are not the encoder's.
-  """
-  return jnp.abs(_terms(params, grads, encoder).heads_NH)
-
-
-def neuron_importance(params: Params, grads: Params, encoder: EncoderConfig) -> Float[Array, 'N F']:
-  """|sum W1 dW1 + b1 db1| + |sum W2 dW2| of every neuron, of one batch.
-
-  Args:
-    params: a tree with 'encoder'.
-    grads: the gradient of the loss by it, of the same names.
-    encoder: its configuration.
-
-  Raises:
-    ConfigError: as `head_importance`.
-  """
-  return _neurons(_terms(params, grads, encoder))
-
-
 def no_importance(encoder: EncoderConfig) -> Importance:
   """The sum over no batch, to start from.
 
@@ -108,7 +80,8 @@ def add_importance(
     importance_sum: 'cleared' for each batch's own gradient, 'published' for the running sum.
 
   Raises:
-    ConfigError: another `importance_sum`; otherwise as `head_importance`.
+    ConfigError: another `importance_sum`, an encoder whose layers differ in size, scores in the tree, or shapes that
+      are not the encoder's.
   """
   if importance_sum not in ('cleared', 'published'):
     raise ConfigError(f"config.adapt.importance_sum: {importance_sum!r}; use 'cleared' or 'published'")

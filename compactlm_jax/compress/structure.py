@@ -143,7 +143,7 @@ def expand(encoder: EncoderConfig, name: str, leaf: Float[Array, 'N ...']) -> di
   entry there belongs to two heads: with those channels at zero they have no effect, and `shrink` removes them. So
   without head h the kernels of the other heads change: they are what a model without it would compute.
 
-  Biases are covered, unlike in huggingface/nn_pruning (modules/masked_nn.py masks kernels only): with its bias a
+  Biases are covered (huggingface/nn_pruning: `bias_mask`, which its first versions did not have): with its bias a
   masked neuron would still add gelu(bias) times its row wherever that row is kept, and removing it would not be exact.
   Consequently they count in the gradient of the piece's score too, as everything that its mask multiplies.
 
@@ -178,9 +178,8 @@ def acting_masks(encoder: EncoderConfig, name: str, mask: Float[Array, 'N ...'],
   A head or neuron is gone if the matrices that carry its result further are masked: its rows of the output, in
   ConvBERT also what makes its channels of the taps' input (`pointwise`, or the query if there is none). If everything
   that it covers were zero in training, its gradients were exactly zero too (its input times its output), and its score
-  could never rise again; in nn_pruning the unmasked biases keep some gradient alive. So masks of training leave the
-  reading side as it is (ones), which changes no output and lets dL/dW' * W of the masked rows reach the score. Baked
-  masks clear the reading side wherever the mask is zero.
+  could never rise again. So masks of training leave the reading side as it is (ones), which changes no output and lets
+  dL/dW' * W of the masked rows reach the score. Baked masks clear the reading side wherever the mask is zero.
 
   Args:
     encoder: whose parameters they are.

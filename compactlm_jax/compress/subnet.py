@@ -35,8 +35,9 @@ _CUT = ('encoder', 'classifier', 'span', 'mlm_head', 'rtd_head')
 def kept_layers(num_layers: int, depth: float) -> tuple[int, ...]:
   """Numbers, from 0, of the layers of a sub-network: floor(i / depth) for i < round(depth * layers), as published.
 
-  12 layers at .75 keep 0, 1, 2, 4, 5, 6, 8, 9, 10; the last layer goes at every depth below 1. The share is read as the
-  nearest fraction of small numbers (.6667 is 2/3) and all else is exact; a half is rounded to the even number.
+  12 layers at .75 keep 0, 1, 2, 4, 5, 6, 8, 9, 10; the last layer goes at every depth below 1, unless the count is
+  rounded up. The share is read as the nearest fraction of small numbers (.6667 is 2/3) and all else is exact; a half is
+  rounded to the even number.
 
   Args:
     num_layers: layers of the full network.
@@ -72,11 +73,14 @@ def subnet_config(encoder: EncoderConfig, cell: Cell) -> EncoderConfig:
     ConfigError: an encoder whose layers differ in size, or a cell without heads, neurons or layers, or larger than the
       encoder, or with a size that the groups of the feed-forward do not divide.
   """
-  field, groups = 'config.adapt.widths', encoder.num_groups
+  groups, (hidden, embedding) = encoder.num_groups, _stream_sizes(encoder, cell.hidden)
+  field, share = 'config.adapt.widths', f'{cell.width:g}'
+  if cell.hidden:
+    field, share = 'config.adapt.hidden_sizes', f'{cell.hidden}: its share {cell.width:g}'
   if encoder.ragged:
     raise ConfigError(f'{field}: the layers of the encoder differ in size; take the padded export of this model')
   if not 0 < cell.width <= 1:
-    raise ConfigError(f'{field}: {cell.width:g} is no share of the heads and neurons; use shares in (0, 1]')
+    raise ConfigError(f'{field}: {share} is no share of the heads and neurons; use shares in (0, 1]')
   heads = round(encoder.num_heads * cell.width)
   neurons = heads * encoder.intermediate_size // encoder.num_heads
   for what, count, all_of_them in (
@@ -84,13 +88,12 @@ def subnet_config(encoder: EncoderConfig, cell: Cell) -> EncoderConfig:
     ('neurons', neurons, encoder.intermediate_size),
   ):
     if not count:
-      raise ConfigError(f'{field}: {cell.width:g} of {all_of_them} {what} is none; use a larger share')
+      raise ConfigError(f'{field}: {share} of {all_of_them} {what} is none; use a larger one')
   if neurons % groups:
     raise ConfigError(
-      f'{field}: {cell.width:g} leaves {neurons} neurons, which do not divide over the {groups} groups of the '
-      'feed-forward; use another share'
+      f'{field}: {share} leaves {neurons} neurons, which do not divide over the {groups} groups of the '
+      'feed-forward; use another'
     )
-  hidden, embedding = _stream_sizes(encoder, cell.hidden)
   return dataclasses.replace(
     encoder,
     num_layers=len(kept_layers(encoder.num_layers, cell.depth)),

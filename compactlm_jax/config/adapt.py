@@ -10,6 +10,7 @@ from compactlm_jax.config.check import require
 from compactlm_jax.config.encoder import EncoderConfig
 
 STAGES = ('width', 'depth', 'final')
+PUBLISHED_HIDDEN_WEIGHT = 0.1
 BASES = ('finetune', 'mlm', 'electra', 'distill')
 
 
@@ -54,7 +55,8 @@ class AdaptConfig:
       (MiniLM's of the last layer, as `distill` says).
     hidden_tokens: positions of the hidden states that count: 'all', padding too, as published, or 'real'.
     logit_weight: weight of the soft cross-entropy of the outputs (squared error for scores).
-    hidden_weight: weight of `term` in the stage 'width'.
+    hidden_weight: weight of `term` in the stage 'width'. With `balance` 'auto' the published .1, which makes up for
+      unequal scales, stands for 1.
     depth_hidden_weight: weight of `term` in the stage 'depth'.
     balance: 'given' takes these weights; 'auto' divides each weight of `term` by the ratio of both terms, measured on
       `balance_batches` batches before training, so that equal weights mean equal scale.
@@ -62,7 +64,7 @@ class AdaptConfig:
     score_logits: of regressions: 'mse' teaches the scores too, 'none' the hidden states alone as published.
     rewire: sort heads and neurons by importance before the stage 'width'.
     importance_rows: 'dev' as published, or 'train', which leaves the held-out rows unseen.
-    importance_batches: batches that importance is measured on; 0 for all rows.
+    importance_batches: batches that importance is measured on, shared among the held-out sets; 0 for all rows.
     importance_sum: 'cleared' adds up each batch's own gradient; 'published' never clears gradients between batches, so
       that batch i adds the gradient of batches 1 to i.
     sampling: 'all' trains every cell at every step as published; 'sandwich' the largest, the smallest and
@@ -83,7 +85,7 @@ class AdaptConfig:
   term: str = 'hidden'
   hidden_tokens: str = 'all'
   logit_weight: float = 1.0
-  hidden_weight: float = 0.1
+  hidden_weight: float = PUBLISHED_HIDDEN_WEIGHT
   depth_hidden_weight: float = 1.0
   balance: str = 'given'
   balance_batches: int = 8

@@ -137,6 +137,17 @@ class PruneConfig:
       "is for prune.scope='global' of hard_movement without structure; set it to 1",
     )
     require(
+      self.scope == 'local' or self.method not in PENALISED,
+      f + 'scope',
+      f"'global' is for methods that keep a fraction; {self.method} keeps what its penalty leaves: use 'local'",
+    )
+    require(
+      self.regularization == 0 or self.method in PENALISED,
+      f + 'regularization',
+      f'{self.regularization} is for methods with a penalty ({", ".join(PENALISED)}); {self.method} has none: set '
+      'it to 0',
+    )
+    require(
       self.control == 'fixed' or self.method in PENALISED,
       f + 'control',
       f"'density' is for methods whose density is not set directly ({', '.join(PENALISED)}); {self.method} ends at "

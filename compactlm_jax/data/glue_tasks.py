@@ -166,8 +166,8 @@ TASKS = (
 """The nine tasks, and the diagnostic set, which a model of MNLI answers."""
 
 
-def glue_task(name: str) -> GlueTask:
-  """The task of a name such as 'rte'.
+def glue_task(name: str, field: str = 'config.finetune.benchmark') -> GlueTask:
+  """The task of a name such as 'rte', which was written in `field`.
 
   Raises:
     ConfigError: no such task; the message suggests one.
@@ -178,7 +178,7 @@ def glue_task(name: str) -> GlueTask:
   spelt = {alias: task for task in TASKS for alias in (task.name, task.folder.lower().replace('-', ''))}
   close = difflib.get_close_matches(name.lower().replace('-', ''), spelt, 1)
   hint = f'did you mean {spelt[close[0]].name}?' if close else f'use one of {", ".join(tasks)}'
-  raise ConfigError(f'config.finetune.benchmark: GLUE has no task {name!r}; {hint}')
+  raise ConfigError(f'{field}: GLUE has no task {name!r}; {hint}')
 
 
 def glue_split(name: str, split: str) -> tuple[GlueTask, GlueSplit]:

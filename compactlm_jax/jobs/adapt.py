@@ -6,12 +6,14 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
 
-from compactlm_jax.compress.subnet import subnet_config
-from compactlm_jax.config import SQUAD, EncoderConfig, RunConfig, cells, from_config_dict
+from compactlm_jax.compress.subnet import kept_layers, subnet_config
+from compactlm_jax.config import SQUAD, Cell, EncoderConfig, RunConfig, cells, from_config_dict
+from compactlm_jax.config.adapt import PUBLISHED_HIDDEN_WEIGHT
 from compactlm_jax.data.batches import Batches
 from compactlm_jax.data.glue_tasks import glue_task
 from compactlm_jax.data.source import RowSource
@@ -24,6 +26,7 @@ from compactlm_jax.jobs.data import JobData
 from compactlm_jax.jobs.distill import distill_job
 from compactlm_jax.jobs.finetune import (
   Labelled,
+  check_knowledge,
   check_labels,
   generated_labelled,
   labelled_data,
@@ -63,8 +66,9 @@ def adapt_job(config: RunConfig) -> AdaptJob:
 
   A stage starts from `config.model`, or from `config.teacher` if none is named.
   'width' starts from a fine-tuned model, rewired, which learns from `config.teacher`; 'depth' from a network of the
-  stage before, which is its teacher too; 'final' from such a network, on labels. Without tables the rows are generated
-  and the model may be left out: a random one is then trained, on labels (`adapt.width_loss`) and by itself.
+  stage before (a fine-tuned model, if it is the only stage), which is its teacher too; 'final' from such a network, on
+  labels. Without tables the rows are generated and the model may be left out: a random one is then trained, on labels
+  (`adapt.width_loss`) and by itself.
 
   Raises:
     ConfigError, DataError: fields, weights or files that do not fit.
@@ -113,14 +117,22 @@ def _pretraining(config: RunConfig) -> AdaptJob:
 
 
 def _check_cells(config: RunConfig, encoder: EncoderConfig) -> None:
-  """Raises ConfigError for a cell that cannot be cut, of this stage or a later one, before anything is computed."""
+  """Raises ConfigError for a cell that cannot be cut, of this stage or a later one, or that is another's network."""
   sizes = config.adapt.hidden_sizes
   if sizes and sizes[-1] != encoder.hidden_size:
     raise ConfigError(
       f'config.adapt.hidden_sizes: {sizes} must end with {encoder.hidden_size}, the hidden size of the full network'
     )
+  seen: dict[Any, Cell] = {}
   for cell in cells(config.adapt, encoder):
-    subnet_config(encoder, cell)
+    small = subnet_config(encoder, cell)
+    first = seen.setdefault((small, kept_layers(encoder.num_layers, cell.depth)), cell)
+    if first != cell:
+      field = 'widths' if first.width != cell.width else 'depths'
+      raise ConfigError(
+        f'config.adapt.{field}: {first.name} and {cell.name} are the same network '
+        f'({small.num_heads} heads, {small.num_layers} layers); leave one out'
+      )
 
 
 def _source(config: RunConfig) -> str:
@@ -156,6 +168,8 @@ def _generated(config: RunConfig) -> tuple[Bundle, Labelled]:
 def _teacher(config: RunConfig, stage: str, bundle: Bundle, rows: Labelled) -> tuple[Params, EncoderConfig] | None:
   """Who teaches a stage; None where labels do."""
   if stage == 'depth':
+    if len(config.adapt.stages) == 1 and _source(config):  # else it was made by the stage before, or from nothing
+      check_knowledge(bundle, rows.classes, rows.job.train, 'model' if config.model else 'teacher', _source(config))
     return bundle.params, bundle.config
   if stage == 'final' or config.adapt.width_loss == 'labels':
     return None
@@ -177,7 +191,9 @@ def _balanced(make: Callable[..., Task], config: RunConfig, stage: str, train: R
     task, task.init(jax.random.key(config.seed)), [rows.batch(i) for i in range(adapt.balance_batches)]
   )
   given = adapt.hidden_weight if stage == 'width' else adapt.depth_hidden_weight
-  # Three digits: measured again after an interruption, perhaps on other devices, it is the same.
+  if stage == 'width' and given == PUBLISHED_HIDDEN_WEIGHT:
+    given = 1.0
+  # Measured again after an interruption: the same on equal devices, and with three digits nearly always on others.
   weight = float(f'{given * outputs / other:.3g}') if other > 0 else given
   log.info('outputs %.4g, %s %.4g: the latter weighs %g', outputs, adapt.term, other, weight)
   task = make(term_weight=weight)

@@ -3,6 +3,10 @@
 WORKDIR/best              the network with the highest sum over cells of the first metric: loads as a run does
 WORKDIR/best/cells/CELL   each cell as it was when it scored best, as a model folder of its own
 WORKDIR/best.json         {'all' or CELL: {'value', 'step'}}: the sum, or the cell's own metric
+
+A stage takes over what the stage before it kept, and keeps what is better than that. Such an entry of best.json has
+'stage', the name of the stage whose step it is. The network with the best sum, which is the one that the stage starts
+from, is taken over if both stages have the same cells, as step 0 of its checkpoints.
 """
 
 from __future__ import annotations
@@ -21,14 +25,16 @@ from etils import epath
 
 from compactlm_jax.checkpoint import Checkpoints
 from compactlm_jax.config import Cell, EncoderConfig
-from compactlm_jax.errors import StorageError
+from compactlm_jax.errors import StorageError, first_line
 from compactlm_jax.interop.bundle import save_pretrained
 from compactlm_jax.interop.tokenizer_files import TokenizerFiles
 from compactlm_jax.jobs.grid_rows import cell_bundle, grid_rows, metrics_of_cells
 from compactlm_jax.jobs.models import towers_of
 from compactlm_jax.parallel import replicated
 from compactlm_jax.parse import parse_row
-from compactlm_jax.storage import write_whole
+from compactlm_jax.stepdir import DamagedError, StepDirectory, copy_step
+from compactlm_jax.storage import copy_folder, is_remote, write_whole
+from compactlm_jax.train.agree import on_first_process
 from compactlm_jax.types import Params, TrainState
 
 log = logging.getLogger(__name__)
@@ -55,6 +61,7 @@ class BestCells:
     tokenizer: its files.
     seq_len: tokens of a row whose FLOPs the grid counts.
     keep: False keeps nothing; the grid is made all the same.
+    before: run directory of the stage before; '' for none.
   """
 
   cells: tuple[Cell, ...]
@@ -65,20 +72,21 @@ class BestCells:
   tokenizer: TokenizerFiles | None
   seq_len: int
   keep: bool = True
+  before: str = ''
   _workdir: epath.Path | None = dataclasses.field(default=None, init=False)
   _record: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict, init=False)
 
   def start(self, workdir: epath.Path, step: int) -> None:
-    """Reads what an interrupted run kept; a fresh one starts with nothing."""
+    """Reads what an interrupted run kept; a fresh one starts with what the stage before kept, or with nothing."""
     self._workdir, self._record = workdir, {}
     if not self.keep:
       return
     if step:
       self._record = read_best(workdir)
-    elif jax.process_index() == 0:
-      (workdir / RECORD).unlink(missing_ok=True)
-      if (workdir / BEST).exists():
-        (workdir / BEST).rmtree()
+      return
+    if self.before:
+      self._record = self._inherited(read_best(self.before), epath.Path(self.before).name)
+    on_first_process(lambda: self._take_over(workdir))
 
   def offer(self, state: TrainState, scores: Mapping[str, float], metadata: Mapping[str, Any]) -> None:
     """Keeps what is better than before."""
@@ -111,6 +119,37 @@ class BestCells:
     rows = grid_rows(scores, self.cells, encoder, shapes, self.seq_len)
     kept = {'best': self._record} if self._record else {}
     return {'metrics': metrics.get(self.cells[0], {}), 'grid': rows, **kept}
+
+  def _inherited(self, record: Mapping[str, dict[str, Any]], stage: str) -> dict[str, dict[str, Any]]:
+    """The entries of the stage before that this one has too."""
+    names = {cell.name for cell in self.cells}
+    shared = names | {ALL} if set(record) == names | {ALL} else names
+    return {name: {**entry, 'stage': entry.get('stage', stage)} for name, entry in record.items() if name in shared}
+
+  def _take_over(self, workdir: epath.Path) -> None:
+    """The files of what is inherited, after removing what a killed start left; best.json, which names them, is last."""
+    best, source = workdir / BEST, epath.Path(self.before) / BEST
+    (workdir / RECORD).unlink(missing_ok=True)
+    if best.exists():
+      best.rmtree()
+    if not self._record:
+      return
+    try:
+      for name in self._record:
+        if name != ALL:
+          copy_folder(source / CELLS / name, best / CELLS / name)
+      if ALL in self._record:
+        steps = source / 'checkpoints'
+        newest = StepDirectory(steps, is_remote(steps)).steps()[-1:]
+        copy_step(steps / str(newest[0] if newest else 0), best / 'checkpoints' / '0')
+        if self.tokenizer is not None:
+          copy_folder(source / 'tokenizer', best / 'tokenizer')
+      write_whole(workdir / RECORD, json.dumps(self._record, indent=2) + '\n')
+    except (OSError, DamagedError) as e:
+      raise StorageError(
+        f'{source}: what the stage before kept could not be copied ({first_line(e)}); free space, bring it back, or '
+        f'remove {RECORD} and the folder {BEST} there to do without'
+      ) from e
 
   def _is_better(self, name: str, value: float) -> bool:
     before = self._record.get(name, {}).get('value')

@@ -61,7 +61,7 @@ def _measured(params: Params, model: SentenceModel, batches: Iterator[Batch], im
 
 
 def _batches(rows: Labelled, config: RunConfig) -> Iterator[Batch]:
-  """The batches that are measured: all rows, or evenly spaced ones where their number is limited."""
+  """The batches that are measured: all rows, or evenly spaced ones of each set where their number is limited."""
   sources, count = [held.rows for held in rows.job.evals], config.adapt.importance_batches
   if config.adapt.importance_rows == 'train':
     sources = [rows.job.train]
@@ -70,7 +70,7 @@ def _batches(rows: Labelled, config: RunConfig) -> Iterator[Batch]:
       "config.adapt.importance_rows: there are no held-out rows; name them (data.dev), or measure on 'train'"
     )
   if count:
-    sources = [probe_rows(source, count * config.batch_size) for source in sources]
+    shares = [count // len(sources) + (i < count % len(sources)) for i in range(len(sources))]
+    sources = [probe_rows(source, share * config.batch_size) for source, share in zip(sources, shares) if share]
   log.info('importance of heads and neurons: measured on %d rows', sum(map(len, sources)))
-  batches = itertools.chain.from_iterable(eval_batches(source, config.batch_size) for source in sources)
-  return itertools.islice(batches, count or None)
+  return itertools.chain.from_iterable(eval_batches(source, config.batch_size) for source in sources)

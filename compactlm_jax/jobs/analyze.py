@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +22,7 @@ from compactlm_jax.data.tokenizer import Tokenizer
 from compactlm_jax.errors import ConfigError, DataError
 from compactlm_jax.jobs.models import load_model, tokenizer_of
 from compactlm_jax.parse import parse_json
+from compactlm_jax.storage import absolute
 
 _TOKENS = 2048  # of a batch
 _WINDOW = 8  # batches whose rows are sorted by length together
@@ -109,7 +109,7 @@ def _row_length(seq_len: int, models: dict[str, Model]) -> int:
 
 def _names(paths: dict[str, str]) -> list[str]:
   """Short names for pictures: the folders', made different if they are equal."""
-  names = [epath.Path(os.path.abspath(path) if '://' not in path else path).name for path in paths.values()]
+  names = [absolute(path).name for path in paths.values()]
   return [f'{n} ({role})' for n, role in zip(names, paths)] if len(set(names)) < len(names) else names
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from compactlm_jax.data.glue import read_glue
-from compactlm_jax.data.glue_tasks import glue_task
+from compactlm_jax.data.glue_tasks import GlueTask, glue_task
 from compactlm_jax.data.table import table_rows
 from compactlm_jax.errors import ConfigError, DataError
 
@@ -59,7 +59,8 @@ def open_rows(source: str, task: str = '', text_columns: Sequence[str] = ()) -> 
   if task and text_columns:
     raise ConfigError(f'--text_columns: GLUE task {task} has its own; leave them out')
   if task:
-    read, names = _glue_rows(source, task), glue_task(task).texts
+    glue = glue_task(task, '--task')
+    read, names = _glue_rows(source, glue), glue.texts
   else:
     names = tuple(text_columns) or ('text',)
     read = _checked(source, names)
@@ -119,9 +120,8 @@ def _checked(source: str, names: Sequence[str]) -> Callable[[], Iterator[Row]]:
   return read
 
 
-def _glue_rows(source: str, name: str) -> Callable[[], Iterator[Row]]:
-  task = glue_task(name)
-  table = read_glue(name, source, 'train')
+def _glue_rows(source: str, task: GlueTask) -> Callable[[], Iterator[Row]]:
+  table = read_glue(task.name, source, 'train')
   assert table.labels is not None  # a training set has them
   if task.classes:
     labels: list[str] = [task.written[i] for i in table.labels]

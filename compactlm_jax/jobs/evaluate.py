@@ -23,8 +23,8 @@ from compactlm_jax.interop.bundle import Bundle
 from compactlm_jax.interop.pretrained import GENERATOR
 from compactlm_jax.jobs.commands import build_job, evaluation
 from compactlm_jax.jobs.data import EvalSet
-from compactlm_jax.jobs.grid import Network, Timed, with_grid
-from compactlm_jax.jobs.models import is_run, load_model, tokenizer_of
+from compactlm_jax.jobs.grid import Timed, load_network, with_grid
+from compactlm_jax.jobs.models import is_run, tokenizer_of
 from compactlm_jax.parallel import make_mesh, param_shardings
 from compactlm_jax.storage import write_whole
 from compactlm_jax.train.evaluate import Evaluation, make_gather, metrics_of
@@ -50,7 +50,8 @@ def run_evaluate(
   """Evaluates a run or a model folder as a run of this configuration would at its end.
 
   Of an adaptive network every sub-network is evaluated, whatever stage made it. Any fine-tuned model is taken for one:
-  the grid of one that was not trained so shows what its sub-networks are worth as they are cut.
+  the grid of one that was not trained so shows what its sub-networks are worth as they are cut. Those that a run of
+  task adapt never trained are told.
 
   Args:
     config: of the run, or one that describes the same task and data. For fine-tuning, `model` and `teacher` are not
@@ -75,7 +76,8 @@ def run_evaluate(
     raise ConfigError('--output: name a folder; test sets have no labels, their evaluation is a file to submit')
   # A model that training finishes otherwise than its parameters stand is loaded in its finished form.
   finished = config.task == 'prune' or _is_grid(config) or bool(config.finetune.keep_layers)
-  bundle = None if is_run(checkpoint) and not finished else load_model(checkpoint)
+  network = None if is_run(checkpoint) and not finished else load_network(checkpoint)
+  bundle = network.bundle if network else None
   if finished:
     config = dataclasses.replace(config, finetune=dataclasses.replace(config.finetune, keep_layers=()))
     config = dataclasses.replace(config, task='finetune' if config.task == 'prune' else config.task)
@@ -92,8 +94,8 @@ def run_evaluate(
     results['step'] = step
   contents: dict[str, str | bytes] = {**files}
   if job.keeper is not None and split == 'dev':
-    model = bundle or load_model(checkpoint)
-    entries, own = with_grid(job.keeper.results(params, metrics), Network(model, checkpoint), asked, timing)
+    network = network or load_network(checkpoint)
+    entries, own = with_grid(job.keeper.results(params, metrics), network, asked, timing)
     results |= entries
     contents |= own
   if output and jax.process_index() == 0:

@@ -138,7 +138,7 @@ def export_model(
   pruned = zeros['nonzero'] < zeros['weights']
   if format == 'sparse' and not pruned:
     raise ConfigError(
-      f'--format=sparse: {name} has no zeros in the matrices of its encoder, it was not trained with masks; '
+      f'--format=sparse: {name} has no zeros in the matrices of its encoder, nothing of it was pruned; '
       "prune it (task 'prune', configs/prune.py), or use --format=hf"
     )
   written, sizes = dense, None

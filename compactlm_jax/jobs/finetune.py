@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -88,7 +89,12 @@ def labelled_data(config: RunConfig, tokenizer: Tokenizer, files: TokenizerFiles
 
 
 def generated_labelled(config: RunConfig) -> Labelled:
-  """Generated rows of two classes, for trying a task without files; their seed is the run's."""
+  """Generated rows of two classes, for trying a task without files; their seed is the run's.
+
+  Raises:
+    ConfigError: files are named that would not be read.
+  """
+  _refuse_unread({'data.dev': config.data.dev, 'data.path': config.data.path})
   sizes: dict[str, Any] = {'seq_len': config.data.seq_len, 'vocab_size': config.encoder.vocab_size}
   rows = synthetic_table(seed=config.seed, **sizes)
   dev = synthetic_table(seed=config.seed, rows=512, rows_seed=1, **sizes)
@@ -98,8 +104,18 @@ def generated_labelled(config: RunConfig) -> Labelled:
 
 
 def _generated(config: RunConfig) -> tuple[Task, JobData]:
+  _refuse_unread({'model': config.model, 'teacher': config.teacher})
   data = generated_labelled(config)
   return make_finetune_task(config.encoder, data.classes, config.finetune), data.job
+
+
+def _refuse_unread(fields: Mapping[str, str]) -> None:
+  for name, value in fields.items():
+    if value:
+      raise ConfigError(
+        f'config.{name}: {value} would not be read: config.data.train is not set, and without it rows are generated; '
+        'name your table, or set config.finetune.benchmark'
+      )
 
 
 def _tables(config: RunConfig) -> tuple[Table, list[tuple[str, Table]], tuple[str, ...]]:
@@ -174,6 +190,12 @@ def labelled_teacher(config: RunConfig, classes: tuple[str, ...], rows: RowSourc
   """
   bundle = teacher_model(config, rows)
   check_labels(bundle, classes, 'teacher', config.teacher)
+  check_knowledge(bundle, classes, rows, 'teacher', config.teacher)
+  return bundle.params, bundle.config
+
+
+def check_knowledge(bundle: Bundle, classes: tuple[str, ...], rows: RowSource, field: str, path: str) -> None:
+  """Raises ConfigError if the head of a fine-tuned model predicts the training rows no better than a constant."""
   task = make_finetune_task(bundle.config, classes, FinetuneConfig(), teacher=(bundle.params, bundle.config))
   run = jax.jit(lambda params, batch: classify(params, bundle.config, batch))
   outputs, labels, kept = [], [], []
@@ -184,10 +206,9 @@ def labelled_teacher(config: RunConfig, classes: tuple[str, ...], rows: RowSourc
   real = np.concatenate(kept)
   if _knows_nothing(np.concatenate(outputs)[real], np.concatenate(labels)[real], bool(classes)):
     raise ConfigError(
-      f'config.teacher: the head of {config.teacher} predicts the training rows no better than a constant would; it '
-      'was not fine-tuned for this task'
+      f'config.{field}: the head of {path} predicts the training rows no better than a constant would; it was not '
+      'fine-tuned for this task'
     )
-  return bundle.params, bundle.config
 
 
 def check_labels(bundle: Bundle, classes: tuple[str, ...], field: str, path: str) -> None:

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from etils import epath
 
 from compactlm_jax.checkpoint import load_params
-from compactlm_jax.config import AdaptConfig, Cell, RunConfig, cells, from_config_dict
+from compactlm_jax.compress.subnet import subnet_config
+from compactlm_jax.config import AdaptConfig, Cell, EncoderConfig, RunConfig, cells, from_config_dict
 from compactlm_jax.errors import ConfigError
 from compactlm_jax.interop.bundle import Bundle, from_pretrained
 from compactlm_jax.interop.folder import open_folder
@@ -96,7 +97,8 @@ def asked_cell(network: Network, width: float | None, depth: float | None, hidde
     The trained sub-network whose shares are nearest (.667 is 2/3), else the one asked for.
 
   Raises:
-    ConfigError: shares that are not in (0, 1], or a width or hidden size that is not one of those trained.
+    ConfigError: shares that are not in (0, 1] or cannot be cut, or a width or hidden size that is not one of those
+      trained.
   """
   for flag, share in (('width', width), ('depth', depth)):
     if share is not None and not 0 < share <= 1:
@@ -107,6 +109,7 @@ def asked_cell(network: Network, width: float | None, depth: float | None, hidde
   else:
     wanted = Cell(width or 1.0, depth or 1.0)
   if adapt is None:
+    _check_cut(config, wanted)
     if wanted != Cell():
       log.warning(
         '%s is not an adaptive network: no sub-network of it was trained, %s is cut out as it is',
@@ -141,6 +144,7 @@ def _trained(network: Network, adapt: AdaptConfig, wanted: Cell, width: float | 
     )
   near = [c for c in network.grid if abs(c.width - wanted.width) < _CLOSE and abs(c.depth - wanted.depth) < _CLOSE]
   cell = min(near, key=lambda c: abs(c.width - wanted.width) + abs(c.depth - wanted.depth)) if near else wanted
+  _check_cut(network.bundle.config, cell)
   if cell.name not in network.cells:
     log.warning(
       '%s: the sub-network %s was never trained, those that were are %s; it is cut out as it is',
@@ -149,6 +153,17 @@ def _trained(network: Network, adapt: AdaptConfig, wanted: Cell, width: float | 
       ', '.join(network.cells) or 'not known',
     )
   return cell
+
+
+def _check_cut(config: EncoderConfig, cell: Cell) -> None:
+  """Raises ConfigError, naming flags, for a sub-network that cannot be cut."""
+  try:
+    subnet_config(config, cell)
+  except ConfigError as e:
+    said = str(e)
+    for field, flag in (('widths', 'width'), ('depths', 'depth'), ('hidden_sizes', 'hidden')):
+      said = said.replace(f'config.adapt.{field}:', f'--{flag}:')
+    raise ConfigError(said) from e
 
 
 def scored_rows(path: str) -> tuple[GridRow, ...]:
@@ -241,6 +256,15 @@ def with_grid(
     ({'metrics', 'grid', 'latency' if measured}, {'grid.csv', and 'grid.png' where matplotlib is installed}).
   """
   rows = read_rows(found['grid'], network.path)
+  names = [row.cell.name for row in rows]
+  if untrained := [name for name in names if network.cells and name not in network.cells]:
+    log.warning(
+      '%s: of the grid %s were never trained, they are scored as they are cut; those that were are %s: set '
+      'config.adapt.widths, .depths and .hidden_sizes to theirs for these alone',
+      network.path,
+      ', '.join(untrained),
+      ', '.join(network.cells),
+    )
   entries: dict[str, Any] = {'metrics': found['metrics']}
   network = dataclasses.replace(network, seq_len=config.data.seq_len)
   if timing is not None:

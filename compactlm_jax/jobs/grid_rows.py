@@ -108,8 +108,3 @@ def cell_bundle(bundle: Bundle, cell: Cell) -> Bundle:
   cut = subnet(host, bundle.config, cell)
   params = jax.tree.map(lambda own, of, whole: whole if own is of else jnp.asarray(own), cut, host, bundle.params)
   return dataclasses.replace(bundle, params=params, config=config)
-
-
-def cell_of(row: Mapping[str, Any]) -> Cell:
-  """The cell of a row of the grid."""
-  return Cell(row['width'], row['depth'], row.get('hidden', 0))

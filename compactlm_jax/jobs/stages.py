@@ -11,7 +11,7 @@ from etils import epath
 
 from compactlm_jax.config import RunConfig
 from compactlm_jax.errors import PreemptedError
-from compactlm_jax.jobs.adapt_best import BEST
+from compactlm_jax.jobs.adapt_best import BEST, BestCells
 from compactlm_jax.jobs.finished import finished_results
 from compactlm_jax.train.loop import Job, train
 from compactlm_jax.train.signals import StopRequest
@@ -27,12 +27,13 @@ def run_stages(config: RunConfig, workdir: str, build: Callable[[RunConfig], Job
 
   Each stage is an ordinary run directory whose config.json names that stage alone; WORKDIR's is the given one. A stage
   starts from the best network of the one before (its last, if none was kept), whose weights are its identity 'start':
-  paths are not recorded, so a directory may move. A finished stage is kept, an interrupted one resumes.
+  paths are not recorded, so a directory may move. What the stage before kept is kept on until something is better (see
+  `adapt_best`). A finished stage is kept, an interrupted one resumes.
 
   Args:
     config: of task 'adapt', with one or more `adapt.stages`.
     workdir: the run directory.
-    build: the job of a configuration with one stage.
+    build: the job of the last stage of a configuration; it is given those up to the one that runs.
     options: see `train.loop.train`.
 
   Returns:
@@ -43,24 +44,30 @@ def run_stages(config: RunConfig, workdir: str, build: Callable[[RunConfig], Job
     CompactLMError: see `train.loop.train`.
   """
   *earlier, last = config.adapt.stages
-  model = config.model
+  model, before = config.model, ''
   with StopRequest() as stop:
     for number, stage in enumerate(earlier, 1):
-      folder, recorded = f'{workdir}/{FOLDER}/{stage}', _only(config, stage)
+      folder, recorded = f'{workdir}/{FOLDER}/{stage}', _staged(config, stage)
       log.info('stage %s (%d of %d): %s', stage, number, len(earlier) + 1, folder)
       if finished_results(recorded, folder) is None:
-        train(dataclasses.replace(build(_from(recorded, model)), config=recorded), folder, **options)
+        job = build(dataclasses.replace(_staged(config, *earlier[:number]), model=model))
+        train(_after(before, job, recorded), folder, **options)
+      before = folder
       best = f'{folder}/{BEST}'
       model = best if epath.Path(best, 'checkpoints').exists() else folder
       if stop.requested(0):
         raise PreemptedError(f'asked to stop after stage {stage}; the same command continues in {workdir}')
     log.info('stage %s (%d of %d): %s', last, len(earlier) + 1, len(earlier) + 1, workdir)
-    return train(dataclasses.replace(build(_from(_only(config, last), model)), config=config), workdir, **options)
+    return train(_after(before, build(dataclasses.replace(config, model=model)), config), workdir, **options)
 
 
-def _only(config: RunConfig, stage: str) -> RunConfig:
-  return dataclasses.replace(config, adapt=dataclasses.replace(config.adapt, stages=(stage,)))
+def _staged(config: RunConfig, *stages: str) -> RunConfig:
+  return dataclasses.replace(config, adapt=dataclasses.replace(config.adapt, stages=stages))
 
 
-def _from(config: RunConfig, model: str) -> RunConfig:
-  return dataclasses.replace(config, model=model)
+def _after(before: str, job: Job, recorded: RunConfig) -> Job:
+  """The job of a stage with the configuration to record; it goes on from what the run `before` kept, if any."""
+  keeper = job.keeper
+  if before and isinstance(keeper, BestCells):
+    keeper = dataclasses.replace(keeper, before=before)
+  return dataclasses.replace(job, config=recorded, keeper=keeper)

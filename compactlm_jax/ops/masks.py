@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
 from compactlm_jax.ops.dropout import random_bits, site_words
-from compactlm_jax.ops.threshold import Cut, keep_mask, local_cut, local_cuts
+from compactlm_jax.ops.threshold import Cut, local_cuts
 
 _LEFT, _RIGHT, _BETA = -0.1, 1.1, 2 / 3
 """Ends and temperature of the hard concrete distribution (Louizos et al. 2018; emmental/modules/masked_nn.py)."""
@@ -51,18 +51,6 @@ def _masked_weight_bwd(saved, g):
 
 
 masked_weight.defvjp(_masked_weight_fwd, _masked_weight_bwd)
-
-
-def top_fraction_mask(scores: Float[Array, '*s'], density: float | Array) -> Float[Array, '*s']:
-  """1 for the floor(density * size) highest scores, 0 for the others; the count is exact, ties go to lower indices.
-
-  Args:
-    scores: any shape; no absolute value is taken.
-    density: fraction to keep, static or traced.
-  """
-  one_layer = scores.reshape(1, *(scores.shape or (1,)))
-  keep = jnp.floor(density * scores.size).astype(jnp.int32)
-  return keep_mask(one_layer, local_cut(one_layer, keep.reshape(1))).reshape(scores.shape).astype(scores.dtype)
 
 
 def soft_cuts(
@@ -108,13 +96,6 @@ def soft_cuts(
     found[name] = jax.tree.map(functools.partial(jnp.where, few[name]), Cut(cut.threshold, last), plain)
     kept[name] = jnp.where(few[name], wanted[name], kept[name])
   return found, kept
-
-
-def soft_mask(
-  scores: Float[Array, 'N ...'], tau: float | Float[Array, ''], on: str = 'sigmoid', floor: float = 0.005
-) -> Float[Array, 'N ...']:
-  """1 where `soft_cuts` keeps an element, else 0."""
-  return keep_mask(scores, soft_cuts({'': scores}, tau, on, floor)[0]['']).astype(scores.dtype)
 
 
 def hard_concrete(scores: Float[Array, '*s'], key: jax.Array | None = None) -> Float[Array, '*s']:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import jax
 from etils import epath
+from jax.sharding import Mesh
 
 from compactlm_jax.checkpoint import Checkpoints
 from compactlm_jax.config import RunConfig
@@ -103,11 +104,12 @@ def train(
   started, config, total = time.monotonic(), job.config, job.total_steps
   with contextlib.ExitStack() as stack:
     trace = stack.enter_context(Profile(profile, epath.Path(workdir) / 'profile', total))
+    mesh = _checked_mesh(job)
+    stop = stack.enter_context(StopRequest())  # before the lock is taken: it is not left behind
     stack.enter_context(open_run(workdir, config, dict(job.identity), allow_change=allow_change, steal_lock=steal_lock))
-    stop = stack.enter_context(StopRequest())
     _keep_files(job, epath.Path(workdir))
     checkpoints = stack.enter_context(Checkpoints(epath.Path(workdir) / 'checkpoints', keep=config.keep))
-    mesh, state, frozen, step_fn, missed = _set_up(job, checkpoints)
+    state, frozen, step_fn, missed = _set_up(job, mesh, checkpoints)
     first = int(state.step)
     if first >= total and (results := _results_of(workdir, total)):
       log.info('all %d steps are done; results.json is kept (delete it to evaluate again)', total)
@@ -134,21 +136,28 @@ def train(
         writer.write(done, _line(evaluated(state)[1]))
       if stopping or done == total or done % config.checkpoint_every == 0:
         reporter.flush()
-        writer.sync()
-        checkpoints.save(done, state, {**metadata, _MISSED: due and stopping}, wait=stopping or done == total)
+        noted, last = {**metadata, _MISSED: due and stopping}, stopping or done == total
+        checkpoints.save(done, state, noted, wait=last, before=writer.sync)
       if stopping and done < total:
         raise PreemptedError(f'asked to stop: step {done} is saved in {workdir}; the same command continues from it')
-
     params, scores = evaluated(state)
     further = {**job.task.results(params), **(job.keeper.results(params, scores) if job.keeper else {})}
     return _finish(job, workdir, scores, further, time.monotonic() - started)
 
 
-def _set_up(job: Job, checkpoints: Checkpoints) -> tuple[Any, TrainState, Any, Any, bool]:
-  """The mesh, the state (restored or fresh), the frozen weights, the compiled step, and if an evaluation is missing."""
+def _checked_mesh(job: Job) -> Mesh:
+  """The mesh, once rows and parameters are known to divide over it: what is refused leaves no run directory."""
   config = job.config
   mesh = make_mesh(config.mesh)
   check_batch_size(mesh, config.batch_size, config.optimizer.accumulate)
+  for params in (jax.eval_shape(job.task.init, jax.random.key(config.seed)), job.task.frozen or {}):
+    param_shardings(mesh, params)
+  return mesh
+
+
+def _set_up(job: Job, mesh: Mesh, checkpoints: Checkpoints) -> tuple[TrainState, Any, Any, bool]:
+  """The state (restored or fresh), the frozen weights, the compiled step, and if an evaluation is missing."""
+  config = job.config
   tx = make_optimizer(config.optimizer, job.total_steps, job.task.trainable, job.task.groups)
   state = init_state(job.task, tx, mesh, config.seed)
   placed = state_shardings(mesh, state)
@@ -160,7 +169,7 @@ def _set_up(job: Job, checkpoints: Checkpoints) -> tuple[Any, TrainState, Any, A
   frozen = None if job.task.frozen is None else jax.device_put(job.task.frozen, param_shardings(mesh, job.task.frozen))
   step_fn = make_train_step(job.task, tx, config.seed, config.optimizer.accumulate, mesh)
   missed = restored is not None and bool(restored[1].get(_MISSED))
-  return mesh, state, frozen, compile_step(step_fn, mesh, state, frozen), missed
+  return state, frozen, compile_step(step_fn, mesh, state, frozen), missed
 
 
 def _line(scores: Mapping[str, float]) -> dict[str, float]:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from compactlm_jax.errors import ConfigError
+from compactlm_jax.errors import ConfigError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -20,7 +20,7 @@ class Profile:
   """While open, traces steps START to STOP - 1 (0-based) into FOLDER/plugins/profile/TIME/HOST.xplane.pb.
 
   Each process traces itself. A run that is resumed behind STOP traces nothing, one that is resumed between them what is
-  left.
+  left. A trace that cannot be written is a warning: the run goes on without it.
 
   Args:
     steps: 'START:STOP', or '' for no trace.
@@ -47,10 +47,7 @@ class Profile:
     if not self._start <= step < self._stop:
       return fn(*args)
     if not self._tracing:
-      options = jax.profiler.ProfileOptions()
-      options.python_tracer_level = 0  # each Python call of each thread would hide the steps
-      jax.profiler.start_trace(self._folder, profiler_options=options)
-      self._tracing = True
+      self._begin()
     with jax.profiler.StepTraceAnnotation('train', step_num=step):
       out = fn(*args)
       if step + 1 == self._stop:
@@ -59,11 +56,28 @@ class Profile:
       self._end()
     return out
 
+  def _begin(self) -> None:
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0  # each Python call of each thread would hide the steps
+    try:
+      self._folder.mkdir(parents=True, exist_ok=True)
+      jax.profiler.start_trace(self._folder, profiler_options=options)
+      self._tracing = True
+    except Exception as e:  # of the disk, of a bucket, of the profiler
+      self._warn(e)
+
   def _end(self) -> None:
     if self._tracing:
       self._tracing = False
-      jax.profiler.stop_trace()
-      log.info('traced up to step %d: xprof --logdir=%s', self._stop, self._folder)
+      try:
+        jax.profiler.stop_trace()
+        log.info('traced up to step %d: xprof --logdir=%s', self._stop, self._folder)
+      except Exception as e:
+        self._warn(e)
+
+  def _warn(self, error: Exception) -> None:
+    log.warning('--profile: no trace is written to %s (%s); training goes on', self._folder, first_line(error))
+    self._stop = self._start
 
 
 def parse_steps(text: str, total: int) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -10,11 +11,13 @@ import jax
 from etils import epath
 
 from compactlm_jax.config import RunConfig
-from compactlm_jax.errors import NumericsError
+from compactlm_jax.errors import NumericsError, first_line
 from compactlm_jax.metrics import MetricsWriter
 from compactlm_jax.parallel import to_global
 from compactlm_jax.train.step import bad_leaves
 from compactlm_jax.types import Batch, Metrics, Task, TrainState
+
+log = logging.getLogger(__name__)
 
 
 class Reporter:
@@ -73,7 +76,10 @@ class Reporter:
     leaves = bad_leaves(self._task, self._config.seed, state, frozen, batch, self._bad_steps[-1] - 1)
     report = {'steps': self._bad_steps, 'metrics': {k: str(v) for k, v in line.items()}, 'bad_gradients': leaves}
     if jax.process_index() == 0:
-      (self._workdir / 'failure.json').write_text(json.dumps(report, indent=2) + '\n')
+      try:
+        (self._workdir / 'failure.json').write_text(json.dumps(report, indent=2) + '\n')
+      except Exception as e:  # of a full disk, of a bucket: the numbers end the run
+        log.warning('failure.json cannot be written (%s); it would hold %s', first_line(e), json.dumps(report))
     raise NumericsError(
       f'{len(self._bad_steps)} non-finite updates in a row, the last at step {self._bad_steps[-1]} '
       f'(first leaf: {leaves[0] if leaves else "loss only"}); none was applied. {self._workdir}/failure.json names the '

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from ragged import ENCODERS, IDS, MASK, random_tree, run
 
-from compactlm_jax.compress.importance import add_importance, head_importance, neuron_importance, no_importance
+from compactlm_jax.compress.importance import add_importance, no_importance
 from compactlm_jax.compress.structure import branches
 from compactlm_jax.config import EncoderConfig
 from compactlm_jax.errors import ConfigError
@@ -47,8 +47,9 @@ def test_importance_is_that_of_loops(name):
   config = ENCODERS[name]
   params, grads = host(config, 0), host(config, 1)
   heads, into, onto = by_loops(params, grads, config)
-  np.testing.assert_allclose(head_importance(params, grads, config), abs(heads), rtol=1e-4, atol=1e-4)
-  np.testing.assert_allclose(neuron_importance(params, grads, config), abs(into) + abs(onto), rtol=1e-4, atol=1e-4)
+  found = add_importance(no_importance(config), params, grads, config)
+  np.testing.assert_allclose(found.heads_NH, abs(heads), rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(found.neurons_NF, abs(into) + abs(onto), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize('importance_sum', ['cleared', 'published'])
@@ -88,7 +89,8 @@ def test_a_head_of_convbert_is_masked_in_both_branches():
     return jnp.sum(jnp.sin(3 * last_BTD))
 
   by_mask_NH, grads = jax.jit(jax.grad(loss, argnums=(0, 1)))(jnp.ones((1, 4)), params)
-  np.testing.assert_allclose(head_importance(params, grads, config), abs(by_mask_NH), rtol=1e-4, atol=1e-5)
+  found = add_importance(no_importance(config), params, grads, config)
+  np.testing.assert_allclose(found.heads_NH, abs(by_mask_NH), rtol=1e-4, atol=1e-5)
 
 
 def torch_loss(torch, weights, config, ids, mask, labels, head_mask):
@@ -164,6 +166,7 @@ def test_what_has_no_importance():
   with pytest.raises(ConfigError, match="importance_sum: 'mean'; use"):
     add_importance(no_importance(config), params, params, config, 'mean')
   with pytest.raises(ConfigError, match='query/kernel: found shape'):
-    head_importance(params, host(ENCODERS['bert without pooler'], 1), dataclasses.replace(config, num_heads=3))
+    other = dataclasses.replace(config, num_heads=3)
+    add_importance(no_importance(other), params, host(ENCODERS['bert without pooler'], 1), other)
   with pytest.raises(ConfigError, match='differ in size'):
-    neuron_importance(params, params, dataclasses.replace(config, heads_per_layer=(4, 2, 4)))
+    add_importance(no_importance(config), params, params, dataclasses.replace(config, heads_per_layer=(4, 2, 4)))

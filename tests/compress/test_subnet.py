@@ -271,12 +271,16 @@ RAGGED = dataclasses.replace(ENCODERS['bert'], heads_per_layer=(4, 2, 4))
   ('bert', Cell(1.0, 2.0), 'adapt.depths: 2 of 3 layers: .* more layers than there are'),
   ('bert', Cell(1.0, 1.0, 16), 'adapt.hidden_sizes: 16 must be between 1 and 8'),
   ('bert', Cell(1.0, 1.0, -1), 'adapt.hidden_sizes: -1 must be between 1 and 8'),
+  ('bert', Cell(0.1, 1.0, 1), 'adapt.hidden_sizes: 1: its share 0.1 of 4 heads is none; use a larger one'),
   ('convbert grouped', Cell(0.5), 'adapt.widths: 0.5 leaves 3 neurons.* 2 groups'),
   ('convbert grouped', Cell(1.0, 1.0, 3), 'adapt.hidden_sizes: 3 does not divide over the 2 groups'),
   ('electra', Cell(1.0, 1.0, 6), 'adapt.hidden_sizes: 6 is the size of the factorised embeddings'),
 ])  # fmt: skip
 def test_cells_that_cannot_be_cut(name, cell, message):
-  """Mutation: leave out any of the checks; a tie rounds to even, so that half of one head is none."""
+  """A tie rounds to even, so that half of one head is none.
+
+  Mutations: leave out any of the checks; name the widths of a hidden size.
+  """
   with pytest.raises(ConfigError, match=message):
     subnet_config(ENCODERS[name], cell)
 

@@ -23,6 +23,8 @@ REFUSED = {
     {'threshold_every': 25, 'scope': 'global', 'method': 'magnitude'},
     'prune.threshold_every',
   ),
+  'a scope without effect': ({**SOFT, 'scope': 'global'}, "prune.scope.*soft_movement keeps .* use 'local'"),
+  'a penalty of no method': ({'regularization': 3.0}, 'prune.regularization.*hard_movement has none: set it to 0'),
   'a density that is exact anyway': ({'control': 'density'}, 'prune.control.*ends at prune.density exactly'),
   'nothing to find': ({**SOFT, 'control': 'density', 'density': 1.0}, 'prune.density.*nothing is to be pruned'),
   'below the floor': ({**SOFT, 'control': 'density', 'density': 0.004}, 'prune.density.*lower the floor'),
@@ -43,7 +45,6 @@ def test_what_cannot_work_is_refused(fields, message):
 def test_what_has_a_penalty():
   """Soft movement with lambda 0 is plain thresholding. Mutation: leave the controller out."""
   assert not PruneConfig().penalised and not PruneConfig(method='soft_movement').penalised
-  assert not PruneConfig(regularization=3.0).penalised
   assert PruneConfig(method='soft_movement', regularization=3.0).penalised
   for method in ('soft_movement', 'l0', 'rpp'):
     assert PruneConfig(method=method, control='density').penalised

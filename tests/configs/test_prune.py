@@ -51,20 +51,24 @@ def test_published_commands_for_squad():
 
 
 def test_hybrid_is_nn_prunings():
-  """32 x 32 blocks, neurons, 20 epochs on SQuAD and 12 on GLUE. Mutation: blocks in the feed-forward too."""
-  for task, epochs in (('squad', 20), ('mnli', 12), ('qqp', 12)):
+  """32 x 32 blocks, neurons, 20 epochs on SQuAD and 12 on GLUE; multiples 1 and 10, or 1 and 4.
+
+  Mutation: blocks in the feed-forward too; the multiples of hard movement on the same task.
+  """
+  for task, epochs, final in (('squad', 20, 10), ('mnli', 12, 4), ('qqp', 12, 4)):
     found = run(f'{task}-hybrid')
     assert found.epochs == epochs
     assert (found.prune.structure, found.prune.block, found.prune.regularization) == ('block+neurons', (32, 32), 10)
+    assert (found.prune.initial_warmup, found.prune.final_warmup) == (1, final)
 
 
 def test_schedules_fit_runs_of_the_published_length():
   """Optimiser steps of the tasks' training sets. Mutation: a warm-up of another task."""
   for task, rows in (('squad', 88_000), ('mnli', 392_702), ('qqp', 363_846)):
-    found = run(f'{task}-hard')
-    steps = int(found.epochs * rows / found.batch_size)
-    values = cubic_schedule(1.0, found.prune.density, steps, found.optimizer.warmup_steps, found.prune)
-    assert values[0] == 1 and values[-2] == found.prune.density and np.all(np.diff(values) <= 0)
+    for found in (run(f'{task}-hard'), run(f'{task}-hybrid')):
+      steps = int(found.epochs * rows / found.batch_size)
+      values = cubic_schedule(1.0, found.prune.density, steps, found.optimizer.warmup_steps, found.prune)
+      assert values[0] == 1 and values[-2] == found.prune.density and np.all(np.diff(values) <= 0)
 
 
 def test_dense_base_lines_do_not_prune():

@@ -37,6 +37,7 @@ sizes = st.tuples(st.integers(1, 40), st.sampled_from([4, 8, 12]), st.integers(0
 @settings(deadline=None, max_examples=40)
 @given(sizes, st.integers(0, 30), st.sampled_from([1, 2, 4]))
 def test_batches_are_a_pure_function_defined_globally(sizes, step, hosts):
+  """Mutation: `index_shuffle` with the seed plus `process_index` (each host would shuffle for itself)."""
   rows, batch_size, seed = sizes
   source = numbered(rows)
   whole = Batches(source, batch_size, seed).batch(step)
@@ -156,6 +157,7 @@ def test_rows_come_back(dataset):
 
 
 def test_file_faults(dataset):
+  """Mutations: leave out the comparison of sizes, or of SHA-256, in `verify_files`."""
   manifest = read_manifest(dataset)
   file = dataset / manifest.splits['train'][1].file
   content = file.read_bytes()

@@ -21,7 +21,7 @@ NOTHING = {
   'hard_movement': {'density': 1.0},
   'magnitude': {'density': 1.0},
   'random': {'density': 1.0},
-  'soft_movement': {'scores_scale': 5.0},  # scores far above the threshold
+  'soft_movement': {'threshold_on': 'scores', 'scores_scale': 5.0},  # scores far above the threshold
   'heads and neurons': {'method': 'hard_movement', 'structure': 'heads+neurons', 'density': 1.0},
 }
 

@@ -19,7 +19,7 @@ from compactlm_jax.checkpoint import Checkpoints
 from compactlm_jax.config import AdaptConfig
 from compactlm_jax.errors import PreemptedError
 from compactlm_jax.jobs import adapt_best, run_train
-from compactlm_jax.train import loop
+from compactlm_jax.train import loop, rundir
 
 STEPS = 9
 STAGES = AdaptConfig(
@@ -42,6 +42,11 @@ def at_call(number, real):
     return real(*args, **kwargs)
 
   return wrapped
+
+
+def in_opening(monkeypatch, number):
+  """While the run directory is taken."""
+  monkeypatch.setattr(rundir, '_write_record', at_call(number, rundir._write_record))
 
 
 def in_step(monkeypatch, number):
@@ -98,6 +103,7 @@ SLOW += [
 @pytest.mark.parametrize(
   ('task', 'moment', 'which', 'steps'),
   [
+    ('distill', in_opening, 1, {1}),
     ('distill', in_step, 4, {4}),  # an evaluation is due, and made up for
     ('distill', in_evaluation, 1, {5}),
     ('distill', in_save, 'digest', {3, 4, 5, 6}),  # in the background: whatever step it is by then
@@ -110,7 +116,8 @@ SLOW += [
 def test_a_stopped_run_loses_no_step(tmp_path, monkeypatch, uninterrupted, task, moment, which, steps):
   """Two SIGTERMs; what is on disk is whole, and the same call ends with the same bits.
 
-  Mutations: ask for a stop only where a save is due; leave without saving; forget the evaluation that a stop came
+  Mutations: open the run before a stop can be asked for (SIGTERM then ends these tests); ask for a stop only where a
+  save is due; leave without saving; forget the evaluation that a stop came
   before (adaptive networks would keep another best one).
   """
   with monkeypatch.context() as hooked:

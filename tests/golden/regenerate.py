@@ -15,18 +15,11 @@ STEPS = 50
 def losses(task):
   """The first losses of configs/tiny.py, with dropout and seed 0, on one device."""
   import dataclasses
-  import importlib.util
 
   import jax
-  from tiny import run_steps
+  from tiny import configured, run_steps
 
-  from compactlm_jax.config import RunConfig, from_config_dict
-
-  path = HERE.parents[1] / 'configs' / 'tiny.py'
-  spec = importlib.util.spec_from_file_location('golden_tiny', path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  config = dataclasses.replace(from_config_dict(RunConfig, module.get_config(task)), seed=0)
+  config = dataclasses.replace(configured(task), seed=0)
   if task == 'adapt':  # of its stages the one with everything: all cells, a teacher, hidden states
     config = dataclasses.replace(config, steps=STEPS, adapt=dataclasses.replace(config.adapt, stages=('depth',)))
   return run_steps(config, STEPS, jax.devices()[:1])[0]

@@ -60,7 +60,7 @@ def test_without_tokenizer_a_warning_and_none(tmp_path, caplog):
 
 
 def test_a_tokenizer_of_another_model_is_refused(tools, tmp_path):
-  """Both ways: at import, and before anything is written."""
+  """Both ways: at import, and before anything is written. Mutation: no call of `matched` in `save_pretrained`."""
   tokenizer = _vocab(tools, tmp_path, size=38)
   with pytest.raises(ConfigError, match='has id 37, but the word table of this model has vocab_size 37 rows'):
     save_pretrained(_bundle(tokenizer=tokenizer), tmp_path / 'e')

@@ -35,7 +35,7 @@ CASES = {
   'bert-narrow': ('bert', dict(num_heads=3, head_size=2, intermediate_size=1)),
   'bert-pruned': (
     'bert',
-    dict(pooler=True, num_layers=4, heads_per_layer=(4, 0, 1, 1), neurons_per_layer=(24, 8, 0, 0)),
+    dict(pooler=True, num_layers=4, heads_per_layer=(4, 0, 1, 0), neurons_per_layer=(24, 8, 0, 0)),
   ),
   'electra': ('electra', dict(embedding_size=8)),
   'convbert-clean': ('convbert', MIXED),
@@ -163,14 +163,14 @@ def test_logits_of_a_span_head():
 def test_everything_in_a_layer_pruned_is_the_dense_model_with_zeros():
   """Zeros in a dense model, computed here, against the graph of the model without those parts.
 
-  Mutation: the output bias of an empty layer left out.
+  Mutation: the output bias of an empty layer left out, of its attention or of its feed-forward.
   """
   dense = _bundle(heads=(('classifier', 3),), num_layers=2)
   stack = jax.tree.map(np.array, dense.params['encoder']['layers'])
   attention, size = stack['attention'], dense.config.head_size
-  attention['output']['kernel'][0] = 0  # layer 1 loses its heads, layer 2 all but its second one
+  attention['output']['kernel'][0] = 0  # layer 1 loses everything, layer 2 all but its second head
   attention['output']['kernel'][1, :size] = attention['output']['kernel'][1, 2 * size :] = 0
-  stack['ffn_out']['kernel'][1] = 0
+  stack['ffn_out']['kernel'][:] = 0
   baked = {**dense.params, 'encoder': {**dense.params['encoder'], 'layers': stack}}
   rows = _batch(dense.config, 2, 8)
   expected = _expected(classify, Bundle(dense.config, baked), rows)
@@ -182,9 +182,10 @@ def test_everything_in_a_layer_pruned_is_the_dense_model_with_zeros():
   for name in ('query', 'key', 'value'):
     two['attention'][name] = {part: leaf[..., kept] for part, leaf in two['attention'][name].items()}
   two['attention']['output']['kernel'] = two['attention']['output']['kernel'][:, kept]
-  del two['ffn_in'], two['ffn_out']['kernel']
+  for layer in (one, two):
+    del layer['ffn_in'], layer['ffn_out']['kernel']
   encoder = {name: tree for name, tree in dense.params['encoder'].items() if name != 'layers'}
-  config = dataclasses.replace(dense.config, heads_per_layer=(0, 1), neurons_per_layer=(24, 0))
+  config = dataclasses.replace(dense.config, heads_per_layer=(0, 1), neurons_per_layer=(0, 0))
   pruned = {**dense.params, 'encoder': {**encoder, 'layers_0': one, 'layers_1': two}}
   _close(_run(_session(Bundle(config, pruned)), rows)['logits'], expected)
 
@@ -233,8 +234,8 @@ def test_a_pruned_model_tells_its_sizes(tmp_path, caplog):
   kind, fields = CASES['bert-pruned']
   export_onnx(_bundle(kind, **fields), tmp_path / 'e')
   assert 'without a tokenizer' in caplog.text
-  assert json.loads((tmp_path / 'e/config.json').read_text())['compactlm']['heads_per_layer'] == '4,0,1,1'
-  assert '4, 0, 1, 1' in (tmp_path / 'e/README.md').read_text()
+  assert json.loads((tmp_path / 'e/config.json').read_text())['compactlm']['heads_per_layer'] == '4,0,1,0'
+  assert '4, 0, 1, 0' in (tmp_path / 'e/README.md').read_text()
 
 
 def test_nothing_is_said_of_the_convolution_of_transformers(tmp_path, caplog):

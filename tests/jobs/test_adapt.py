@@ -17,8 +17,10 @@ from compactlm_jax.compress.subnet import subnet
 from compactlm_jax.config import AdaptConfig, Cell, DataConfig, FinetuneConfig, OptimizerConfig
 from compactlm_jax.errors import ConfigError
 from compactlm_jax.interop.bundle import Bundle, from_pretrained, save_pretrained
+from compactlm_jax.jobs import adapt as adapt_module
 from compactlm_jax.jobs import adapt_importance, build_job, load_model, params_digest, run_train
 from compactlm_jax.jobs import stages as stages_module
+from compactlm_jax.jobs.finetune import generated_labelled
 from compactlm_jax.jobs.finished import finished_results
 from compactlm_jax.metrics import read_metrics
 from compactlm_jax.tasks.adapt import terms
@@ -82,9 +84,10 @@ def test_each_stage_is_a_run_that_starts_from_the_one_before(whole, teacher):
 
 
 def test_the_best_network_and_each_cell_at_its_best_are_kept(whole):
-  """Mutations: keep the last; compare the loss; export the full network for every cell."""
+  """Of the stages so far. Mutations: keep the last; compare the loss; export the full network for every cell."""
   results, folder = whole
   assert results['best'] == record(folder)
+  before = {}
   for run in (folder / 'stages' / 'width', folder / 'stages' / 'depth', folder):
     last = json.loads((run / 'results.json').read_text())
     scores = {row['step']: row for row in read_metrics(run) if 'eval_accuracy' in row}
@@ -94,17 +97,42 @@ def test_the_best_network_and_each_cell_at_its_best_are_kept(whole):
     best = record(run)
     for name, value in (('all', sum), ('1x1', lambda s: s[0]), ('0.5x1', lambda s: s[1])):
       step = max(scores, key=lambda step, value=value: (value(scores[step]), -step))
-      assert best[name] == {'value': value(scores[step]), 'step': step}
-    assert load_params(run / 'best')[1]['step'] == best['all']['step']
+      own = {'value': value(scores[step]), 'step': step}
+      assert best[name] == (before[name] if before and before[name]['value'] >= own['value'] else own)
+    assert load_params(run / 'best')[1]['step'] == (0 if 'stage' in best['all'] else best['all']['step'])
+    before = {name: {'stage': run.name, **entry} for name, entry in best.items()}
     cells = {name: from_pretrained(run / 'best' / 'cells' / name) for name in NAMES}
     assert {name: cell.config.num_heads for name, cell in cells.items()} == {'1x1': 2, '0.5x1': 1}
     for name, cell in zip(NAMES, (Cell(), Cell(0.5))):
-      if best[name]['step'] == best['all']['step']:
+      if all(best[name].get(key) == best['all'].get(key) for key in ('step', 'stage')):
         network = load_model(str(run / 'best'))
         expected = named_leaves(subnet(network.params, network.config, cell))
         found = named_leaves(cells[name].params)
         assert set(found) == set(expected)
         assert all(np.array_equal(found[leaf], expected[leaf]) for leaf in expected)
+
+
+def test_a_last_stage_that_hurts_leaves_the_best_of_the_one_before(whole, teacher, tmp_path, monkeypatch):
+  """Here it starts from zeros. Mutations: start each stage with nothing; tell its keeper of no stage before."""
+  _, folder = whole
+  hurt = tmp_path / 'hurt'
+  shutil.copytree(folder / 'stages', hurt / 'stages')
+  real = stages_module.train
+
+  def train(job, workdir, **options):
+    init = job.task.init
+    task = dataclasses.replace(job.task, init=lambda key: jax.tree.map(jnp.zeros_like, init(key)))
+    return real(dataclasses.replace(job, task=task), workdir, **options)
+
+  monkeypatch.setattr(stages_module, 'train', train)
+  results, depth = run_train(config_of(teacher), str(hurt)), record(folder / 'stages' / 'depth')
+  assert all(row['metrics']['accuracy'] < depth[name]['value'] for name, row in zip(NAMES, results['grid']))
+  assert results['best'] == record(hurt) == {name: {'stage': 'depth', **entry} for name, entry in depth.items()}
+  networks = [load_model(str(path / 'best')).params for path in (hurt, folder / 'stages' / 'depth')]
+  assert params_digest(networks[0]) == params_digest(networks[1])
+  for name in NAMES:
+    cells = [from_pretrained(path / 'best' / 'cells' / name) for path in (hurt, folder / 'stages' / 'depth')]
+    assert params_digest(cells[0].params) == params_digest(cells[1].params)
 
 
 def test_an_interrupted_stage_resumes_and_finished_ones_are_kept(whole, teacher, tmp_path, caplog):
@@ -136,7 +164,7 @@ def test_a_stage_of_another_configuration_is_not_continued(whole, teacher, tmp_p
   monkeypatch.setattr(stages_module, 'train', lambda job, workdir, **options: built.append((job, workdir)) or {})
   stages_module.run_stages(config_of(teacher), str(folder), lambda config: built.append(config) or _Job(config))
   (job, workdir) = built[-1]
-  assert len(built) == 2 and built[0].adapt.stages == ('final',) and workdir == str(folder)
+  assert len(built) == 2 and built[0].adapt.stages == ADAPT.stages and workdir == str(folder)
   assert built[0].model == f'{folder}/stages/depth/best' and job.config == config_of(teacher)
   built.clear()
   stages_module.run_stages(
@@ -150,6 +178,7 @@ def test_a_stage_of_another_configuration_is_not_continued(whole, teacher, tmp_p
 @dataclasses.dataclass(frozen=True)
 class _Job:
   config: object
+  keeper: object = None
 
 
 def test_heads_and_neurons_are_sorted_before_widths_are_trained(teacher, monkeypatch):
@@ -200,6 +229,18 @@ def test_heads_and_neurons_are_sorted_before_widths_are_trained(teacher, monkeyp
   np.testing.assert_array_equal(plain['encoder']['layers']['ffn_in']['kernel'][0], kernel)
 
 
+def test_importance_is_measured_on_each_held_out_set():
+  """MNLI has two. Mutations: the first set alone; the whole number of each."""
+  held = [generated_labelled(config_of(seed=seed)).job.evals[0] for seed in (1, 2)]
+  rows = generated_labelled(config_of())
+  rows = dataclasses.replace(rows, job=dataclasses.replace(rows.job, evals=tuple(held)))
+  for count, shares in ((1, (1, 0)), (3, (2, 1)), (0, (32, 32))):
+    found = list(adapt_importance._batches(rows, config_of(adapt={'importance_batches': count})))
+    firsts = [np.linspace(0, 511, 16 * share).astype(int)[::16] for share in shares]
+    expected = [each.rows.fetch(places)['input_ids'] for each, places in zip(held, firsts) if len(places)]
+    np.testing.assert_array_equal([np.asarray(batch.input_ids)[0] for batch in found], np.concatenate(expected))
+
+
 def test_balanced_terms_have_equal_scale(teacher):
   """Mutations: the inverse of the ratio; forget the given weight."""
   adapt = {'stages': ('depth',), 'depth_hidden_weight': 2.0, 'balance_batches': 2}
@@ -210,11 +251,24 @@ def test_balanced_terms_have_equal_scale(teacher):
   assert 'term_weight' not in given.task.model
 
 
+def test_the_published_weight_of_widths_makes_balanced_terms_equal(teacher, monkeypatch):
+  """It is one of terms that are not balanced. Mutations: a tenth all the same; ignore another that is given."""
+  monkeypatch.setattr(adapt_module, 'terms', lambda *args: (2.0, 4.0))
+  adapt = {'stages': ('width',), 'balance': 'auto', 'rewire': False}
+  for given, expected in (({}, 0.5), ({'hidden_weight': 0.2}, 0.1)):
+    assert build_job(config_of(teacher, {**adapt, **given})).task.model['term_weight'] == expected
+
+
 def test_bad_input_is_refused_before_anything_is_computed(teacher, tmp_path):
-  """Mutations: look at the teacher only; take a random teacher on trust."""
+  """Mutations: look at the teacher only; take a random teacher on trust, in any first stage."""
   for changes, message in (
     ({'adapt': {'widths': (0.1, 1.0)}}, r'config.adapt.widths: 0.1 of 2 heads is none'),
     ({'adapt': {'depths': (0.4, 1.0)}}, r'config.adapt.depths: 0.4 of 1 layers is none'),
+    (
+      {'adapt': {'widths': (0.5, 0.6, 1.0)}},
+      r'config.adapt.widths: 0.6x1 and 0.5x1 are the same network \(1 heads, 1 layers\); leave one out',
+    ),
+    ({'adapt': {'depths': (0.75, 1.0)}}, 'config.adapt.depths: 1x1 and 1x0.75 are the same network'),
     ({'adapt': {'hidden_sizes': (8, 32), 'widths': (1.0,)}}, 'must end with 16, the hidden size'),
     ({'teacher': ''}, 'config.teacher: the stage of widths distils from a fine-tuned model'),
     ({'finetune': FinetuneConfig(benchmark='squad1')}, 'config.finetune.benchmark: squad1'),
@@ -233,8 +287,10 @@ def test_bad_input_is_refused_before_anything_is_computed(teacher, tmp_path):
     save_pretrained(Bundle(SMALL, {'encoder': encoder, **params}), tmp_path / name)
   with pytest.raises(ConfigError, match='bare has no classifier; fine-tune it'):
     build_job(config_of(tmp_path / 'bare'))
-  with pytest.raises(ConfigError, match='it was not fine-tuned for this task'):
-    build_job(config_of(tmp_path / 'fresh', {'stages': ('width',)}))
+  for stage, field in (('width', 'teacher'), ('depth', 'teacher'), ('depth', 'model')):
+    with pytest.raises(ConfigError, match=rf'config.{field}: the head of .*fresh predicts .* not fine-tuned for this'):
+      build_job(config_of(adapt={'stages': (stage,)}, **{field: str(tmp_path / 'fresh')}))
+  build_job(config_of(tmp_path / 'fresh', {'stages': ('width', 'depth')}))
 
 
 def test_augmented_rows_are_trained_on_until_the_last_stage(tmp_path):
@@ -251,8 +307,8 @@ def test_augmented_rows_are_trained_on_until_the_last_stage(tmp_path):
   data = DataConfig(train=str(files / 'train.tsv'), dev=str(files / 'dev.tsv'), seq_len=12)
   augmented = {'augmented': str(files / 'aug.tsv'), 'rewire': False, 'balance_batches': 1}
   jobs = {
-    stage: build_job(config_of(files / 'tuned', {**augmented, 'stages': (stage,)}, data=data, steps=0, epochs=8.0))
-    for stage in ('depth', 'final')
+    stages[-1]: build_job(config_of(files / 'tuned', {**augmented, 'stages': stages}, data=data, steps=0, epochs=8.0))
+    for stages in (('width', 'depth'), ('final',))
   }
   assert [job.total_steps for job in jobs.values()] == [2, 40]
   assert set(np.asarray(jobs['depth'].batches.batch(0).labels)) == {1}
@@ -260,7 +316,7 @@ def test_augmented_rows_are_trained_on_until_the_last_stage(tmp_path):
   assert jobs['depth'].files.keys() == jobs['final'].files.keys() and len(jobs['depth'].evals) == 1
   (files / 'aug.tsv').write_text('label\ttext\nmaybe\tcold river\n')
   with pytest.raises(ConfigError, match="aug.tsv has the label 'maybe'; the task has no, yes"):
-    build_job(config_of(files / 'tuned', {**augmented, 'stages': ('depth',)}, data=data))
+    build_job(config_of(files / 'tuned', {**augmented, 'stages': ('width', 'depth')}, data=data))
   (files / 'glue' / 'RTE').mkdir(parents=True)
   for name in ('train', 'dev'):
     (files / 'glue' / 'RTE' / f'{name}.tsv').write_text(
@@ -270,7 +326,7 @@ def test_augmented_rows_are_trained_on_until_the_last_stage(tmp_path):
   save_pretrained(dataclasses.replace(tuned, labels=('entailment', 'not_entailment')), files / 'rte')
   job = build_job(
     config_of(
-      files / 'rte', {**augmented, 'stages': ('depth',)}, data=DataConfig(path=str(files / 'glue'), seq_len=12),
+      files / 'rte', {**augmented, 'stages': ('width', 'depth')}, data=DataConfig(path=str(files / 'glue'), seq_len=12),
       finetune=FinetuneConfig(benchmark='rte'),
     )
   )  # fmt: skip

@@ -2,13 +2,15 @@
 
 import dataclasses
 import json
+import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
-from killing import Kill
+from killing import Kill, killed_at
 from tiny import ENCODER
 
 from compactlm_jax.checkpoint import load_params
@@ -18,7 +20,7 @@ from compactlm_jax.errors import StorageError
 from compactlm_jax.interop.bundle import from_pretrained
 from compactlm_jax.jobs import adapt_best as module
 from compactlm_jax.jobs.adapt_best import ALL, BestCells, read_best
-from compactlm_jax.jobs.grid_rows import cell_of, cell_scores, grid_rows, metrics_of_cells
+from compactlm_jax.jobs.grid_rows import cell_scores, grid_rows, metrics_of_cells
 from compactlm_jax.nn.encoder import init_encoder
 from compactlm_jax.nn.flops import encoder_flops
 from compactlm_jax.types import TrainState
@@ -85,6 +87,7 @@ FIRST = (0.5, 0.3)
 
 def contents(folder):
   """Every file of what is kept but Orbax's own, by its path."""
+  folder = pathlib.Path(folder)
   files = [p for p in folder.rglob('*') if p.is_file() and 'checkpoints' not in p.parts]
   return {p.relative_to(folder): p.read_bytes() for p in files}
 
@@ -135,18 +138,86 @@ def uninterrupted(tmp_path_factory):
   return contents(folder)
 
 
+@pytest.fixture(scope='module')
+def stage(tmp_path_factory):
+  """Run directory of a stage that is over, with other steps for the sum and for each cell."""
+  folder = tmp_path_factory.mktemp('stages') / 'depth'
+  assert offered(keeper(), epath.Path(folder), [(0.5, 0.1), (0.3, 0.4), (0.2, 0.6)])[ALL]['step'] == 3
+  return folder
+
+
+TAKEN = {
+  '1x1': {'value': 0.5, 'step': 1, 'stage': 'depth'},
+  HALF: {'value': 0.6, 'step': 3, 'stage': 'depth'},
+  ALL: {'value': pytest.approx(0.8), 'step': 3, 'stage': 'depth'},
+}
+
+
+def test_a_stage_keeps_what_the_one_before_did_better(stage, tmp_path):
+  """Of equal values that of the stage before. A step of the same number takes the place of what was taken over.
+
+  Mutations: start with nothing; copy the checkpoint under its own step; let equal values in.
+  """
+  workdir, before = epath.Path(tmp_path / 'run'), {'before': str(stage)}
+  assert offered(keeper(**before), workdir, [(0.5, 0.1), (0.1, 0.6)], weights=9) == TAKEN
+  assert contents(workdir / 'best') == contents(stage / 'best')
+  taken, own = load_params(workdir / 'best'), load_params(stage / 'best')
+  assert (taken[1]['step'], own[1]['step']) == (0, 3)
+  assert np.array_equal(taken[0]['classifier']['kernel'], own[0]['classifier']['kernel'])
+  found = offered(keeper(**before), workdir, [(0.1, 0.1), (0.1, 0.1), (0.1, 0.8), (0.4, 0.7)], weights=9)
+  assert found == {
+    '1x1': TAKEN['1x1'],
+    HALF: {'value': 0.8, 'step': 3},
+    ALL: {'value': pytest.approx(1.1), 'step': 4},
+  }
+  assert float(load_params(workdir / 'best')[0]['classifier']['kernel'][0, 0]) == 13
+  cells_of = {name: from_pretrained(workdir / 'best' / 'cells' / name).params['classifier'] for name in ('1x1', HALF)}
+  assert [float(head['kernel'][0, 0]) for head in cells_of.values()] == [1, 12]
+  third = offered(keeper(before=str(workdir)), epath.Path(tmp_path / 'third'), [(0.0, 0.0)])
+  assert third['1x1'] == TAKEN['1x1'] and third[HALF] == {'value': 0.8, 'step': 3, 'stage': 'run'}
+
+
+def test_of_a_stage_with_other_cells_only_those_that_both_have_are_taken_over(stage, tmp_path):
+  """Sums over other cells are not compared. Mutation: take over the sum all the same."""
+  other = dataclasses.replace(keeper(before=str(stage)), cells=(*GRID, dataclasses.replace(GRID[0], depth=0.5)))
+  other.start(epath.Path(tmp_path), 0)
+  assert read_best(tmp_path) == {name: TAKEN[name] for name in ('1x1', HALF)}
+  assert not (tmp_path / 'best' / 'checkpoints').exists()
+
+
+def test_killed_while_it_takes_over_it_does_so_again(stage, tmp_path, monkeypatch):
+  """best.json names nothing before all is there. Mutations: write it first; leave what is there already."""
+  expected = offered(keeper(before=str(stage)), epath.Path(tmp_path / 'whole'), [(0.1, 0.9)], weights=5)
+  killed = epath.Path(tmp_path / 'killed')
+  for call in (1, 2, 4, 6, 8):
+    with killed_at(monkeypatch, call), pytest.raises(Kill):
+      keeper(before=str(stage)).start(killed, 0)
+    assert not read_best(killed)
+  assert offered(keeper(before=str(stage)), killed, [(0.1, 0.9)], weights=5) == expected
+  assert contents(killed) == contents(tmp_path / 'whole')
+
+
+def test_what_the_stage_before_kept_must_be_there(stage, tmp_path):
+  """Mutation: go on without it."""
+  shutil.copytree(stage, tmp_path / 'depth')
+  shutil.rmtree(tmp_path / 'depth' / 'best' / 'cells' / HALF)
+  with pytest.raises(StorageError, match=f'depth/best: what the stage before kept could not be copied .*{HALF}'):
+    keeper(before=str(tmp_path / 'depth')).start(epath.Path(tmp_path / 'run'), 0)
+
+
 def test_rows_of_the_grid():
   """Metrics by cell, of several evaluations; sizes are those of the cut tree. Mutation: count the full network."""
   scores = {'loss': 1.0, 'accuracy': 0.5, f'accuracy@{HALF}': 0.25, 'mm_accuracy': 0.4, f'mm_accuracy@{HALF}': 0.3}
   assert metrics_of_cells(scores, GRID)[GRID[1]] == {'accuracy': 0.25, 'mm_accuracy': 0.3}
   params = params_at(1)
   full, half = grid_rows(scores, GRID, SMALL, jax.eval_shape(lambda: params), 16)
-  assert full['metrics'] == {'loss': 1.0, 'accuracy': 0.5, 'mm_accuracy': 0.4} and cell_of(half) == GRID[1]
+  assert full['metrics'] == {'loss': 1.0, 'accuracy': 0.5, 'mm_accuracy': 0.4}
   assert full['params'] == sum(leaf.size for leaf in jax.tree.leaves(params))
   # Half of query, key, value, output and feed-forward: 4 * 16 * 8 and 2 * 16 * 16 weights, 3 * 8 and 16 biases.
   assert full['params'] - half['params'] == 4 * 16 * 8 + 3 * 8 + 2 * 16 * 16 + 16
   assert full['flops'] == 16 * encoder_flops(SMALL, 16) == 2 * half['flops'] and half['latency_ms'] is None
   rows = {'outputs': np.ones(2), f'outputs@{HALF}': np.zeros(2), 'labels': np.ones(2)}
+  assert (half['width'], half['depth'], 'hidden' in half) == (0.5, 1.0, False)
   scored = cell_scores(lambda r: {'hits': float((r['outputs'] == r['labels']).sum())}, GRID)(rows)
   assert scored == {'hits': 2.0, f'hits@{HALF}': 0.0}
   assert json.loads(json.dumps(full)) == full

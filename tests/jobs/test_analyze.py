@@ -230,6 +230,17 @@ def test_a_sub_network_is_drawn_beside_what_it_was_cut_from(files, tmp_path):
   assert np.shape(found['layer_pairs']['attention_kl']) == (2, 1)
 
 
+def test_names_of_pictures(tmp_path, monkeypatch):
+  """Those that were given, and the folder's own for '.'. Mutations: the name that is written; the links' targets."""
+  for name in ('large', 'small'):
+    (tmp_path / name).mkdir()
+  (tmp_path / 'link').symlink_to('large')
+  monkeypatch.chdir(tmp_path / 'small')
+  assert analyze._names({'model': '.', 'compared': '../link'}) == ['small', 'link']
+  assert analyze._names({'model': '..', 'compared': 'gs://bucket/a/link/'}) == [tmp_path.name, 'link']
+  assert analyze._names({'model': '.', 'compared': '../small'}) == ['small (model)', 'small (compared)']
+
+
 def test_rows_are_batched_once_each_in_few_shapes(files):
   """Mutations: forget the last window; sort away the numbers of lines."""
   tokenizer = analyze.tokenizer_of(files / 'plain')

@@ -187,6 +187,7 @@ def test_files_without_a_header_and_scores(model, tmp_path):
     ('text\tlabel\n', [], 65, 'no rows'),
     ('text\tlabel\ntree\t1\n', ['--vectors=VECTORS'], 65, ':2: 1 numbers, but the lines before have 2'),
     ('text\tlabel\ntree\t1\n', ['--probability=0'], 78, '--probability: 0.0 must be above 0'),
+    ('text\tlabel\ntree\t1\n', ['--task=nope'], 78, "--task: GLUE has no task 'nope'; use one of cola"),
     ('text\tlabel\ntree\t1\n', ['--text_columns=text', '--task=rte'], 78, '--text_columns: GLUE task rte has its own'),
     ('text\tlabel\ntree\t1\n', ['--text_columns=text,label,text'], 78, 'must name one or two columns'),
     ('text\tlabel\ntree\t1\n', ['--output=out.csv'], 78, '--output: out.csv must end in .tsv or .jsonl'),

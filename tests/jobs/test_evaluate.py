@@ -24,7 +24,6 @@ from compactlm_jax.jobs.data import EvalSet
 from compactlm_jax.jobs.evaluate import run_evaluate
 from compactlm_jax.train.loop import Job
 
-pytestmark = pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')
 ROOT = pathlib.Path(__file__).parents[2]
 POOLED = dataclasses.replace(CONFIG, pooler=True)
 

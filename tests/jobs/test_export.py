@@ -148,7 +148,7 @@ def test_onnx_is_smaller_too(folders, tmp_path):
 @pytest.mark.parametrize(
   ('name', 'options', 'message'),
   [
-    ('dense', {'format': 'sparse'}, r'--format=sparse: .*dense has no zeros .* not trained with masks; prune it'),
+    ('dense', {'format': 'sparse'}, r'--format=sparse: .*dense has no zeros .* nothing of it was pruned; prune it'),
     ('weights', {'values': 'int8'}, '--values=int8: is for --format=sparse; --format=hf holds float32'),
     ('weights', {'values': 'bfloat16', 'format': 'onnx'}, '--values=bfloat16: is for --format=sparse'),
     ('weights', {'layout': 'padded', 'format': 'onnx'}, '--layout=padded: is for --format=hf'),

@@ -36,6 +36,7 @@ SMALL = dict(
 )
 KINDS = {
   'bert': dict(pooler=True),
+  'roberta': dict(architecture='bert', type_vocab_size=1, pad_token_id=1, pooler=True),
   'electra': dict(embedding_size=8),
   'convbert': dict(embedding_size=8, head_size=2, conv_kernel_size=3, conv_sees_padding=True, num_groups=2),
 }
@@ -52,7 +53,7 @@ _VIEW = jax.jit(
 
 def network(kind='bert', seed=0, **fields):
   """A classifier of three classes; every parameter is random, so that none is without effect."""
-  config = EncoderConfig(kind, **{**SMALL, **KINDS[kind], **fields})
+  config = EncoderConfig(**{'architecture': kind, **SMALL, **KINDS[kind], **fields})
   rng = np.random.default_rng(seed)
   params = jax.tree.map(lambda s: (rng.standard_normal(s.shape) / 3).astype(s.dtype), encoder_shapes(config))
   kernel = rng.standard_normal((config.hidden_size, 3)).astype(np.float32)
@@ -127,7 +128,8 @@ def measured(monkeypatch):
 def test_a_sub_network_is_a_model_of_its_own(kind, runs, tmp_path):
   """The view's logits, those of the full network with everything else masked, and of onnxruntime.
 
-  Mutations: the rightmost heads; the first layers in place of the kept ones; the full network's configuration.
+  Mutations: the rightmost heads; the first layers in place of the kept ones; the full network's configuration; a
+  RoBERTa's padding with 0.
   """
   whole = load_model(str(runs / kind))
   done = run_export_cell(str(runs / kind), str(tmp_path / 'hf'), Wanted(0.5, 0.667))
@@ -158,7 +160,10 @@ def test_a_sub_network_is_a_model_of_its_own(kind, runs, tmp_path):
 @pytest.mark.torch
 @pytest.mark.parametrize('kind', KINDS)
 def test_transformers_computes_the_same(kind, runs, tmp_path, monkeypatch):
-  """By the modelling file; of BERT also, filled up with zeros, by its stock class. Mutation: a head size of D / H."""
+  """By the modelling file; of BERT also, filled up with zeros, by its stock class.
+
+  Mutation: a head size of D / H.
+  """
   torch, transformers = pytest.importorskip('torch'), pytest.importorskip('transformers')
   from transformers import dynamic_module_utils
 
@@ -166,7 +171,7 @@ def test_transformers_computes_the_same(kind, runs, tmp_path, monkeypatch):
   monkeypatch.setattr(sys, 'path', [*sys.path])
   auto, expected = transformers.AutoModelForSequenceClassification, view(load_model(str(runs / kind)))
   rows = {'input_ids': torch.tensor(IDS.astype(np.int64)), 'attention_mask': torch.tensor(MASK.astype(np.int64))}
-  for layout, trust in (('auto', True), *((('padded', False),) if kind == 'bert' else ())):
+  for layout, trust in (('auto', True), *((('padded', False),) if kind in ('bert', 'roberta') else ())):
     run_export_cell(str(runs / kind), str(tmp_path / layout), Wanted(0.5, 0.667), layout=layout)
     model = auto.from_pretrained(tmp_path / layout, trust_remote_code=trust).eval()
     with torch.no_grad():
@@ -193,7 +198,7 @@ def test_different_sub_networks_differ(runs, tmp_path):
     (Wanted(depth=1.5), '--depth=1.5: write a share of the full network, above 0 and at most 1'),
     (Wanted(0.0), '--width=0: write a share'),
     (Wanted(hidden=8), '--hidden=8: .* was trained at widths 0.5, 1 with the hidden size whole'),
-    (Wanted(0.5, depth=0.1), 'config.adapt.depths: 0.1 of 3 layers is none'),
+    (Wanted(0.5, depth=0.1), '--depth: 0.1 of 3 layers is none; use a larger share'),
     (Wanted(0.5, budget='params<1M'), '--budget: chooses width and depth itself'),
     (Wanted(budget='speed<5'), "--budget=speed<5: 'speed<5' is none of latency<5ms"),
     (Wanted(budget='params<1M', seq_len=17), '--seq_len=17: .* has 16 positions'),
@@ -237,6 +242,8 @@ def test_what_was_never_trained_is_told(runs, tmp_path, caplog):
   assert 'the sub-network 0.5x0.666667 was never trained' in caplog.text
   caplog.clear()
   save_pretrained(network(), tmp_path / 'plain')
+  with pytest.raises(ConfigError, match='--width: 0.1 of 4 heads is none; use a larger one'):
+    run_export_cell(str(tmp_path / 'plain'), str(tmp_path / 'd'), Wanted(0.1))
   run_export_cell(str(tmp_path / 'plain'), str(tmp_path / 'd'), Wanted(0.75))
   assert 'plain is not an adaptive network: no sub-network of it was trained' in caplog.text
   np.testing.assert_allclose(logits(from_pretrained(tmp_path / 'd')), view(network(), Cell(0.75)), atol=1e-5)

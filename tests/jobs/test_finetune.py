@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from tiny import ENCODER, tiny_config
 
-from compactlm_jax.config import DataConfig, FinetuneConfig, MeshConfig, OptimizerConfig
+from compactlm_jax.config import DataConfig, FinetuneConfig, MeshConfig, OptimizerConfig, PruneConfig
 from compactlm_jax.data.tokenizer import train_wordpiece
 from compactlm_jax.errors import ConfigError
 from compactlm_jax.interop.bundle import Bundle, save_pretrained
 from compactlm_jax.interop.folder import open_folder
 from compactlm_jax.interop.tokenizer_files import read_tokenizer
-from compactlm_jax.jobs import build_job, run_train
+from compactlm_jax.jobs import build_job, load_model, run_export, run_train
 from compactlm_jax.jobs.commands import evaluation
 from compactlm_jax.jobs.finetune import finetune_job
 from compactlm_jax.nn.encoder import init_encoder
@@ -89,16 +89,31 @@ def test_buckets_and_grouping_do_not_change_what_is_measured(files):
   np.testing.assert_allclose(seen[0]['outputs'], seen[1]['outputs'], atol=1e-5)
 
 
-def test_scores_of_pairs(files, tmp_path):
-  """Mutation: read the score column as classes."""
+def scored(files, **changes):
   data = DataConfig(
     train=str(files / 'scores.tsv'), dev=str(files / 'scores.tsv'), seq_len=16, text_columns=('a', 'b'),
     score_column='score',
   )  # fmt: skip
   config = dataclasses.replace(own(files), data=data, finetune=FinetuneConfig(dropout=0.0, score_scale=2.0), steps=60)
-  config = dataclasses.replace(config, optimizer=OptimizerConfig(learning_rate=3e-3))
-  results = run_train(config, str(tmp_path / 'run'))
+  return dataclasses.replace(config, optimizer=OptimizerConfig(learning_rate=3e-3), **changes)
+
+
+def test_scores_of_pairs(files, tmp_path):
+  """Mutation: read the score column as classes."""
+  results = run_train(scored(files), str(tmp_path / 'run'))
   assert set(results['metrics']) == {'loss', 'pearson', 'spearman', 'mse'} and results['metrics']['pearson'] > 0.3
+
+
+@pytest.mark.slow
+def test_a_regression_is_pruned_loaded_and_exported(files, tmp_path):
+  """Half of the weights remain; a sparse folder has the same bits. Mutation: `tasks.prune.bake` without the masks."""
+  prune = PruneConfig(density=0.5, initial_warmup=0, final_warmup=0, freeze_embeddings=False)
+  results = run_train(scored(files, task='prune', prune=prune), str(tmp_path / 'run'))
+  assert results['metrics']['pearson'] > 0.3 and results['density'] == pytest.approx(0.5)
+  run_export(str(tmp_path / 'run'), str(tmp_path / 'out'), format='sparse')
+  run, back = (load_model(str(tmp_path / name)) for name in ('run', 'out'))
+  assert run.labels == back.labels == () and run.params['classifier']['bias'].shape == (1,)
+  jax.tree.map(np.testing.assert_array_equal, run.params, back.params)
 
 
 def test_pairs_in_the_other_order_are_trained_on_too(files):
@@ -145,3 +160,18 @@ def test_benchmarks_have_no_tables_of_their_own(files):
     build_job(dataclasses.replace(config, data=dataclasses.replace(config.data, train='x.tsv')))
   with pytest.raises(ConfigError, match="config.finetune.benchmark: 'sst-3' is unknown; did you mean sst2"):
     FinetuneConfig(benchmark='sst-3')
+
+
+@pytest.mark.parametrize('task', ['finetune', 'prune', 'adapt'])
+def test_files_that_would_not_be_read_are_refused(task):
+  """Without a training table rows are generated; adaptive networks may learn them from a model.
+
+  Mutation: leave one of the fields out, or the look at all.
+  """
+  named = {'data.dev': {'data': DataConfig(dev='d.tsv')}, 'data.path': {'data': DataConfig(path='glue')}}
+  named |= {} if task == 'adapt' else {'model': {'model': 'm'}, 'teacher': {'teacher': 't'}}
+  for field, changes in named.items():
+    with pytest.raises(
+      ConfigError, match=rf'config\.{field}: .* config\.data\.train is not set.*name your table, or set'
+    ):
+      build_job(tiny_config(task, **changes))

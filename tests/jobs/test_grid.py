@@ -113,6 +113,20 @@ def test_any_fine_tuned_model_is_taken_for_one(run, tmp_path, monkeypatch):
     run_evaluate(config, str(tmp_path / 'bare'))
 
 
+def test_sub_networks_that_were_never_trained_are_told(run, tmp_path, caplog):
+  """Those of a stage of widths; not of a whole grid, nor of a model that says nothing. Mutations: always, never."""
+  adapt = dataclasses.replace(ADAPT, stages=('width',), width_loss='labels')
+  width = save_run(tmp_path / 'width', config_of(adapt=adapt))
+  found = run_evaluate(config_of(), width)
+  assert 'width: of the grid 1x0.5, 0.5x0.5 were never trained, they are scored as they are cut' in caplog.text
+  assert 'those that were are 1x1, 0.5x1: set config.adapt.widths, .depths' in caplog.text and len(found['grid']) == 4
+  caplog.clear()
+  whole = load_network(run)
+  for network in (whole, dataclasses.replace(whole, cells=())):
+    grid.with_grid(found, network, config_of(), None)
+  assert not caplog.text
+
+
 def test_pre_trained_sub_networks(tmp_path, measured):
   """Losses of hidden sizes; the lowest is the best. Mutations: a head that is asked of 'adapt'; choose by accuracy."""
   config = config_of(adapt=AdaptConfig(base='mlm', widths=(1.0,), depths=(1.0,), hidden_sizes=(8, 16)))
@@ -172,7 +186,6 @@ def test_what_stays_whole_is_shared(run):
   assert Network(whole, 'x').grid == (Cell(),)
 
 
-@pytest.mark.filterwarnings('ignore:.*load_module.*:DeprecationWarning')
 def test_the_command(run, tmp_path, monkeypatch, capsys):
   """Mutations: print the metrics of the full network alone; leave a flag out."""
   asked, entries = [], as_entries([GridRow(cell, {'accuracy': 0.5}, 10, 1e9, 2.0) for cell in CELLS])

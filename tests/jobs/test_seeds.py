@@ -17,9 +17,6 @@ from compactlm_jax.jobs.seeds import parse_seeds, shard_of
 from compactlm_jax.metrics import read_metrics
 from compactlm_jax.train.rundir import read_run
 
-# ml_collections loads configuration files this way.
-pytestmark = pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')
-
 CONFIG = pathlib.Path(__file__).parents[2] / 'configs' / 'tiny.py'
 SMALL = [
   '--config.steps=4', '--config.batch_size=8', '--config.checkpoint_every=2', '--config.log_every=1',
@@ -98,6 +95,20 @@ def test_each_seed_is_a_run_of_its_own_and_the_table_is_numpys(series, tmp_path,
   assert [run['config_hash'] for run in group['runs']] == [
     read_run(series / f'seed-{i}')[1]['config_hash'] for i in range(3)
   ]
+
+
+@pytest.mark.slow
+def test_seeds_of_an_adaptive_network_have_stages_and_grids_of_their_own(tmp_path):
+  """The same command again trains nothing. Mutation: one folder of stages for all seeds."""
+  two_layers = ['--config.encoder.num_layers=2', '--config.adapt.stages=width,depth']
+  argv = ['train', f'--config={CONFIG}:adapt', f'--workdir={tmp_path}', *SMALL[:-1], *two_layers, '--seeds=2']
+  assert cli.main(argv) == 0
+  runs = [tmp_path / f'seed-{seed}' for seed in range(2)]
+  grids = [json.loads((run / 'results.json').read_text())['grid'] for run in runs]
+  assert [len(grid) for grid in grids] == [4, 4] and grids[0] != grids[1]
+  assert all(read_run(run / 'stages' / 'width')[0].seed == seed for seed, run in enumerate(runs))
+  before = contents(tmp_path)
+  assert cli.main(argv) == 0 and contents(tmp_path) == before
 
 
 def test_finished_seeds_are_kept_without_loading_anything(series, capsys, monkeypatch):

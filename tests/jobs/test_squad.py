@@ -10,17 +10,18 @@ import numpy as np
 import pytest
 from tiny import STILL, tiny_config
 
-from compactlm_jax.config import DataConfig, FinetuneConfig, OptimizerConfig, SpanConfig
+from compactlm_jax.config import DataConfig, FinetuneConfig, OptimizerConfig, PruneConfig, SpanConfig
 from compactlm_jax.data.squad import read_squad
 from compactlm_jax.data.tokenizer import train_wordpiece
 from compactlm_jax.data.windows import make_windows
 from compactlm_jax.errors import ConfigError, DataError
-from compactlm_jax.interop.bundle import Bundle, save_pretrained
+from compactlm_jax.interop.bundle import Bundle, from_pretrained, save_pretrained
 from compactlm_jax.interop.folder import open_folder
 from compactlm_jax.interop.tokenizer_files import read_tokenizer
-from compactlm_jax.jobs import build_job, load_model, run_train
+from compactlm_jax.jobs import build_job, load_model, run_export, run_train
 from compactlm_jax.jobs.squad import span_files, span_score
 from compactlm_jax.nn.encoder import init_encoder
+from compactlm_jax.tasks.span import span_logits
 
 DATA = Path(__file__).parents[2] / '../shared/data/squad'
 WORDS = 'the small large river house tree runs stands falls under over near cold warm light blue'.split()
@@ -129,6 +130,27 @@ def test_runs_train_and_are_loaded_again(files, tmp_path):
   assert set(load_model(tmp_path / 'joint').params['span']) == {
     'start', 'end_hidden', 'end_output', 'answerable_hidden', 'answerable_output',
   }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_run_that_prunes_is_scored_loaded_and_exported(files, tmp_path):
+  """One head and half of the neurons go; what is exported answers as the run does.
+
+  Mutation: `tasks.prune.bake` without the masks.
+  """
+  prune = PruneConfig(structure='heads+neurons', density=0.5, initial_warmup=0, final_warmup=0)
+  pruning = dataclasses.replace(config(files, steps=8), task='prune', prune=prune)
+  results = run_train(pruning, str(tmp_path / 'run'))
+  assert results['metrics']['total'] == 15 and np.isfinite(results['metrics']['f1'])
+  assert results['density'] == pytest.approx(0.5)
+  dense = load_model(tmp_path / 'run')
+  assert set(dense.params) == {'encoder', 'span'}
+  run_export(str(tmp_path / 'run'), str(tmp_path / 'out'), layout='shrunk')
+  small = from_pretrained(tmp_path / 'out')
+  assert (small.config.num_heads, small.config.intermediate_size) == (1, 16)
+  batch = build_job(config(files)).batches.batch(0)
+  for found, expected in zip(*(span_logits(b.params, b.config, batch) for b in (small, dense)), strict=True):
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_a_teacher_must_have_learnt(files, tmp_path):

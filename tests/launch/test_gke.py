@@ -112,8 +112,9 @@ def test_what_cannot_be_filled_in_is_refused(words):
 
 
 def test_the_image_has_what_a_run_needs():
-  """The build copies what exists. Mutation: configs is not copied."""
+  """The build copies what exists, and takes the versions of the release. Mutations: no configs; no --constraint."""
   text = (ROOT / 'launch' / 'Dockerfile').read_text()
   copied = [name for line in re.findall(r'^COPY (.*)$', text, re.M) for name in line.split()[:-1]]
-  assert {'pyproject.toml', 'compactlm_jax', 'configs'} <= set(copied)
+  assert {'pyproject.toml', 'compactlm_jax', 'configs', 'launch/constraints.txt'} <= set(copied)
+  assert "pip install --no-cache-dir --constraint constraints.txt '.[tpu,gcs]'" in text
   assert all((ROOT / name).exists() for name in copied)

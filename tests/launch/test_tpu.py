@@ -174,12 +174,29 @@ def test_watching_a_run_to_its_end(cloud):
   cloud.set(vm=READY, statuses=[RUNNING, RUNNING, DONE], lost=3)
   result = cloud.tpu('watch', '--', *TRAIN)
   assert (result.returncode, cloud.verbs().count('ssh')) == (0, 6), result.stderr
-  both = 'compactlm-status a exited {}\ncompactlm-status b {}'
-  cloud.set(vm=READY, statuses=[both.format(70, 'running attempt=1'), both.format(75, 'exited 70')])
-  assert cloud.tpu('watch', '--', *TRAIN).returncode == 75
-  cloud.set(vm=READY, statuses=[both.format(0, 'exited 70')])
-  assert cloud.tpu('watch', '--', *TRAIN).returncode == 70
   assert 'create' not in cloud.verbs()
+
+
+@pytest.mark.parametrize(
+  'statuses,code,stops',
+  [
+    (['{b} running attempt=1\n{a} exited 70', '{b} exited 70\n{a} exited 70'], 70, 0),  # one is slower than the other
+    (['{b} running attempt=1\n{a} exited 70', '{b} running attempt=2\n{a} exited 70'], 70, 1),
+    (['{a} exited 137\n{b} running attempt=1'] * 2, 137, 1),
+    (['{a} exited 70\n{b} running attempt=1', '{a} running attempt=1'] * 2 + ['{a} exited 0'], 0, 0),
+    (['{a} exited 75\n{b} exited 70'], 70, 0),
+    (['{a} lost\n{b} exited 70'], 70, 0),
+    (['{a} exited 75\n{b} exited 0'], 75, 0),
+    (['{a} exited 0\n{b} exited 75'], 75, 0),
+  ],
+)  # fmt: skip
+def test_workers_that_end_differently(cloud, statuses, code, stops):
+  """One that ends for good leaves others that restart. Mutations: stop never, or at the first look; the first code."""
+  said = [text.format(a='compactlm-status w-0', b='compactlm-status w-1') for text in statuses]
+  cloud.set(vm=READY, statuses=said)
+  result = cloud.tpu('watch', '--', *TRAIN)
+  assert (result.returncode, cloud.verbs().count('ssh')) == (code, len(said) + stops), result.stderr
+  assert [line for line in commands(cloud) if ' status' not in line] == ['bash compactlm/worker.sh stop'] * stops
 
 
 def test_ssh_that_does_not_come_back(cloud):
@@ -265,7 +282,7 @@ def test_rows_come_along(cloud, tmp_path):
   rows.mkdir(parents=True)
   (rows / 'rows.json').write_text('{}')
   home = tmp_path / 'home'
-  uv = home / 'compactlm' / 'bin' / 'uv'
+  uv = home / 'compactlm' / 'uv' / 'bin' / 'uv'
   uv.parent.mkdir(parents=True)
   uv.write_text('#!/bin/bash\n')
   uv.chmod(0o755)

@@ -18,11 +18,15 @@ from compactlm_jax.errors import ConfigError, DataError, LockedError, NumericsEr
 WORKER = ROOT / 'launch' / 'worker.sh'
 AGAIN, STORAGE = PreemptedError.exit_code, StorageError.exit_code
 
-# Leaves with the next of the codes in `codes`; asked to stop, it leaves with 75 as compactlm does.
+# Leaves with the next of the codes in `codes`; asked to stop, once or twice, it saves and leaves with 75 as compactlm.
 COMPACTLM = f"""#!{sys.executable} -SE
 import pathlib, signal, sys, time
 here = pathlib.Path.cwd()
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+def stop(*_):
+  signal.signal(signal.SIGTERM, signal.SIG_IGN)
+  time.sleep(0.5)
+  sys.exit(75)
+signal.signal(signal.SIGTERM, stop)
 print('words:', *sys.argv[1:], flush=True)
 codes = here / 'codes'
 left = codes.read_text().split()
@@ -64,7 +68,7 @@ class Host:
     """PATH with everything that worker.sh needs except tmux."""
     tools = self.folder / 'tools'
     tools.mkdir()
-    names = 'bash basename dirname cat ps grep rm mkdir setsid nohup seq sleep date hostname wc tail cut env'
+    names = 'bash basename dirname cat ps grep rm mkdir setsid nohup seq sleep date hostname wc tail cut env touch'
     for name in names.split():
       (tools / name).symlink_to(shutil.which(name))
     self.env['PATH'] = str(tools)
@@ -74,8 +78,7 @@ class Host:
 def host(tmp_path):
   found = Host(tmp_path / 'compactlm')
   yield found
-  if (found.folder / 'supervisor.pid').exists():
-    os.kill(int((found.folder / 'supervisor.pid').read_text()), signal.SIGTERM)
+  found.worker('stop')
 
 
 @pytest.mark.parametrize(
@@ -139,17 +142,58 @@ def test_a_run_is_started_once_and_stopped(host, tmp_path, tmux):
   assert host.worker('stop').stdout == 'nothing runs\n'
 
 
-def test_a_stop_during_a_pause(host):
-  """Mutation: the stop is noticed at the end of the pause only."""
+@pytest.mark.parametrize(
+  'number,state', [(signal.SIGTERM, 'lost'), (signal.SIGHUP, 'lost'), (signal.SIGINT, 'exited 75')]
+)
+def test_a_signal_during_a_pause(host, number, state):
+  """Ctrl-C means it, others come from a shutdown. Mutation: it is noticed at the end of the pause only."""
   (host.folder / 'codes').write_text('75 0')
   started = subprocess.Popen(
     ['bash', WORKER, 'supervise', 'compactlm'], env=host.env | {'COMPACTLM_PAUSE': '500'}, text=True
   )
   host.wait_for('exits')
   time.sleep(0.2)
-  started.send_signal(signal.SIGTERM)
+  started.send_signal(number)
   assert started.wait(60) == 75
   assert host.exits() == [['1', '75']]
+  assert host.worker('status').stdout.endswith(f' {state}\n')
+
+
+@pytest.mark.parametrize('code,state', [(75, 'lost'), (143, 'lost'), (70, 'exited 70'), (0, 'exited 0')])
+def test_a_shutdown_that_ends_a_run(host, code, state):
+  """What ended by itself has a result. Mutation: every run that a signal meets is lost."""
+  (host.folder / 'codes').write_text('wait')
+  program = host.folder / 'venv' / 'bin' / 'compactlm'
+  program.write_text(program.read_text().replace('sys.exit(75)', f'sys.exit({code})'))
+  started = subprocess.Popen(['bash', WORKER, 'supervise', 'compactlm'], env=host.env, start_new_session=True)
+  host.wait_for('waits')
+  os.killpg(started.pid, signal.SIGTERM)  # systemd tells all processes
+  assert started.wait(60) == code
+  assert host.worker('status').stdout.endswith(f' {state}\n')
+
+
+def test_a_run_goes_on_after_a_shutdown(tmp_path):
+  """`watch` starts it again. Mutations: stop leaves no file; the file of the last stop stays."""
+  home, folder = tmp_path / 'home', tmp_path / 'bin'
+  host = Host(home / 'compactlm', 'wait')
+  shutil.copy(WORKER, host.folder)
+  (host.folder / 'stop').touch()  # of an earlier run
+  folder.mkdir()
+  (folder / 'tmux').write_text('#!/bin/bash\nshift 4; setsid "$@" >/dev/null 2>&1 &\n')
+  (folder / 'tmux').chmod(0o755)
+  cloud = Cloud(folder)
+  cloud.set(vm=['READY', 'v3-8', 'tpu-ubuntu2204-base'], home=str(home))
+  assert cloud.tpu('run', '--', 'compactlm', 'train').returncode == 0
+  host.wait_for('waits')
+  supervisor = int((host.folder / 'supervisor.pid').read_text())
+  os.kill(supervisor, signal.SIGTERM)
+  deadline = time.monotonic() + 60
+  while not host.worker('status').stdout.endswith(' lost\n'):
+    assert time.monotonic() < deadline, host.worker('status').stdout
+  (host.folder / 'codes').write_text('0')
+  watched = cloud.tpu('watch', '--poll=0.2', '--', 'compactlm', 'train')
+  assert watched.returncode == 0, watched.stderr
+  assert 'lost (READY' in watched.stderr and host.exits() == [['1', '0']]
 
 
 def test_after_a_reboot(host):
@@ -180,38 +224,42 @@ def git(folder, *words):
 
 
 def test_installing_a_tag(host, tmp_path):
-  """The configurations are those of the tag. Mutation: the newest commit is fetched."""
+  """Configurations and versions are those of the tag. Mutations: the newest commit is fetched; no --constraint."""
   repository = tmp_path / 'repository'
   (repository / 'configs').mkdir(parents=True)
+  (repository / 'launch').mkdir()
   git(repository, 'init', '--quiet')
   for tag in ('v1', 'v2'):
     (repository / 'configs' / 'a.py').write_text(tag)
+    (repository / 'launch' / 'constraints.txt').write_text(tag)
     git(repository, 'add', '.')
     git(repository, 'commit', '--quiet', '-m', tag)
     git(repository, 'tag', tag)
-  tool(host.folder / 'bin', 'uv')
+  tool(host.folder / 'uv' / 'bin', 'uv')
   for tag in ('v1', 'v2', 'v1'):
     result = host.worker('install', f'git+file://{repository}@{tag}')
     assert result.returncode == 0, result.stderr
     assert (host.folder / 'configs' / 'a.py').read_text() == tag
-  calls = (host.folder / 'bin' / 'uv.calls').read_text().splitlines()
+    assert (host.folder / 'constraints.txt').read_text() == tag
+  calls = (host.folder / 'uv' / 'bin' / 'uv.calls').read_text().splitlines()
   assert calls[0].startswith('venv --quiet --python 3.12')
+  assert f' --constraint {host.folder}/constraints.txt ' in calls[1]
   assert calls[1].endswith(f'--reinstall-package compactlm-jax compactlm-jax[tpu,gcs] @ file://{host.folder}/src')
   assert host.worker('install', f'git+file://{repository}@v3').returncode == STORAGE
 
 
 def test_installing_a_wheel(host, tmp_path):
-  """By the name that scp gives it. uv is fetched once. Mutation: curl although uv is there."""
-  tools = tmp_path / 'tools'
-  tools.mkdir()
-  fetch = f'mkdir -p {host.folder}/bin; printf "#!/bin/bash\\n" > {host.folder}/bin/uv; chmod +x {host.folder}/bin/uv'
-  (tools / 'curl').write_text(f'#!/bin/bash\necho "$@" >> {tools}/calls\necho {fetch!r}\n')
-  (tools / 'curl').chmod(0o755)
+  """By the name that scp gives it. uv is fetched once, in one version. Mutation: fetch it although it is there."""
+  tools, uv = tmp_path / 'tools', host.folder / 'uv' / 'bin' / 'uv'
+  tool(tools, 'python3')
+  with (tools / 'python3').open('a') as file:
+    file.write(f'mkdir -p {uv.parent}; echo "#!/bin/bash" > {uv}; chmod +x {uv}\n')
   path = f'{tools}:{os.environ["PATH"]}'
   for _ in range(2):
     result = host.worker('install', 'dist/compactlm_jax-0.1.0-py3-none-any.whl', PATH=path)
     assert result.returncode == 0, result.stderr
-  assert len((tools / 'calls').read_text().splitlines()) == 1
+  (call,) = (tools / 'python3.calls').read_text().splitlines()
+  assert re.fullmatch(rf'-m pip install --quiet --target {host.folder}/uv uv==\d+\.\d+\.\d+', call)
   assert host.worker('install', 'compactlm').returncode == ConfigError.exit_code
   assert host.worker('install').returncode == ConfigError.exit_code
 
@@ -239,10 +287,10 @@ def test_a_checkpoint_to_a_bucket_and_back(tmp_path):
 
 
 def test_from_nothing_to_an_end(tmp_path):
-  """tpu.sh and worker.sh together: create, install, run, watch. Mutation: scp to another folder."""
+  """tpu.sh and worker.sh together: create, install, run, watch. Mutations: scp to another folder; no constraints."""
   home, folder = tmp_path / 'home', tmp_path / 'bin'
   host = Host(home / 'compactlm', '75 74 0')
-  tool(home / 'compactlm' / 'bin', 'uv')
+  tool(home / 'compactlm' / 'uv' / 'bin', 'uv')
   (home / 'compactlm' / 'venv' / 'bin' / 'python').symlink_to(sys.executable)
   folder.mkdir()
   wheel = tmp_path / 'compactlm_jax-0.1.0-py3-none-any.whl'
@@ -256,6 +304,7 @@ def test_from_nothing_to_an_end(tmp_path):
   installed = cloud.tpu('install', f'--source={wheel}')
   assert installed.returncode == 0, installed.stderr
   assert (home / 'compactlm' / 'configs' / 'convbert.py').is_file()
+  assert (home / 'compactlm' / 'constraints.txt').is_file()
   watched = cloud.tpu('watch', '--poll=0.2', '--', 'compactlm', 'train', env=env)
   assert watched.returncode == 0, watched.stderr
   assert [code for _, code in host.exits()] == ['75', '74', '0']

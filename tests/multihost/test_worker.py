@@ -5,16 +5,19 @@ import io
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 
 import pytest
 
+from compactlm_jax import distributed
 from compactlm_jax.cli import worker
 from compactlm_jax.cli.commands import COMMANDS
-from compactlm_jax.distributed import TOLD, Launch
+from compactlm_jax.distributed import JOINING, TOLD, Launch
 from compactlm_jax.errors import ConfigError
 
 
@@ -94,14 +97,67 @@ def test_workers_of_a_pod_find_each_other_and_nothing_else_asks(monkeypatch):
 )
 def test_what_whoever_started_a_worker_sees(ends, code):
   """Mutation: return what the process returned."""
-  assert worker.watched('train', ['-c', f'import os, sys\n{ends}']) == code
+  assert worker.watched('train', ['-c', f'import os, sys\n{ends}'], Launch()) == code
+
+
+@pytest.mark.parametrize(
+  'said, ends, shown, why',
+  [
+    ('W1122 a warning\nF1122 fatal. absl::Status: ALREADY_EXISTS: twice\n\n@ 0x7f\n', 6, 'W1122 a warning\n', 'twice'),
+    ('F1122 fatal\n@ 0x7f\n', 6, '', 'fatal'),
+    ('free(): invalid pointer\n', 6, 'free(): invalid pointer\n', 'ended by SIGABRT'),
+    ('W1122 a warning\n', 11, 'W1122 a warning\n', 'ended by SIGSEGV'),
+    ('', 6, '', 'ended by SIGABRT'),
+  ],
+)
+def test_what_a_worker_said_before_it_had_joined(capfd, said, ends, shown, why):
+  """All but the C++ stack. Mutations: show none of it, or all; every SIGABRT comes from the start."""
+  code = f'import os\nos.write(int(os.environ["{JOINING}"]), {said.encode()!r})\nos.kill(os.getpid(), {ends})'
+  worker.watched('train', ['-c', code], Launch('h:1', 2, 1))
+  before, _, message = capfd.readouterr().err.rpartition('compactlm train: ')
+  assert before == shown and why in message and '0x7f' not in message
+  assert ('--coordinator=h:1' in message) == ('F1122' in said)
+
+
+def test_what_is_said_while_joining_is_shown_afterwards(capfd, monkeypatch):
+  """Also if that fails. Mutations: it stays in the file; the file keeps it."""
+  with tempfile.TemporaryFile() as file:
+    monkeypatch.setenv(JOINING, str(file.fileno()))
+    with pytest.raises(RuntimeError), distributed._aside():
+      os.write(2, b'first')
+      assert capfd.readouterr().err == ''
+      raise RuntimeError
+    assert capfd.readouterr().err == 'first' and os.fstat(file.fileno()).st_size == 0
+    os.write(2, b'second')
+    assert capfd.readouterr().err == 'second'
+
+
+@pytest.mark.multihost
+@pytest.mark.parametrize('index', [0, 1])
+def test_a_process_whose_others_do_not_come(tmp_path, index):
+  """Process 0 alone, and one that finds no process 0. Mutation: join without `_aside`."""
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    flags = [f'--coordinator=127.0.0.1:{free.getsockname()[1]}', '--num_processes=2', '--join_timeout=3']
+  config = pathlib.Path(__file__).parents[2] / 'configs' / 'tiny.py'
+  command = ['train', f'--config={config}:finetune', f'--workdir={tmp_path}/run', f'--process_id={index}', *flags]
+  result = subprocess.run(
+    [sys.executable, '-m', 'compactlm_jax', *command],
+    env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  assert result.returncode == 75, result.stderr
+  assert f'2 processes did not meet at {flags[0]} within --join_timeout=3 s (DEADLINE' in result.stderr
+  assert 'stack trace' not in result.stderr and 'Traceback' not in result.stderr
 
 
 WATCH = """
 import sys
 from compactlm_jax.cli import worker
 code = 'import signal, sys, time; signal.signal(15, lambda *a: sys.exit(75)); print("ready", flush=True)'
-sys.exit(worker.watched('train', ['-c', code + '; time.sleep(99)']))
+sys.exit(worker.watched('train', ['-c', code + '; time.sleep(99)'], None))
 """
 
 
@@ -126,7 +182,7 @@ worker.start_worker(None)
 print('ready', flush=True)
 time.sleep(99)
 """
-  outer = f"import sys\nfrom compactlm_jax.cli import worker\nsys.exit(worker.watched('train', ['-c', {code!r}]))"
+  outer = f"import sys\nfrom compactlm_jax.cli import worker\nsys.exit(worker.watched('train', ['-c', {code!r}], None))"
   with subprocess.Popen([sys.executable, '-c', outer], stdout=subprocess.PIPE, text=True) as process:
     assert process.stdout.readline() == 'ready\n'
     pid = int((tmp_path / 'pid').read_text())

@@ -1,5 +1,7 @@
 """Masks from scores and the straight-through estimator."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -16,22 +18,24 @@ from compactlm_jax.ops.masks import (
   masked_weight,
   prox_reweighted_l1,
   soft_cuts,
-  soft_mask,
-  top_fraction_mask,
   uniform_noise,
 )
-from compactlm_jax.ops.threshold import keep_mask
+from compactlm_jax.ops.threshold import keep_mask, local_cut
 
-top_fraction = jax.jit(top_fraction_mask)
+
+@jax.jit
+def top(scores, keep):
+  """1 for the highest scores of one matrix, so many, 0 for the others."""
+  layer = scores[None]
+  return keep_mask(layer, local_cut(layer, jnp.reshape(keep, 1)))[0].astype(scores.dtype)
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(-3, 3), min_size=30, max_size=30), st.floats(0, 1))
-def test_the_count_is_exact_with_ties(values, density):
+@given(st.lists(st.integers(-3, 3), min_size=30, max_size=30), st.integers(0, 30))
+def test_the_count_is_exact_with_ties(values, keep):
   """Mutation: keep every score >= the threshold."""
   scores = np.array(values, np.float32)
-  mask = np.asarray(top_fraction(jnp.asarray(scores), np.float32(density)))
-  keep = int(np.floor(np.float32(density) * np.float32(len(values))))
+  mask = np.asarray(top(jnp.asarray(scores), keep))
   assert mask.sum() == keep
   assert set(np.unique(mask)) <= {0.0, 1.0}
   if 0 < keep < len(values):
@@ -42,22 +46,23 @@ def test_straight_through_gradients():
   """dL/dS = dL/dW' * W everywhere, dL/dW = dL/dW' * M. Mutation: multiply the former by the mask."""
   rng = np.random.default_rng(0)
   w, s, g = (jnp.asarray(rng.normal(size=(4, 5)).astype('f4')) for _ in range(3))
-  mask = top_fraction(s, 0.3)
-  gw, gs = jax.grad(lambda w, s: (masked_weight(w, s, top_fraction(s, 0.3)) * g).sum(), argnums=(0, 1))(w, s)
+  mask = top(s, 6)
+  gw, gs = jax.grad(lambda w, s: (masked_weight(w, s, top(s, 6)) * g).sum(), argnums=(0, 1))(w, s)
   np.testing.assert_array_equal(gs, g * w)
   np.testing.assert_array_equal(gw, g * mask)
 
 
 def test_masked_dense_without_scores_is_dense_bit_for_bit():
+  """Mutation: without scores, mask by those of the weights themselves."""
   config, x = EncoderConfig(), jax.random.normal(jax.random.key(0), (3, 7, 8))
-  layer = MaskedDense(5, config, mask_fn=lambda s: top_fraction_mask(s, 0.5))
+  layer = MaskedDense(5, config, mask_fn=lambda s: top(s, 20))
   variables = layer.init(jax.random.key(1), x)
   np.testing.assert_array_equal(layer.apply(variables, x), nn.Dense(5).apply(variables, x))
 
 
 def test_masked_dense_with_scores_drops_the_lowest():
   config, x = EncoderConfig(), jax.random.normal(jax.random.key(0), (2, 8))
-  layer = MaskedDense(5, config, mask_fn=lambda s: top_fraction(s, 0.5))
+  layer = MaskedDense(5, config, mask_fn=lambda s: top(s, 20))
   params = layer.init(jax.random.key(1), x)['params']
   scores = jax.random.normal(jax.random.key(2), (8, 5))
   got = layer.apply({'params': params, 'scores': {'kernel': scores}}, x)
@@ -89,7 +94,9 @@ def published_soft_mask(scores, tau, on):
   return torch.stack(layers).numpy()
 
 
-soft = jax.jit(soft_mask, static_argnames=('on', 'floor'))
+@functools.partial(jax.jit, static_argnames='on')
+def soft(scores, tau, on='sigmoid'):
+  return keep_mask(scores, soft_cuts({'': scores}, tau, on)[0]['']).astype(scores.dtype)
 
 
 @pytest.mark.torch
@@ -154,7 +161,7 @@ def test_gradients_are_those_of_a_mask_taken_for_the_identity(kind):
   def mask_of(scores):
     if kind == 'soft':
       return soft(scores, 0.6)
-    return top_fraction(scores, 17.5 / 48)
+    return top(scores, 17)
 
   def loss(w, s):
     return jnp.sin(x @ masked_weight(w, s, mask_of(jax.lax.stop_gradient(s)))[0]).sum()

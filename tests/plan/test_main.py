@@ -28,7 +28,6 @@ from compactlm_jax.plan.compile import tpu_devices
 from compactlm_jax.plan.program import Overflow, Program
 from compactlm_jax.plan.topology import parse_topology
 
-pytestmark = pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')
 GIB = 2**30
 
 

@@ -1,7 +1,8 @@
 """Whole pruning runs beside an independent PyTorch version of the published semantics (papers.md, section 4).
 
 Written from the description of emmental/modules/{binarizer,masked_nn}.py and masked_run_glue.py of
-huggingface/transformers `research_projects/movement-pruning`: sorted scores, autograd functions, torch.optim.AdamW.
+huggingface/transformers `research_projects/movement-pruning`: sorted scores, autograd functions, torch.optim.AdamW;
+RPP from Guo et al. 2019, section 3.
 """
 
 import dataclasses
@@ -44,6 +45,7 @@ METHODS = {
   'l0': {'method': 'l0', 'regularization': 3.0, **SCORED, 'scores_scale': 0.3, 'scores_learning_rate': 0.2},
   'post hoc': {'method': 'post_hoc_magnitude'},
   'random': {'method': 'random'},
+  'rpp': {'method': 'rpp', 'regularization': 0.3},
 }
 TAUGHT = ('hard, local', 'soft, sigmoid', 'l0')
 
@@ -140,6 +142,8 @@ class Reference:
     tau = self.schedule(number, c.initial_threshold, c.threshold)
     if c.method == 'post_hoc_magnitude' and training:
       return {}, None
+    if c.method == 'rpp':  # its zeros are in the weights, whose gradients are whole
+      return {} if training else {name: (self.p[name] != 0).float() for name in KERNELS}, None
     if c.threshold_every > 1:
       tau = self.global_tau(number, density, training)
     found = {}
@@ -252,7 +256,12 @@ class Reference:
     loss.backward()
     torch.nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
     grads = {name: leaf.grad.clone().numpy() for name, leaf in self.trained.items()}
+    if c.method == 'rpp':
+      masks = self.masks(index, training=False)[0]
+    old, rate = {name: self.p[name].detach().clone() for name in KERNELS}, self.adam.param_groups[-1]['lr']
     self.adam.step()
+    if c.method == 'rpp':
+      self.shrink(old, rate)
     self.rate.step()
     return (
       {n: m.detach().numpy() for n, m in masks.items()},
@@ -262,6 +271,14 @@ class Reference:
       float(loss.detach()),
       grads,
     )
+
+  @torch.no_grad()
+  def shrink(self, old, rate):
+    """The proximal step of the reweighted l1 norm, whose weights are made from what was there before the update."""
+    for name, before in old.items():
+      least = rate * self.config.regularization / (before.abs() + self.config.rpp_epsilon)
+      leaf = self.p[name]
+      leaf.copy_(leaf.sign() * torch.relu(leaf.abs() - least))
 
 
 def norm(x, scale, bias):
@@ -301,7 +318,8 @@ def test_a_whole_run_equals_the_published_one(name, taught):
 
   Mutations: |S| in place of S; a factor sigma'(S) in the gradient of scores; g * M * W for it; lambda that does not
   follow tau; evaluation at the threshold of the step; gates divided by b in evaluation; decay of scores; a norm for
-  each group; the threshold found anew every 4 steps.
+  each group; the threshold found anew every 4 steps; RPP's weights from what the update left, or the rate of the next
+  step.
   """
   config = PruneConfig(**{'density': 0.15, 'initial_warmup': 1.0, 'final_warmup': 1.5, **METHODS[name]})
   finetune = FinetuneConfig(dropout=0.0, ce_weight=0.1, distil_weight=0.9)
@@ -329,6 +347,7 @@ def test_a_whole_run_equals_the_published_one(name, taught):
       np.testing.assert_allclose(metrics['threshold'], tau, rtol=1e-6)
     if config.regularization:
       np.testing.assert_allclose(metrics['regularization'], weight, rtol=1e-6)
+    if config.penalised and config.method != 'rpp':
       np.testing.assert_allclose(metrics['penalty'], penalty, rtol=1e-5)
     if masks:
       if config.method == 'l0':  # what evaluation would keep, not what was drawn

@@ -155,7 +155,7 @@ def test_layers_that_are_not_trained_do_not_decay():
   ('trainable', 'message'),
   [
     ((('encoder/.*', True),), 'parameter mlm_head/output_bias: no trainable rule matches it'),
-    ((('.*', True), ('norm/.*', False)), 'parameter norm/scale: 2 trainable rules match it (.*, norm/.*)'),
+    ((('.*', True), ('norm/.*', False)), 'parameter norm/scale: 2 trainable rules match it (.*, norm/.*); make'),
   ],
 )
 def test_every_parameter_needs_exactly_one_rule(trainable, message):
