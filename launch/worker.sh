@@ -69,10 +69,10 @@ install() { # SOURCE
   "$uv" pip freeze --python "$root/venv/bin/python" | grep -E '^(compactlm-jax|jax|jaxlib|libtpu)\b' || true
 }
 
-# The process id alone is not enough: after a reboot another process may have it.
+# The process id alone is not enough: after a reboot another process may have it. Without -ww, ps cuts to $COLUMNS.
 running() {
   local pid
-  pid=$(cat "$root/supervisor.pid" 2>/dev/null) && ps -o args= -p "$pid" 2>/dev/null | grep -q 'worker.sh supervise'
+  pid=$(cat "$root/supervisor.pid" 2>/dev/null) && ps -ww -o args= -p "$pid" 2>/dev/null | grep -q 'worker.sh supervise'
 }
 
 start() { # COMMAND ...

@@ -172,9 +172,10 @@ def test_a_shutdown_that_ends_a_run(host, code, state):
   assert host.worker('status').stdout.endswith(f' {state}\n')
 
 
-def test_a_run_goes_on_after_a_shutdown(tmp_path):
-  """`watch` starts it again. Mutations: stop leaves no file; the file of the last stop stays."""
+def test_a_run_goes_on_after_a_shutdown(tmp_path, monkeypatch):
+  """`watch` starts it again. Mutations: stop leaves no file; the file of the last stop stays; ps without -ww."""
   home, folder = tmp_path / 'home', tmp_path / 'bin'
+  monkeypatch.setenv('COLUMNS', '20')  # ps would cut its lines to that
   host = Host(home / 'compactlm', 'wait')
   shutil.copy(WORKER, host.folder)
   (host.folder / 'stop').touch()  # of an earlier run
