@@ -33,6 +33,7 @@ import hostile
 import jax
 import numpy as np
 import pytest
+from compile_cache import only_of_one_device
 from foreign import watched
 from stored_rows import V, example, write
 
@@ -242,6 +243,7 @@ def main() -> None:
   parser.add_argument('--only', default=','.join(PARTS))
   args = parser.parse_args()
   logging.disable(logging.CRITICAL)
+  only_of_one_device()
   print(f'JAX {jax.__version__}, {jax.device_count()} devices, seed {args.seed}')
   print('| what | figure | part |\n|---|---:|---|')
   for name in args.only.split(','):

@@ -11,14 +11,17 @@ os.environ.setdefault('HF_HUB_OFFLINE', '1')
 os.environ.setdefault(
   'XLA_FLAGS', '--xla_backend_optimization_level=0 --xla_cpu_collective_call_terminate_timeout_seconds=300'
 )
-# Compiled programs are shared by all processes of the tests, and kept for the next run (`make clean` removes them).
+# Compiled programs are shared by all processes of the tests, and kept for the next run (`make clean` removes them);
+# those of one device, see compile_cache.py.
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(pathlib.Path(__file__).parents[1] / '.cache' / 'jax'))
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
 
 import jax
 import pytest
+from compile_cache import only_of_one_device
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+only_of_one_device()
 
 
 @pytest.fixture(autouse=True, scope='module')

@@ -49,9 +49,10 @@ OWN = {
 
 def start(workdir, task, cache=None, **changes):
   """The process of a run; `changes` to fields are written with __ for dots."""
-  env = {'JAX_ENABLE_COMPILATION_CACHE': 'false'}
-  if cache:
+  env = {}
+  if cache:  # of programs of one device
     env = {'JAX_COMPILATION_CACHE_DIR': str(cache), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
+    env['JAX_ENABLE_COMPILATION_CACHE'] = 'true'
   changes = {name.replace('__', '.'): value for name, value in changes.items()}
   fields = {**SMALL, **OWN.get(task, {}), **changes}
   (process,) = processes.start(workdir, 1, devices=1, variant=task, fields=fields, env={0: env})

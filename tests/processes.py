@@ -7,7 +7,7 @@ which does the work: `worker_of` finds it, for signals to the worker itself.
 
 Runs are as small as they can be: one layer, 16 rows of 16 tokens, a step of milliseconds. Starting Python and compiling
 take nearly all of the time, so tests share what ran (fixtures of the module). No compile cache: it lets one process be
-done before the other, and Gloo waits no longer than 30 seconds for its peers.
+done before the other, and Gloo waits no longer than 30 seconds for its peers; see compile_cache.py, too.
 """
 
 import contextlib
@@ -73,7 +73,7 @@ def start(workdir, count, *, devices=2, variant='finetune', fields=None, flags=(
   command += [f'--workdir={workdir}', *flags]
   command += [f'--config.{name}={value}' for name, value in {**FIELDS, **(fields or {})}.items()]
   shared = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(devices // count)}
-  shared['XLA_FLAGS'] = '--xla_backend_optimization_level=0'
+  shared |= {'XLA_FLAGS': '--xla_backend_optimization_level=0', 'JAX_ENABLE_COMPILATION_CACHE': 'false'}
   started = []
   for index in range(count):
     together = [f'--coordinator=127.0.0.1:{port}', f'--num_processes={count}', f'--process_id={index}']

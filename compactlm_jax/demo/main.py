@@ -60,7 +60,8 @@ def run_demo(workdir: str, steps: int = STEPS) -> str:
     The table and what to do next.
   """
   started, root = time.monotonic(), epath.Path(workdir)
-  jax.config.update('jax_compilation_cache_dir', str(root / 'compiled'))
+  if jax.device_count() == 1 or jax.default_backend() != 'cpu':  # docs/reliability.md tells why
+    jax.config.update('jax_compilation_cache_dir', str(root / 'compiled'))
   models = root / 'models'
   teacher_folder = assets.unpack_teacher(assets.fetch(assets.TEACHER, root / 'assets'), models / 'teacher')
   sentences = assets.read_sentences(assets.fetch(assets.SENTENCES, root / 'assets'))
