@@ -174,6 +174,19 @@ class PruneConfig:
     """Whether a penalty is part of the loss or of the update."""
     return self.method in PENALISED and (self.regularization > 0 or self.control == 'density')
 
+  def require_weight(self) -> None:
+    """Raises ConfigError where scores or weights fall by their penalty alone, and it has no weight.
+
+    Not part of the checks of a configuration, whose fields are set one after another.
+    """
+    thresholding = self.method == 'soft_movement' and self.threshold_on == 'scores'
+    require(
+      self.method not in PENALISED or self.penalised or thresholding,
+      'prune.density',
+      f'is not reached by itself: {self.method} is pruned by a penalty, and prune.regularization is 0; set '
+      "prune.control='density', or a weight (configs/prune.py)",
+    )
+
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
   close = difflib.get_close_matches(value, allowed, 1)

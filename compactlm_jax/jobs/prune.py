@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from compactlm_jax.compress.schedule import warmup_of
-from compactlm_jax.config import EncoderConfig, PruneConfig, RunConfig, from_config_dict
-from compactlm_jax.config.prune import PENALISED
-from compactlm_jax.errors import ConfigError
+from compactlm_jax.config import EncoderConfig, RunConfig, from_config_dict
 from compactlm_jax.tasks.prune import make_prune_task
 from compactlm_jax.train.optimizer import learning_rate_schedule
 from compactlm_jax.types import Task
@@ -17,7 +15,7 @@ def pruned(task: Task, config: RunConfig, total_steps: int) -> Task:
   Raises:
     ConfigError: a penalty without weight; see also `tasks.prune.make_prune_task`.
   """
-  _check_weight(config.prune)
+  config.prune.require_weight()
   return make_prune_task(
     task,
     from_config_dict(EncoderConfig, task.model['encoder'], 'encoder.'),
@@ -26,13 +24,3 @@ def pruned(task: Task, config: RunConfig, total_steps: int) -> Task:
     warmup=warmup_of(config.optimizer, total_steps),
     learning_rate=learning_rate_schedule(config.optimizer, total_steps),
   )
-
-
-def _check_weight(prune: PruneConfig) -> None:
-  """Raises ConfigError where scores or weights fall by their penalty alone, and it has no weight."""
-  thresholding = prune.method == 'soft_movement' and prune.threshold_on == 'scores'
-  if prune.method in PENALISED and not prune.penalised and not thresholding:
-    raise ConfigError(
-      f'config.prune.density: is not reached by itself: {prune.method} is pruned by a penalty, and '
-      "prune.regularization is 0; set prune.control='density', or a weight (configs/prune.py)"
-    )

@@ -17,6 +17,7 @@ from compactlm_jax.config import (
   EncoderConfig,
   FinetuneConfig,
   MeshConfig,
+  PruneConfig,
   RunConfig,
   from_config_dict,
 )
@@ -83,6 +84,12 @@ def test_parameters_are_replicated_or_sliced(compiled):
 def test_rows_that_do_not_divide(compiled):
   with pytest.raises(ConfigError, match='config.batch_size: 12 rows do not divide over 8 devices'):
     main.plan_run(tiny_config('finetune', batch_size=12), 'a.py:b', 'v3-8')
+
+
+def test_a_penalty_without_weight():
+  """Mutation: leave `require_weight` to the job."""
+  with pytest.raises(ConfigError, match=r'config\.prune\.density: is not reached .* soft_movement .* prune\.control'):
+    main.plan_run(tiny_config('prune', prune=PruneConfig(method='soft_movement')), 'a.py:b', 'v3-8')
 
 
 def test_what_is_assumed():
