@@ -142,8 +142,13 @@ supervise() { # [COMMAND ...]; without one, what `start` was given
       *) break ;;
     esac
     [[ -z $stopping && $storage -le 3 ]] || break
-    sleep "$rest" & # in the background: a trap runs only when the foreground command has ended
-    wait $! || true
+    # In the background, as a trap runs only when the foreground command has ended; a second at a time, as a signal just
+    # before `wait` does not end it.
+    for ((; rest > 0; rest--)); do
+      [[ -z $stopping ]] || break 2
+      sleep 1 &
+      wait $! || true
+    done
     [[ -z $stopping ]] || break
   done
   # A signal that `stop` did not send is a shutdown: what it ended is `lost`, and goes on when the machine is back. 143:

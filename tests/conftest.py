@@ -29,3 +29,9 @@ def _forget_programs():
   """What a module compiled goes with it: otherwise a worker of the whole suite grows to 7 GB."""
   yield
   jax.clear_caches()
+
+
+def pytest_runtest_setup(item):
+  """What is compared with torch needs it; it is not there for every Python."""
+  if item.get_closest_marker('torch'):
+    pytest.importorskip('torch')

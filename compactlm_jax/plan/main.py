@@ -81,7 +81,7 @@ def too_large(report: Report) -> str:
   )
 
 
-def compile_plan(plan: Plan, mesh: Mesh, topology: Topology, effort: float) -> Program | Overflow:
+def compile_plan(plan: Plan, mesh: Mesh, topology: Topology, effort: str) -> Program | Overflow:
   """The program of a plan's training step, from the cache if it was compiled before.
 
   Raises:
@@ -110,7 +110,7 @@ def _deciding(config: RunConfig) -> dict[str, Any]:
 
 
 def _search(
-  plan: Plan, mesh: Mesh, topology: Topology, effort: float, fixed: int, first: Program | Overflow
+  plan: Plan, mesh: Mesh, topology: Topology, effort: str, fixed: int, first: Program | Overflow
 ) -> tuple[int, int | None]:
   config, usable = plan.config, topology.chip.usable_bytes
   unit = mesh.shape['data'] * mesh.shape['fsdp'] * config.optimizer.accumulate

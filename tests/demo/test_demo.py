@@ -101,4 +101,4 @@ for _ in range(5):
 print(sorted(b - a for a, b in zip(faults[1:], faults[2:]))[1])
 """
   faults = [int(subprocess.check_output([sys.executable, '-c', code, on])) for on in '01']
-  assert faults[1] < faults[0] / 4
+  assert faults[1] < faults[0] / 2
