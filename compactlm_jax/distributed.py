@@ -271,7 +271,10 @@ def check_same(topic: str, fields: Mapping[str, Any]) -> None:
 
 def lost_peer(error: BaseException) -> str:
   """One line if an error says that another process is gone; '' otherwise."""
-  if _group is None or _group.count == 1 or not isinstance(error, RuntimeError):
+  if _group is None or _group.count == 1:
+    return ''
+  # What XLA says while a step is dispatched is a ValueError that begins with the status, otherwise a RuntimeError.
+  if not isinstance(error, RuntimeError) and not (isinstance(error, ValueError) and re.match('[A-Z_]+: ', str(error))):
     return ''
   text = f'{type(error).__name__} {error}'
   lost = re.search(r'gloo|coordination|heartbeat|UNAVAILABLE|connection (was )?(reset|closed|refused)|peer', text, re.I)

@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+import types
 
 import pytest
 
@@ -139,6 +140,11 @@ def test_the_reason_is_that_of_the_one_who_knows_it(monkeypatch):
   assert on_all(2, lambda group: group.end(0)) == [0, 0]
 
 
-def test_what_tells_of_a_lost_process():
+def test_what_tells_of_a_lost_process(monkeypatch):
+  """Mutation: only RuntimeErrors tell; what goes wrong while a step is dispatched is a ValueError."""
   assert distributed.lost_peer(RuntimeError('Gloo all-reduce failed')) == ''  # a single process has none
   assert json.dumps(distributed.first_line(ValueError('a\nb'))) == '"a"'
+  monkeypatch.setattr(distributed, '_group', types.SimpleNamespace(count=2))
+  gloo = 'UNKNOWN: Gloo all-reduce failed: Read error [127.0.0.1]:29412: Connection reset by peer'
+  assert distributed.lost_peer(ValueError(gloo)) == distributed.lost_peer(RuntimeError(gloo)) == gloo
+  assert distributed.lost_peer(ValueError('peer is no relation')) == distributed.lost_peer(KeyError(gloo)) == ''
