@@ -8,6 +8,8 @@ from typing import Any
 
 _DIGITS = 300
 """Longest whole number; more than a float holds."""
+_DEPTH = 64
+"""Deepest nesting; what is deeper would be the recursion of whoever walks through it."""
 
 
 def parse_json(content: str | bytes) -> Any:
@@ -35,6 +37,8 @@ def _parsed(content: str | bytes, **hooks: Any) -> Any:
   text = content if isinstance(content, str) else content.decode('utf-8')
   try:
     value = json.loads(text, parse_int=_whole, **hooks)
+    if text.count('[') + text.count('{') > _DEPTH:
+      _check_depth(value)
     if '\\ud' in text or '\\uD' in text:
       json.dumps(value, ensure_ascii=False).encode()
   except RecursionError as e:
@@ -42,6 +46,16 @@ def _parsed(content: str | bytes, **hooks: Any) -> Any:
   except UnicodeEncodeError as e:
     raise ValueError('half of a surrogate pair') from e
   return value
+
+
+def _check_depth(value: Any) -> None:
+  level = [value]
+  for _ in range(_DEPTH + 1):
+    inside = [each.values() if isinstance(each, dict) else each for each in level if isinstance(each, (dict, list))]
+    level = [child for children in inside for child in children]
+    if not level:
+      return
+  raise ValueError('nested too deeply')
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

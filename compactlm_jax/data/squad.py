@@ -165,7 +165,11 @@ def _answers(record: Mapping[str, Any], where: str) -> Iterator[tuple[str, int]]
   elif answers is None and 'answer' in record:
     answers = [{'text': record['answer'], 'answer_start': record.get('answer_start')}] if record['answer'] else []
   elif isinstance(answers, Mapping) and {'text', 'answer_start'} <= set(answers):
-    answers = [{'text': t, 'answer_start': s} for t, s in zip(answers['text'], answers['answer_start'], strict=True)]
+    try:
+      pairs = list(zip(answers['text'], answers['answer_start'], strict=True))
+    except (TypeError, ValueError) as e:
+      raise DataError(f'{where}: answers: text and answer_start have to be lists of one length') from e
+    answers = [{'text': text, 'answer_start': start} for text, start in pairs]
   if not isinstance(answers, list):
     raise DataError(f"{where}: no answers; give 'answers' (an empty list if there is none) or 'answer'")
   for answer in answers:

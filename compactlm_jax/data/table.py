@@ -19,6 +19,7 @@ from compactlm_jax.errors import ConfigError, DataError
 from compactlm_jax.parse import parse_row
 
 _BATCH = 1000
+_LARGEST = float(np.finfo(np.float32).max)
 log = logging.getLogger(__name__)
 
 
@@ -139,8 +140,8 @@ def _scores(found: Sequence[str], numbers: Sequence[int], file: Any) -> np.ndarr
       values.append(float(name))
     except ValueError:
       values.append(np.nan)
-    if not np.isfinite(values[-1]):
-      raise DataError(f'{file}:{number}: the label {name!r} is not a finite number')
+    if not abs(values[-1]) <= _LARGEST:
+      raise DataError(f'{file}:{number}: the label {name!r} is not a finite number of 32 bits')
   return np.asarray(values, np.float32)
 
 

@@ -103,6 +103,8 @@ def test_the_digest_follows_the_content(tmp_path):
     (official({'id': 'a', 'question': 'x?', 'answers': [{'text': 'x'}]}), 'an answer needs text and answer_start'),
     (official({'id': 'a', 'question': 'x?', 'answers': [{'text': '', 'answer_start': 0}]}), "the answer '' is no text"),
     (official({'id': 'a', 'question': 'x?'}), "no answers; give 'answers'"),
+    (official({'id': 'a', 'question': 'x?', 'answers': {'text': 1, 'answer_start': [0]}}), 'lists of one length'),
+    (official({'id': 'a', 'question': 'x?', 'answers': {'text': ['x'], 'answer_start': []}}), 'lists of one length'),
     (official({'id': 'a', 'answers': []}), "'question' is missing or no text"),
     (official(), 'no questions'),
     ('{"data": [', 'not JSON'),

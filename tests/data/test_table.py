@@ -50,8 +50,9 @@ def test_dev_uses_the_classes_of_train(tmp_path):
 def test_scores(tmp_path):
   table = read_table(save(tmp_path / 't.tsv', 'text\tlabel\na\t1.5\nb\t-2\n'), scores=True)
   assert table.labels.tolist() == [1.5, -2.0] and table.labels.dtype == np.float32 and table.classes == ()
-  with pytest.raises(DataError, match=r"t.tsv:3: the label 'nan' is not a finite number"):
-    read_table(save(tmp_path / 't.tsv', 'text\tlabel\na\t1.5\nb\tnan\n'), scores=True)
+  for score in ('nan', '-inf', '1e39'):
+    with pytest.raises(DataError, match=f"t.tsv:3: the label '{score}' is not a finite number"):
+      read_table(save(tmp_path / 't.tsv', f'text\tlabel\na\t1.5\nb\t{score}\n'), scores=True)
 
 
 @pytest.mark.parametrize(

@@ -93,13 +93,15 @@ def test_what_fuzzing_found_stays_mended(name, file, edit, expected, cases):
 
 @pytest.mark.parametrize(
   ('text', 'problem'),
-  [('[' * 100_000, 'deep'), ('{"a": {"b": 1, "b": 2}}', "'b' stands twice"), ('[NaN]', 'NaN'), ('[1e999]', 'too large'),
+  [('[' * 100_000, 'deep'), ('[' * 66 + ']' * 66, 'deep'),
+   ('{"a": {"b": 1, "b": 2}}', "'b' stands twice"), ('[NaN]', 'NaN'), ('[1e999]', 'too large'),
    ('9' * 301, '301 digits'), ('"\\udc00"', 'surrogate'), (b'"\xff"', 'utf-8'), ('', 'Expecting')],
 )  # fmt: skip
 def test_json_says_one_thing_only(text, problem):
-  """Mutation: drop a hook of parse_json."""
+  """Mutation: drop a hook of parse_json, or its bound of the depth."""
   with pytest.raises(ValueError, match=problem):
     parse_json(text)
+  assert parse_json('[' * 64 + ']' * 64)
   assert parse_json(b'{"a": ["\\ud83d\\ude00", 1e308, 1000000000000000019884624838656]}')['a'][0] == '\U0001f600'
 
 

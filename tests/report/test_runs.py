@@ -119,6 +119,7 @@ def test_unfinished_runs_are_named_and_left_out(tmp_path, caplog):
   [
     ('config.json', lambda t: t.replace('"batch_size": 32', '"batch_size": 33'), 'config.json was edited or damaged'),
     ('config.json', lambda t: t[:-40], 'config.json is damaged'),
+    ('config.json', lambda t: json.dumps(json.loads(t) | {'identity': 'x'}), 'config.json is damaged .identity'),
     ('results.json', lambda t: t[:-4], 'results.json is damaged'),
     ('results.json', lambda t: t.replace('0.5', '"high"'), 'results.json is damaged'),
     ('results.json', lambda t: '[]', 'results.json is damaged'),
