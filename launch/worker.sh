@@ -107,7 +107,7 @@ forward() { # the command saves and leaves with 75; it is not restarted here
 attempt() { # NUMBER COMMAND ...; sets `code`
   local number=$1
   shift
-  echo "--- $(date -u +%FT%TZ) attempt $number: $*"
+  TZ=UTC printf -- '--- %(%FT%TZ)T attempt %s: %s\n' -1 "$number" "$*"
   "$@" </dev/null &
   child=$!
   code=0
@@ -117,8 +117,9 @@ attempt() { # NUMBER COMMAND ...; sets `code`
     wait "$child" || code=$?
   done
   child=''
-  echo "$(date -u +%FT%TZ) $number $code" >>"$root/exits"
-  echo "--- $(date -u +%FT%TZ) attempt $number ended with $code"
+  # Not by `date`: bash drops a Ctrl-C that reaches it while a program in the foreground ends well.
+  TZ=UTC printf '%(%FT%TZ)T %s %s\n' -1 "$number" "$code" >>"$root/exits"
+  TZ=UTC printf -- '--- %(%FT%TZ)T attempt %s ended with %s\n' -1 "$number" "$code"
 }
 
 supervise() { # [COMMAND ...]; without one, what `start` was given
@@ -141,11 +142,10 @@ supervise() { # [COMMAND ...]; without one, what `start` was given
       74) storage=$((storage + 1)) rest=$((pause << (storage - 1))) ;;
       *) break ;;
     esac
-    [[ -z $stopping && $storage -le 3 ]] || break
+    [[ $storage -le 3 ]] || break
     # In the background, as a trap runs only when the foreground command has ended; a second at a time, as a signal just
     # before `wait` does not end it.
-    for ((; rest > 0; rest--)); do
-      [[ -z $stopping ]] || break 2
+    while [[ -z $stopping && $((rest--)) -gt 0 ]]; do
       sleep 1 &
       wait $! || true
     done
