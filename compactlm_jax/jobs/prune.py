@@ -13,9 +13,8 @@ def pruned(task: Task, config: RunConfig, total_steps: int) -> Task:
   """The task of `jobs.finetune.finetune_job` with the pruning that `config.prune` describes.
 
   Raises:
-    ConfigError: a penalty without weight; see also `tasks.prune.make_prune_task`.
+    ConfigError: see `tasks.prune.make_prune_task`.
   """
-  config.prune.require_weight()
   return make_prune_task(
     task,
     from_config_dict(EncoderConfig, task.model['encoder'], 'encoder.'),

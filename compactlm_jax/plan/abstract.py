@@ -186,7 +186,6 @@ def make_task(plan: Plan, teacher_params: Params | None) -> Task:
     return make_distill_task(config.encoder, plan.teacher, teacher_params, config.distill)
   if config.task == 'prune':
     steps = _steps(config)
-    config.prune.require_weight()
     return make_prune_task(
       _labelled_task(plan, teacher_params),
       config.encoder,

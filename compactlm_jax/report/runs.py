@@ -184,9 +184,6 @@ def _read(folder: epath.Path, read_run: ReadRun) -> Run | str:
   if not (folder / 'config.json').exists():
     return 'it has not started'
   config, record = read_run(str(folder))
-  identity, code = record.get('identity', {}), record.get('code', {})
-  if not (isinstance(identity, dict) and isinstance(code, dict)):
-    raise ConfigError(f'{folder / "config.json"} is damaged (identity or code); bring it back from a backup')
   path = folder / 'results.json'
   try:
     results = parse_row(path.read_bytes())
@@ -206,10 +203,11 @@ def _read(folder: epath.Path, read_run: ReadRun) -> Run | str:
     return f'it was evaluated after {steps} steps and is to have {config.steps}; start its command again'
   if not scores:
     return 'it measured nothing: there are no held-out rows'
+  code = record.get('code', {})
   return Run(
     folder=str(folder),
     config=config,
-    identity=identity,
+    identity=record.get('identity', {}),
     scores=scores,
     steps=steps,
     seconds=seconds,

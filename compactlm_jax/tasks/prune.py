@@ -64,9 +64,10 @@ def make_prune_task(
     learning_rate: step -> learning rate of the weights (the proximal step is scaled by it).
 
   Raises:
-    ConfigError: a schedule that the run is too short for, a structure that the encoder's sizes do not allow, or a base
-      task that removes layers.
+    ConfigError: a schedule that the run is too short for, a structure that the encoder's sizes do not allow, a penalty
+      without weight, or a base task that removes layers.
   """
+  config.require_weight()
   if base.finished is not None:
     raise ConfigError('config.finetune.keep_layers: layers are not removed while weights are pruned; leave it empty')
   masks = make_masks(encoder, config, total_steps, warmup)

@@ -114,6 +114,8 @@ def read_run(workdir: epath.PathLike) -> tuple[RunConfig, dict[str, Any]]:
     raise ConfigError(f'{path} is damaged ({type(e).__name__}: {e}); bring it back from a backup') from e
   if not intact:
     raise ConfigError(f'{path} was edited or damaged: its config does not match its hash. Bring the original back')
+  if not all(isinstance(record.get(name, {}), dict) for name in ('identity', 'code')):
+    raise ConfigError(f'{path} is damaged (identity or code); bring it back from a backup')
   return from_config_dict(RunConfig, record['config']), record
 
 
