@@ -1,6 +1,6 @@
 """Pruning methods on sentence polarity with a small real encoder: accuracy at 10 % and 3 % of the encoder's weights.
 
-Usage: python benchmarks/prune.py --model=FOLDER --table=TSV --workdir=RUNS [--seeds=1] [--rows=4000] [--epochs=8]
+Usage: python benchmarks/prune.py --model=FOLDER --table=TSV --workdir=RUNS [--seeds=0] [--rows=4000] [--epochs=8]
   [--methods=...] [--densities=.1,.03] [--teacher=0,1] [--initial_warmup=1] [--final_warmup=2]
 FOLDER is a BERT-like encoder with its tokenizer, TSV a table with the columns label and text (.gz is read), for example
 the 10,662 sentences of MR polarity; a tenth of it is held out, by a shuffle that is always the same. Runs that are over
@@ -100,7 +100,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   for name in ('model', 'table', 'workdir'):
     parser.add_argument(f'--{name}', required=True)
-  parser.add_argument('--seeds', type=int, default=1)
+  parser.add_argument('--seeds', default='0', help='for example 0,1,2; the dense run of the first teaches')
   parser.add_argument('--rows', type=int, default=4000)
   parser.add_argument('--epochs', type=float, default=8.0)
   parser.add_argument('--methods', default=','.join(METHODS))
@@ -116,6 +116,7 @@ def main() -> None:
     parser.error(f'--methods: {", ".join(sorted(unknown))} is unknown; use some of {known}')
   keep_memory()
   workdir = pathlib.Path(args.workdir)
+  seeds = [int(seed) for seed in args.seeds.split(',')]
   base = dense(args, *split(pathlib.Path(args.table), workdir / 'data'))
   found: dict[str, list[dict[str, Any]]] = {}
 
@@ -125,14 +126,14 @@ def main() -> None:
     print(f'\n{table(found)}', flush=True)
     (workdir / 'prune.json').write_text(json.dumps(found, indent=2) + '\n')
 
-  for seed in range(args.seeds):
+  for seed in seeds:
     run('dense', base, seed)
   warmups = {'initial_warmup': args.initial_warmup, 'final_warmup': args.final_warmup}
   grid = itertools.product(
-    range(args.seeds), args.teacher.split(','), map(float, args.densities.split(',')), args.methods.split(',')
+    seeds, args.teacher.split(','), map(float, args.densities.split(',')), args.methods.split(',')
   )
   for seed, taught, density, method in grid:
-    teacher = str(workdir / 'dense' / 'seed-0') if int(taught) else ''
+    teacher = str(workdir / 'dense' / f'seed-{seeds[0]}') if int(taught) else ''
     name = f'{method} {density:.0%}{" distilled" if teacher else ""}'
     run(name, pruned(base, method, density, teacher, **warmups), seed)
 
