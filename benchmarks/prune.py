@@ -103,7 +103,7 @@ def main() -> None:
   parser.add_argument('--seeds', default='0', help='for example 0,1,2; the dense run of the first teaches')
   parser.add_argument('--rows', type=int, default=4000)
   parser.add_argument('--epochs', type=float, default=8.0)
-  parser.add_argument('--methods', default=','.join(METHODS))
+  parser.add_argument('--methods', default=','.join(['dense', *METHODS]))
   parser.add_argument('--densities', default='.1,.03')
   parser.add_argument(
     '--initial_warmup', type=float, default=1.0, help='prune.initial_warmup; the warm-up is a tenth of the run'
@@ -111,8 +111,8 @@ def main() -> None:
   parser.add_argument('--final_warmup', type=float, default=2.0, help='prune.final_warmup')
   parser.add_argument('--teacher', default='0,1', help='0 without, 1 with distillation from the dense run')
   args = parser.parse_args()
-  if unknown := set(args.methods.split(',')) - {*METHODS, *ASKED}:
-    known = ', '.join([*METHODS, *ASKED])
+  if unknown := set(args.methods.split(',')) - {'dense', *METHODS, *ASKED}:
+    known = ', '.join(['dense', *METHODS, *ASKED])
     parser.error(f'--methods: {", ".join(sorted(unknown))} is unknown; use some of {known}')
   keep_memory()
   workdir = pathlib.Path(args.workdir)
@@ -126,12 +126,12 @@ def main() -> None:
     print(f'\n{table(found)}', flush=True)
     (workdir / 'prune.json').write_text(json.dumps(found, indent=2) + '\n')
 
-  for seed in seeds:
-    run('dense', base, seed)
+  methods = [method for method in args.methods.split(',') if method != 'dense']
+  if 'dense' in args.methods.split(',') or '1' in args.teacher:
+    for seed in seeds:
+      run('dense', base, seed)
   warmups = {'initial_warmup': args.initial_warmup, 'final_warmup': args.final_warmup}
-  grid = itertools.product(
-    seeds, args.teacher.split(','), map(float, args.densities.split(',')), args.methods.split(',')
-  )
+  grid = itertools.product(seeds, args.teacher.split(','), map(float, args.densities.split(',')), methods)
   for seed, taught, density, method in grid:
     teacher = str(workdir / 'dense' / f'seed-{seeds[0]}') if int(taught) else ''
     name = f'{method} {density:.0%}{" distilled" if teacher else ""}'
