@@ -17,6 +17,7 @@ from compactlm_jax.config import EncoderConfig
 from compactlm_jax.errors import ConfigError
 from compactlm_jax.interop import custom, hf_config, names
 from compactlm_jax.interop.card import model_card
+from compactlm_jax.interop.first_token import passes_first_token
 from compactlm_jax.interop.folder import WEIGHTS, open_folder, read_tensors
 from compactlm_jax.interop.hub import local_folder
 from compactlm_jax.interop.sparse_file import SPARSE_KEY, read_sparse
@@ -63,8 +64,8 @@ def from_pretrained(folder: epath.PathLike) -> Bundle:
   raw = source.read_json('config.json')
   config = hf_config.from_hf(raw)
   tensors = read_sparse(source, raw, config) if SPARSE_KEY in raw else read_tensors(source)
-  if config.architecture == 'bert' and names.has_pooler(tensors):
-    config = dataclasses.replace(config, pooler=True)
+  if config.architecture == 'bert':
+    config = dataclasses.replace(config, pooler=names.has_pooler(tensors) and not passes_first_token(tensors))
   tokenizer = read_tokenizer(source)
   config = matched(config, tokenizer)
   tensors = custom.without_empty(tensors) if config.ragged else tensors
@@ -137,7 +138,7 @@ def export_files(
     described.pop('auto_map', None)
   code = code and not ours_alone
   _warn(folder, [] if ours_alone else hf_config.unread_heads(config, heads, classes), code)
-  tensors = names.export_tensors(bundle.params, config)
+  tensors = names.export_tensors(bundle.params, config, stock_head=not ours_alone)
   tensors = custom.with_empty(tensors, config) if code else tensors
   return {
     WEIGHTS: safetensors.numpy.save(tensors, metadata={'format': 'pt'}),

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from compactlm_jax.config import EncoderConfig
-from compactlm_jax.interop import custom
+from compactlm_jax.interop import custom, first_token
 from compactlm_jax.interop.hf_config import unread_heads
 from compactlm_jax.interop.sparse_file import SPARSE_KEY
 
@@ -97,6 +97,12 @@ def _notes(config: EncoderConfig, heads: Collection[str], described: Mapping[str
     lines += [
       'The classifier is one layer on the first token. `classifier.dense` and `classifier.out_proj` hold it exactly:',
       'gelu(z) - gelu(-z) = z.',
+      '',
+    ]
+  if cls == 'BertForSequenceClassification' and not config.pooler:
+    lines += [
+      'The classifier is one layer on the first token. BERT reads its pooler, a dense layer and tanh: the pooler is the',
+      f'identity times {first_token.SMALL:g} here, `classifier.weight` divided by that, which gives the same logits.',
       '',
     ]
   if described.get('problem_type') == 'regression':

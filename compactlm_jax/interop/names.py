@@ -2,9 +2,8 @@
 
 Documented additions of ours, which transformers ignores on load:
   `discriminator_predictions.*` (ELECTRA's own names) holds the replaced-token head of every architecture;
-  `compactlm_classifier.*` holds a classifier that reads BERT's first token itself. BERT with a pooler has the same
-  classifier in transformers (`classifier.*` of BertForSequenceClassification, on the pooled vector); for ELECTRA and
-  ConvBERT it is rewritten as the head that transformers has there (`first_token`);
+  `compactlm_classifier.*` holds a classifier on the first token of more classes than the head of transformers has room
+  for; otherwise it is rewritten as that head (`first_token`). With BERT's pooler it is `classifier.*` there as here;
   `compactlm_span.*` holds ELECTRA's joint head for answers, for which transformers has no class.
 """
 
@@ -222,12 +221,13 @@ def has_pooler(names: Iterator[str] | Mapping[str, Any]) -> bool:
   return any(name.removeprefix('bert.') == 'pooler.dense.weight' for name in names)
 
 
-def export_tensors(params: Params, config: EncoderConfig) -> dict[str, np.ndarray]:
+def export_tensors(params: Params, config: EncoderConfig, *, stock_head: bool = True) -> dict[str, np.ndarray]:
   """Our tree as transformers' tensors.
 
   Args:
     params: a tree with 'encoder' and any of `HEADS`, float32.
     config: its configuration.
+    stock_head: write a classifier on the first token as the head that transformers has (`first_token`).
 
   Returns:
     Name -> contiguous float32 array. Names carry the model's prefix ('bert.') if there is a head, as transformers
@@ -260,7 +260,7 @@ def export_tensors(params: Params, config: EncoderConfig) -> dict[str, np.ndarra
     for layer in _layers(row):
       value = array if layer is None else array[layer - row.layers[0]]
       out[prefix + _name(row, layer)] = np.ascontiguousarray(row.transform.to_hf(value))
-  return first_token.widened(out) if first_token.fits(config, classes) else out
+  return first_token.widened(out, config) if stock_head and first_token.fits(config, classes) else out
 
 
 def import_tensors(tensors: Mapping[str, np.ndarray], config: EncoderConfig) -> Params:

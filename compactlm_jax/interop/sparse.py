@@ -45,7 +45,7 @@ class SizeReport:
 
   Attributes:
     bytes: of model.sparse.safetensors.
-    dense_bytes: of the model.safetensors of the same model.
+    dense_bytes: of the same tensors as float32 in one safetensors file.
     tensors: name in the file -> size.
     kinds: name with '{i}' for the layer, without the model's prefix -> size over all layers.
     layers: the encoder's layers with their biases and LayerNorms: what pruning can shrink, without the embeddings.

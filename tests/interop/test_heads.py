@@ -89,11 +89,12 @@ def test_spans_equal_transformers_both_ways(kind, tools, tmp_path):
 
 @pytest.mark.torch
 @pytest.mark.parametrize('classes', [1, 3])
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', [*KINDS, 'pooler'])
 def test_classifiers_equal_transformers(kind, classes, tools, tmp_path):
-  """BERT's on the pooled vector, the others' on the first token. Mutation: leave the negatives out of `dense`."""
+  """On the first token, and on BERT's pooled vector. Mutation: leave the negatives out of `dense`; SMALL = .01."""
   transformers = pytest.importorskip('transformers')
-  ours = _bundle(kind, classes, labels=LABELS if classes == 3 else (), pooler=kind == 'bert')
+  kind, pooler = ('bert', True) if kind == 'pooler' else (kind, False)
+  ours = _bundle(kind, classes, labels=LABELS if classes == 3 else (), pooler=pooler)
   save_pretrained(ours, tmp_path / 'ours')
   cls = NAMES[kind] + 'ForSequenceClassification'
   model, info = getattr(transformers, cls).from_pretrained(tmp_path / 'ours', output_loading_info=True)
@@ -112,16 +113,32 @@ def test_classifiers_equal_transformers(kind, classes, tools, tmp_path):
     assert jax.tree.all(jax.tree.map(np.array_equal, back.params, ours.params))
 
 
-def test_a_first_token_classifier_of_bert_stays_beside_the_encoder(tmp_path, caplog):
-  """transformers puts a tanh between; more classes than half the width do not fit ELECTRA's head either."""
-  for name, bundle in (('bert', _bundle(classes=2, labels=('a', 'b'))), ('electra', _bundle('electra', classes=9))):
-    save_pretrained(bundle, tmp_path / name)
-    assert _written(tmp_path / name)['architectures'] == [NAMES[name] + 'Model']
-    assert 'transformers will ignore classifier' in caplog.text
-    back = from_pretrained(tmp_path / name)
-    assert back.labels == bundle.labels and np.array_equal(back.params['classifier']['kernel'],
-                                                           bundle.params['classifier']['kernel'])  # fmt: skip
-    caplog.clear()
+def test_a_classifier_that_does_not_fit_stays_beside_the_encoder(tmp_path, caplog):
+  """More classes than half the width have no room in ELECTRA's head."""
+  bundle = _bundle('electra', classes=9)
+  save_pretrained(bundle, tmp_path / 'm')
+  assert _written(tmp_path / 'm')['architectures'] == ['ElectraModel']
+  assert 'transformers will ignore classifier' in caplog.text
+  back = from_pretrained(tmp_path / 'm')
+  assert np.array_equal(back.params['classifier']['kernel'], bundle.params['classifier']['kernel'])
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'float16', 'bfloat16'])
+def test_a_bert_whose_pooler_passes_the_first_token_is_ours(dtype, tmp_path):
+  """Whoever saves the folder in half precision loses no more than that. Mutation: compare in half precision alone."""
+  ours = _bundle(classes=2)
+  save_pretrained(ours, tmp_path / 'm')
+  (tmp_path / 'm/manifest.json').unlink()
+  tensors = safetensors.numpy.load_file(tmp_path / 'm/model.safetensors')
+  half = {name: tensor.astype(dtype) for name, tensor in tensors.items()}
+  safetensors.numpy.save_file(half, tmp_path / 'm/model.safetensors')
+  back = from_pretrained(tmp_path / 'm')
+  assert not back.config.pooler and 'pooler' not in back.params['encoder']
+  kernel = ours.params['classifier']['kernel']
+  np.testing.assert_allclose(back.params['classifier']['kernel'], kernel.astype(dtype).astype(np.float32), rtol=1e-6)
+  half['bert.pooler.dense.weight'][3, 2] = 1
+  safetensors.numpy.save_file(half, tmp_path / 'm/model.safetensors')
+  assert from_pretrained(tmp_path / 'm').config.pooler
 
 
 @pytest.mark.parametrize('answerable', [False, True])
