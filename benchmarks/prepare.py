@@ -3,7 +3,7 @@
 The text is generated: sentences of words drawn by Zipf's law, in files of equal size, from a seed. Each way runs in a
 process of its own, which reads the same files with the same settings; the shards must be the same bytes. 'MB per CPU
 second' is what one core does (user and system time of the process and its children), and does not depend on what else
-the machine is doing, unlike MB/s. Memory is the largest resident set of a process.
+the machine is doing, unlike MB/s. Memory is the largest resident set of that process (Linux).
 
 Command: python benchmarks/prepare.py [--megabytes=100,1000] [--ways=local,parts,beam] [--folder=FOLDER]
 """
@@ -11,7 +11,6 @@ Command: python benchmarks/prepare.py [--megabytes=100,1000] [--ways=local,parts
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import pathlib
 import resource
@@ -60,7 +59,10 @@ def measure(way: str, texts: str, tokenizer: str, output: str, workers: int) -> 
   seconds = time.monotonic() - started
   used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
   cpu = sum(u.ru_utime + u.ru_stime for u in used)
-  print(json.dumps({'seconds': seconds, 'cpu': cpu, 'peak': max(u.ru_maxrss for u in used) / 1024}))
+  # Not ru_maxrss, which begins with that of the process that started this one.
+  status = pathlib.Path('/proc/self/status').read_text()
+  peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith('VmHWM'))
+  print(json.dumps({'seconds': seconds, 'cpu': cpu, 'peak': peak / 1024}))
 
 
 def main() -> None:
@@ -74,6 +76,7 @@ def main() -> None:
   if args.one:
     measure(*args.one, args.workers)
     return
+  from compactlm_jax.data.text import file_sha256
   from compactlm_jax.data.tokenizer import train_wordpiece
 
   root = pathlib.Path(tempfile.mkdtemp(dir=args.folder or None))
@@ -92,15 +95,15 @@ def main() -> None:
         command += ['--one', way, f'{texts}/*.txt', str(root / 'tokenizer'), str(output)]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         found = json.loads(done.stdout.splitlines()[-1])
-        digest = hashlib.sha256(b''.join(p.read_bytes() for p in sorted(output.glob('compactlm_rows-*'))))
-        seen.setdefault(bool(OPTIONS[way]), set()).add(digest.hexdigest())
+        digests = tuple(file_sha256(path) for path in sorted(output.glob('compactlm_rows-*')))
+        seen.setdefault(bool(OPTIONS[way]), set()).add(digests)
         print(
           f'{size:7.0f} MB  {way:6}  {size / found["cpu"]:6.2f} MB per CPU second  '
           f'{size / found["seconds"]:6.2f} MB/s  {found["peak"]:6.0f} MiB at most',
           flush=True,
         )
         shutil.rmtree(output)
-      assert all(len(digests) == 1 for digests in seen.values()), 'the shards differ'
+      assert all(len(each) == 1 for each in seen.values()), 'the shards differ'
       shutil.rmtree(texts)
   finally:
     shutil.rmtree(root)

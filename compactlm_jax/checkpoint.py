@@ -154,7 +154,7 @@ class Checkpoints:
       StorageError: too many saves failed, or this one did and `wait` is set; names the last good step.
       ConfigError: the step exists, from an earlier run.
     """
-    self._collect(final=False)
+    self.settle(final=False)
     if step != self._last_good:
       if step in self.all_steps():
         raise ConfigError(f'{self._directory / str(step)} exists already; move it away to save step {step} again')
@@ -165,7 +165,7 @@ class Checkpoints:
         )
       self._start(step, state, metadata, before)
     if wait or self._worker is None:  # without a worker it has failed already
-      self._collect(final=wait)
+      self.settle(final=wait)
 
   def wait(self) -> None:
     """Waits for the save that is running.
@@ -173,7 +173,7 @@ class Checkpoints:
     Raises:
       StorageError: it failed.
     """
-    self._collect(final=True)
+    self.settle(final=True)
 
   def restore(self, abstract_state: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]] | None:
     """The newest intact state, placed as `abstract_state` says.
@@ -265,7 +265,8 @@ class Checkpoints:
     except BaseException as e:  # handed to the next call on the main thread
       self._error = e
 
-  def _collect(self, *, final: bool) -> None:
+  def settle(self, *, final: bool = False) -> None:
+    """Waits for the save in the background; if it failed, that counts, and is final or left to the next interval."""
     if self._saving < 0:
       return
     if self._worker is not None:

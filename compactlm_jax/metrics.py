@@ -1,7 +1,8 @@
 """What a run reports: metrics.jsonl always, a progress bar on a terminal, plain lines in a log, TensorBoard if asked.
 
 One JSON object per line, flushed at once. A step stands once per kind of line (training or evaluation): a resumed run
-drops the lines after the step that it resumes from, and a last line that a kill tore. Values that JSON has no number
+drops the lines after the step that it resumes from, and a last line that a kill tore; the device-hours that they told
+are in the file device_hours until a new line tells them. Values that JSON has no number
 for are the strings 'NaN', 'Infinity' and '-Infinity', so that every JSON parser reads the file and float() reads the
 values.
 """
@@ -19,7 +20,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -33,6 +34,7 @@ from compactlm_jax.storage import GrowingFile, write_whole
 
 log = logging.getLogger(__name__)
 
+_HOURS = 'device_hours'
 _BOARD_LINES = 1000
 _BOARD_SECONDS = 10.0
 
@@ -110,6 +112,7 @@ class MetricsWriter:
     self._total, self._start, self._shown = total_steps, start_step, shown
     self._tokens, self._since, self._opened = 0, time.monotonic(), time.monotonic()
     self._rate, self._hours_before = 0.0, 0.0
+    self._hours_kept = self._hours_told = False
     self._first: tuple[int, float] | None = None
     self._bar: Any = None
     self._board: _Board | None = None
@@ -119,8 +122,9 @@ class MetricsWriter:
     if tensorboard if tensorboard is not None else importlib.util.find_spec('tensorboardX') is not None:
       self._board = _open_board(self._path.parent / 'tensorboard')
     try:
-      self._hours_before = _device_hours(workdir)
-      _keep_until(self._path, start_step)
+      self._hours_before = max(_device_hours(read_metrics(workdir)), _kept_hours(self._path.parent / _HOURS))
+      _keep_until(self._path, start_step, self._hours_before)
+      self._hours_kept = (self._path.parent / _HOURS).exists()
       self._file = GrowingFile(self._path)
     except OSError as e:
       raise StorageError(f'{self._path}: cannot be written ({e}); free space or fix permissions') from e
@@ -138,25 +142,35 @@ class MetricsWriter:
     with contextlib.suppress(*([Exception] if error else [])):  # an earlier error is the one to report
       self.close()
 
-  def step(self, step: int, values: Mapping[str, float], *, tokens: int = 0, logged: bool = True) -> None:
+  def step(
+    self,
+    step: int,
+    values: Mapping[str, float],
+    *,
+    tokens: int = 0,
+    logged: bool = True,
+    finished: float | None = None,
+  ) -> None:
     """Reports one training step, steps in ascending order.
 
-    A logged line also holds 'tokens_per_second' since the last one, 'seconds_left' of the whole run at its pace so far,
-    and 'device_hours': devices of all hosts times hours, from opening the metrics to this line, added up over the
-    processes that wrote metrics.jsonl (of one that was killed, up to its last line; what it lost is counted too).
+    A logged line also holds 'tokens_per_second' from the end of the last logged step to the end of this one,
+    'seconds_left' of the whole run at its pace so far, and 'device_hours': devices of all hosts times hours, from
+    opening the metrics to the end of this step, added up over the processes that wrote metrics.jsonl (of one that was
+    killed, up to its last line; what it lost is counted too).
 
     Args:
       step: number of steps done.
       values: host numbers: 'loss', its parts, 'learning_rate', ...
       tokens: real tokens of the step over all hosts; summed up for 'tokens_per_second' since the last logged step.
       logged: whether the step gets a line; the bar moves anyway.
+      finished: time.monotonic() at the end of the step, for a line that is written later; None is now.
     """
     if not self._active:
       return
     self._tokens += tokens
     if self._bar is not None:
       self._bar.update(step - self._bar.n)
-    now = time.monotonic()
+    now = time.monotonic() if finished is None else finished
     self._first = self._first or (step, now)
     if not logged:
       return
@@ -165,6 +179,7 @@ class MetricsWriter:
     rate = {'tokens_per_second': round(self._rate, 1)} if self._rate else {}
     left, hours = self._seconds_left(step, now), self._hours_before + jax.device_count() * (now - self._opened) / 3600
     self.write(step, {**values, **rate, 'seconds_left': round(left, 1), 'device_hours': round(hours, 6)})
+    self._hours_told = True
     self._show(step, values, left, hours)
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -183,6 +198,7 @@ class MetricsWriter:
     """
     if self._active:
       self._file.sync()
+      self._forget_hours()
 
   def close(self) -> None:
     """Closes the file, the bar and TensorBoard.
@@ -199,9 +215,17 @@ class MetricsWriter:
       self._board.close()
     try:
       self._file.close()
+      self._forget_hours()
     except OSError as e:
       why = e.strerror or e
       raise StorageError(f'{self._path}: cannot be written ({why}); free space, then run the same command again') from e
+
+  def _forget_hours(self) -> None:
+    """Removes the file of device-hours, once a line tells them; left behind, it does no harm."""
+    if self._hours_kept and self._hours_told:
+      self._hours_kept = False
+      with contextlib.suppress(Exception):  # clients of buckets have errors of their own
+        (self._path.parent / _HOURS).unlink(missing_ok=True)
 
   def _seconds_left(self, step: int, now: float) -> float:
     """At the pace since the first step was reported, which leaves compiling out; before that, since opening."""
@@ -259,19 +283,31 @@ def _whole_lines(content: bytes) -> list[bytes]:
   return [line for line in content.split(b'\n')[:-1] if whole(line)]
 
 
-def _device_hours(workdir: epath.PathLike) -> float:
-  """What the runs so far used, by their last line that says it; lines that will be dropped count too."""
-  said = [line.get('device_hours') for line in read_metrics(workdir)]
+def _device_hours(lines: Iterable[Mapping[str, Any]]) -> float:
+  """What the runs so far used, by the line that says most."""
+  said = [line.get('device_hours') for line in lines]
   return float(max((hours for hours in said if isinstance(hours, (int, float)) and math.isfinite(hours)), default=0))
 
 
-def _keep_until(path: epath.Path, step: int) -> None:
-  """Drops lines after `step` and torn ones; the file changes as a whole or not at all."""
+def _kept_hours(path: epath.Path) -> float:
+  """What `_keep_until` left there; 0 if that is nothing, or damaged."""
+  try:
+    hours = float(path.read_text()) if path.exists() else 0.0
+  except ValueError:
+    return 0.0
+  return hours if math.isfinite(hours) else 0.0
+
+
+def _keep_until(path: epath.Path, step: int, hours: float) -> None:
+  """Drops lines after `step` and torn ones, but not their device-hours; the file changes as a whole or not at all."""
   if not path.exists():
     return
   old = path.read_bytes()
-  new = b''.join(line + b'\n' for line in _whole_lines(old) if parse_row(line)['step'] <= step)
+  kept = [line for line in _whole_lines(old) if parse_row(line)['step'] <= step]
+  new = b''.join(line + b'\n' for line in kept)
   if new != old:
+    if hours > _device_hours(map(parse_row, kept)):
+      write_whole(path.parent / _HOURS, f'{hours}\n')
     write_whole(path, new)
 
 

@@ -128,6 +128,8 @@ supervise() { # [COMMAND ...]; without one, what `start` was given
   if [[ $# -eq 0 ]]; then
     while IFS= read -r line; do set -- "$@" "$line"; done <"$root/command"
   fi
+  # After a reboot the file may hold the process id that this one has now.
+  if running && [[ $(cat "$root/supervisor.pid") != "$$" ]]; then fail 77 'another command runs; stop it first'; fi
   export PATH="$root/venv/bin:$PATH"
   trap forward TERM HUP
   trap 'touch "$root/stop"; forward' INT
@@ -191,10 +193,10 @@ rsync() { # in a dry run, prints as tpu.sh does
   fi
 }
 
-# Half-written checkpoints and the lock stay behind. In a bucket a checkpoint counts from the moment that its commit file
+# Half-written checkpoints and locks (nested runs have their own) stay behind; gcloud matches from the start of a path. In a bucket a checkpoint counts from the moment that its commit file
 # is there: commit files go last, when all else has arrived.
 copy() { # SOURCE TARGET
-  local marker='commit_success\.txt' others='.*\.orbax-checkpoint-tmp.*|^lock$'
+  local marker='commit_success\.txt' others='.*\.orbax-checkpoint-tmp.*|(^|.*/)lock$'
   if [[ $1 == gs://* && $2 != gs://* ]]; then
     [[ -n ${COMPACTLM_DRY_RUN:-} ]] || mkdir -p "$2"
     rsync "$1" "$2" --recursive "--exclude=$others"

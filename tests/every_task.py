@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from tiny import configured, place_job
 
 from compactlm_jax.config import MeshConfig
@@ -108,13 +109,13 @@ class Run:
     Args:
       state: on the host.
       numbers: 0-based.
-      skip: steps whose update is left out; the counter moves on.
+      skip: steps whose update is left out; the counter and the schedule of the learning rate move on.
       kinds: step -> what makes its update non-finite.
     """
     state, losses = self.place(state), []
     for number in numbers:
       if number in skip:
-        state = dataclasses.replace(state, step=state.step + 1)
+        state = dataclasses.replace(state, step=state.step + 1, opt_state=later(state.opt_state))
         continue
       batch = self.job.batches.batch(number)
       if kind := (kinds or {}).get(number):
@@ -123,6 +124,18 @@ class Run:
       assert int(metrics['bad_step']) == (number in (kinds or {}))
       losses.append(float(metrics['loss']))
     return losses, host(state)
+
+
+def later(opt_state):
+  """The state of an optimiser whose schedules are one step further."""
+
+  def counts(node):
+    return isinstance(node, optax.ScaleByScheduleState)
+
+  def counted(node):
+    return optax.ScaleByScheduleState(node.count + 1) if counts(node) else node
+
+  return jax.tree.map(counted, opt_state, is_leaf=counts)
 
 
 @functools.cache

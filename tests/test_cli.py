@@ -72,6 +72,7 @@ OK = TINY + 'distill'
     (['train', '--cofnig=x'], 78, "Unknown command line flag 'cofnig'. Did you mean: config?"),
     (['train', OK], 78, '--workdir is missing. For example: compactlm train'),
     (['train', '--workdir=W'], 78, '--config is missing. For example: compactlm train'),
+    (['train', '--workdir=', OK], 78, '--workdir is missing. For example: compactlm train'),
     (['train', '--workdir=W', '--config.steps=3'], 78, '--config=FILE.py:VARIANT is missing'),
     (['export', '--checkpoint=W'], 78, '--output is missing. For example: compactlm export'),
     (['tokenizer', '--input=a', '--output=b'], 78, '--vocab_size is missing'),
@@ -112,6 +113,9 @@ OK = TINY + 'distill'
     (['train', OK, '--workdir=W', '--config.teacher=/none'], 65, '/none: no such folder'),
     (['train', TINY + 'finetune', '--workdir=W', '--config.data.train=/n.tsv'], 78, 'config.model: name the model'),
     (['train', OK, '--workdir=W', '--allow_change=stepz'], 78, '--allow_change=stepz: there is no such field'),
+    (['train', OK, '--workdir=W', '--config.model=/none'], 78, 'config.model: /none would not be read: config.teacher'),
+    (['train', f'{TINY}mlm', '--workdir=W', '--config.teacher=/none'], 78, 'config.teacher: /none would not be read'),
+    (['train', f'{TINY}finetune', '--workdir=W', '--config.data.seq_len=65'], 78, 'config.data.seq_len: 65 is more'),
     (['export', '--checkpoint=/none', '--output=W/x'], 65, '/none: no such folder'),
     (['tokenizer', '--input=/none/*.txt', '--vocab_size=99', '--output=W/x'], 65, "input '/none/*.txt': no file"),
   ],
@@ -157,7 +161,16 @@ def test_faults_in_a_configuration_file_are_told_with_their_line(text, message, 
     (OSError(errno.ENOSPC, 'No space left on device'), 74, 'No space left on device; free space'),
     (PermissionError(errno.EACCES, 'Permission denied', '/disk/x'), 74, 'Permission denied: /disk/x'),
     (ZeroDivisionError('oops'), 70, 'this is a bug in compactlm-jax; the lines above say where'),
-    (FileNotFoundError(errno.ENOENT, 'No such file', '/x'), 70, 'this is a bug in compactlm-jax'),
+    *[
+      (OSError(number, 'It hangs', '/x'), 74, 'It hangs: /x; the disk does not answer: look at its mount')
+      for number in (errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN)
+    ],
+    (OSError(errno.EMFILE, 'Too many open files', '/x'), 74, 'Too many open files: /x; raise the limit of open files'),
+    (FileNotFoundError(errno.ENOENT, 'No such file', '/x'), 78, '/x: no such file or folder; check the path'),
+    (FileNotFoundError('a lookup'), 70, 'this is a bug in compactlm-jax'),
+    (MemoryError(), 78, 'out of memory (MemoryError); lower --batch'),
+    (jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory'), 78, 'out of memory (RESOURCE_EXHAUSTED: '),
+    (ValueError('RESOURCE_EXHAUSTED: Error reading gs://b/x: 429'), 70, 'this is a bug in compactlm-jax'),
     (KeyboardInterrupt(), 130, 'interrupted'),
   ],
 )
@@ -172,6 +185,42 @@ def test_unexpected_errors_have_their_codes(error, code, message, capsys, monkey
   said = capsys.readouterr().err
   assert f'compactlm export: {message}' in said and 'None' not in said
   assert ('Traceback' in said) == (code == 70)
+
+
+@pytest.mark.parametrize(
+  ('argv', 'message'),
+  [
+    (['tokenizer', '--input=F/t.txt', '--vocab_size=50', '--output=F/t.txt/x'], 'F/t.txt: is a file, and a folder'),
+    (['tokenizer', '--input=F/t.txt', '--vocab_size=50', '--output=F/t.txt'], 'F/t.txt: is a file, and a folder is'),
+    (['demo', '--workdir=F/t.txt'], 'F/t.txt: is a file, and a folder is wanted there; name another path'),
+    (train('distill', 'F/t.txt'), 'F/t.txt: is a file, and a folder is wanted there; name another'),
+    (train('distill', 'F/t.txt/x', '--seeds=2'), 'F/t.txt: is a file, and a folder is wanted there'),
+    (['predict', '--model=F', '--input=F/d.tsv', '--output=F/o.tsv'], 'F/d.tsv: is a folder; name a file'),
+    (['predict', '--model=F', '--input=F/t.txt', '--output=F/d.tsv'], '--output: F/d.tsv is a folder; name a file'),
+    (['plan', f'{TINY}mlm', '--topology=v3-8', '--output=F/d.tsv'], '--output: F/d.tsv is a folder; name a file'),
+  ],
+)  # fmt: skip
+def test_a_file_for_a_folder_and_a_folder_for_a_file(argv, message, capsys, monkeypatch, tmp_path):
+  """Told in one line. Mutations: only look at errors that nothing wraps, or that are not of several seeds."""
+  monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
+  (tmp_path / 't.txt').write_text('one two\n')
+  (tmp_path / 'd.tsv').mkdir()
+  assert cli.main([part.replace('=F', f'={tmp_path}') for part in argv]) == 78
+  last = capsys.readouterr().err.splitlines()[-1]
+  assert last.startswith(f'compactlm {argv[0]}: {message.replace("F/", f"{tmp_path}/")}')
+
+
+def test_memory_of_a_run_has_remedies(capsys, monkeypatch, tmp_path):
+  """Mutation: call it a bug."""
+
+  def fail(*args, **options):
+    raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.')
+
+  monkeypatch.setattr(jobs, 'run_train', fail)
+  assert cli.main(train('distill', tmp_path)) == 78
+  said = capsys.readouterr().err
+  assert said.endswith('lower config.batch_size, raise config.optimizer.accumulate or set config.encoder.remat=True\n')
+  assert 'Traceback' not in said and said.count('\n') == 1
 
 
 def test_a_client_of_buckets_prints_no_traceback_beside_its_error(capsys, monkeypatch):

@@ -6,13 +6,17 @@ import math
 import os
 import subprocess
 import sys
+import types
 
+import numpy as np
 import pytest
 from damaging import FullDisk
+from tiny import tiny_config
 
 from compactlm_jax import metrics
 from compactlm_jax.errors import ConfigError, StorageError
 from compactlm_jax.metrics import MetricsWriter, read_metrics
+from compactlm_jax.train.reporter import Reporter
 
 
 def strict(line):
@@ -112,6 +116,65 @@ def test_device_hours_add_up_over_resumes_with_the_steps_that_a_kill_lost(tmp_pa
   assert [m['device_hours'] for m in read_metrics(tmp_path) if 'loss' in m] == [1.0, 4.0, 5.0, 6.0]
 
 
+@pytest.mark.parametrize('steps', [0, 1, 3])
+def test_device_hours_outlive_a_process_that_logs_nothing(tmp_path, monkeypatch, steps):
+  """The lines that it drops told them. Mutations: write no file of hours; do not read it; leave it behind."""
+  now = [0.0]
+  monkeypatch.setattr(metrics.time, 'monotonic', lambda: now[0])
+  monkeypatch.setattr(metrics.jax, 'device_count', lambda: 1)
+  with MetricsWriter(tmp_path, 9, bar=False) as writer:
+    for step in range(1, 5):
+      now[0] += 3600.0
+      writer.step(step, {'loss': 1.0 / step}, logged=step > 1)
+  before = read_metrics(tmp_path)
+  for _ in range(2):
+    MetricsWriter(tmp_path, 9, start_step=steps, bar=False).close()
+  with MetricsWriter(tmp_path, 9, start_step=steps, bar=False) as writer:
+    now[0] += 3600.0
+    writer.step(steps + 1, {'loss': 2.0})
+  *kept, last = read_metrics(tmp_path)
+  assert kept == [line for line in before if line['step'] <= steps] and last['device_hours'] == 5.0
+  assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ['metrics.jsonl']
+
+
+class Step:
+  """The metrics of a step of one second on a device with a clock of its own."""
+
+  free = 0.0
+
+  def __init__(self, now, waits):
+    self.now, self.end = now, max(now[0], Step.free) + 1.0
+    Step.free = self.end
+    now[0] = self.end if waits else now[0]
+
+  def is_ready(self):
+    return self.now[0] >= self.end
+
+  def __array__(self, *args, **kwargs):
+    self.now[0] = max(self.now[0], self.end)
+    return np.zeros(())
+
+
+@pytest.mark.parametrize('waits', [True, False])
+def test_rates_do_not_depend_on_when_a_step_is_reported(tmp_path, monkeypatch, waits):
+  """A checkpoint after every third step, on devices whose calls wait for them or do not.
+
+  Mutations: take the time where the line is written, or where the step is added.
+  """
+  now = [0.0]
+  monkeypatch.setattr(Step, 'free', 0.0)
+  monkeypatch.setattr(metrics.time, 'monotonic', lambda: now[0])
+  batch = types.SimpleNamespace(attention_mask=np.ones((16, 4)), input_ids=np.ones((16, 4)))
+  with MetricsWriter(tmp_path, 9, bar=False) as writer:
+    reporter = Reporter(None, tiny_config(log_every=1), lambda step: 0.1, writer, tmp_path)
+    for done in range(1, 10):
+      step = Step(now, waits)
+      reporter.add(done, {'loss': step, 'bad_step': step}, batch, None, None)
+      if done % 3 == 0:
+        reporter.flush()
+  assert [(m['step'], m['tokens_per_second']) for m in read_metrics(tmp_path)] == [(i, 64.0) for i in range(1, 10)]
+
+
 def test_bar_shows_position_loss_rate_and_time_left(tmp_path, capsys):
   """Mutation: drop `initial=start_step` (the bar then starts at 0 and shows 5/10 only after the resume)."""
   with MetricsWriter(tmp_path, 10, start_step=4, bar=True) as writer:
@@ -191,7 +254,6 @@ def test_tensorboard_is_optional_and_named_when_missing(tmp_path, monkeypatch):
 def test_tensorboard_that_blocks_stops_no_run(tmp_path, monkeypatch, caplog):
   """As tensorboardX does on a full disk. Mutation: call `add_scalar` in `write`."""
   import threading
-  import types
 
   free = threading.Event()
   board = types.SimpleNamespace(add_scalar=lambda *args: free.wait(5), close=lambda: None)
@@ -208,8 +270,6 @@ def test_tensorboard_that_blocks_stops_no_run(tmp_path, monkeypatch, caplog):
 
 def test_tensorboard_gets_the_same_numbers(tmp_path, monkeypatch):
   """Mutation: drop `add_scalar`."""
-  import types
-
   seen = []
 
   class Board:

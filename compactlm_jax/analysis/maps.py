@@ -15,8 +15,9 @@ from jaxtyping import Array, Float
 
 from compactlm_jax.analysis.concentration import attention_probabilities
 from compactlm_jax.analysis.statistics import Model, value_relation
-from compactlm_jax.compress.subnet import kept_layers
-from compactlm_jax.config import EncoderConfig
+from compactlm_jax.compress.subnet import kept_layers, subnet_config
+from compactlm_jax.config import Cell, EncoderConfig
+from compactlm_jax.errors import ConfigError
 from compactlm_jax.nn.attention import SpanDynamicConv
 from compactlm_jax.nn.encoder import encode
 from compactlm_jax.ops.dynamic_conv import tap_reads
@@ -80,10 +81,33 @@ class HeadMatch:
 
 
 def cut_heads(large: EncoderConfig, small: EncoderConfig) -> bool:
-  """Whether `small` could be what is left of `large` after heads or layers were cut: heads of the same size."""
-  fewer = (small.num_heads, small.num_layers) != (large.num_heads, large.num_layers)
-  none_more = small.num_heads <= large.num_heads and small.num_layers <= large.num_layers
-  return fewer and none_more and small.head_size == large.head_size
+  """Whether `small` could be what is left of `large` after heads were cut.
+
+  It has heads of the same size, no more layers and neurons, in no layer more heads than the one it comes from and in
+  some layer fewer, and the same hidden size or one of `compress.subnet` with its share of heads and neurons. Layers
+  alone that are missing say nothing: a distilled student has the heads of its teacher and is no part of it.
+  """
+  if small.head_size != large.head_size or small.num_layers > large.num_layers:
+    return False
+  sources = kept_layers(large.num_layers, small.num_layers / large.num_layers)
+  counts = [config.heads_per_layer or (config.num_heads,) * config.num_layers for config in (large, small)]
+  before, after = [counts[0][source] for source in sources], counts[1]
+  if any(a > b for a, b in zip(after, before, strict=True)) or sum(after) == sum(before):
+    return False
+  if small.intermediate_size > large.intermediate_size or small.hidden_size > large.hidden_size:
+    return False
+  return small.hidden_size == large.hidden_size or _narrowed(large, small)
+
+
+def _narrowed(large: EncoderConfig, small: EncoderConfig) -> bool:
+  """Whether `small` has the sizes of a sub-network of a smaller hidden size."""
+  share = small.hidden_size / large.hidden_size
+  try:
+    cell = subnet_config(large, Cell(share, small.num_layers / large.num_layers, small.hidden_size))
+  except ConfigError:  # no such sub-network
+    return False
+  sizes = ('num_layers', 'num_heads', 'head_size', 'intermediate_size', 'embedding_size', 'heads_per_layer')
+  return all(getattr(cell, name) == getattr(small, name) for name in sizes)
 
 
 def matched_heads(large: Maps, small: Maps) -> tuple[HeadMatch, ...]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from compactlm_jax.cli.augment import AUGMENT
-from compactlm_jax.cli.flags import Command, all_of, choice, fraction, number, several, switch, text
+from compactlm_jax.cli.flags import Command, all_of, check_file, choice, fraction, number, several, switch, text
 from compactlm_jax.cli.worker import define_processes
 from compactlm_jax.errors import ConfigError
 
@@ -128,8 +128,7 @@ def _plan(values: flags.FlagValues) -> str:
   from compactlm_jax.plan.report import as_json, as_table
 
   for flag in ('output', 'hlo'):  # before the compiler takes its minutes
-    if not pathlib.Path(values[flag].value or '.').absolute().parent.is_dir():
-      raise ConfigError(f'--{flag}: the folder of {values[flag].value} is not there')
+    check_file(flag, str(values[flag].value))
   config = from_config_dict(RunConfig, values.config)
   name = str(getattr(values['config'], 'config_filename', ''))
   report = plan_run(config, name, values.topology, sweep=bool(values.sweep), thorough=values.thorough)

@@ -20,10 +20,20 @@ from compactlm_jax.cli.commands import COMMANDS
 from compactlm_jax.cli.early import leaves_early
 from compactlm_jax.cli.worker import is_worker, launch_of, refuse_pod, start_worker, watched
 from compactlm_jax.distributed import Group, lost_peer
-from compactlm_jax.errors import CompactLMError, ConfigError
+from compactlm_jax.errors import CompactLMError, ConfigError, StorageError, first_line
 from compactlm_jax.storage import own_error
 
-_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO)
+_SPACE = 'free space or fix permissions'
+_MOUNT = 'the disk does not answer: look at its mount, then run the same command again'
+_STORAGE = {
+  **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO), _SPACE),
+  **dict.fromkeys((errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN), _MOUNT),
+  **dict.fromkeys((errno.EMFILE, errno.ENFILE), 'raise the limit of open files (ulimit -n)'),
+}
+"""Kinds of OSError that are the storage's, and what to do about them."""
+
+_IN_THE_WAY = (IsADirectoryError, NotADirectoryError, FileExistsError)
+_MEMORY = re.compile(r'RESOURCE_EXHAUSTED.*(memory|allocat)', re.IGNORECASE | re.DOTALL)
 
 
 def usage() -> str:
@@ -74,7 +84,7 @@ def _parse(name: str, argv: Sequence[str]) -> flags.FlagValues:
   for flag in command.required:
     if flag == 'config' and file and values[flag].value is None:
       raise ConfigError(f'{file}: get_config() returns nothing')
-    if values[flag].value is None:
+    if values[flag].value in (None, ''):  # '' is what an unset variable of a shell leaves
       raise ConfigError(f'--{flag} is missing. For example: {command.example}')
   return values
 
@@ -180,12 +190,17 @@ def _guarded(name: str, arguments: Sequence[str], again: Sequence[str]) -> int:
 
 def _explain(name: str, error: BaseException) -> tuple[int, str]:
   """Says what went wrong; (exit code, the line that says it)."""
-  if isinstance(error, CompactLMError):
+  if problem := _path_problem(error):
+    code, why = 78, problem
+  elif isinstance(error, CompactLMError):
     code, why = error.exit_code, str(error)
   elif isinstance(error, KeyboardInterrupt):
     code, why = 130, 'interrupted'
   elif isinstance(error, OSError) and error.errno in _STORAGE:
-    code, why = 74, f'{error.strerror}{f": {error.filename}" if error.filename else ""}; free space or fix permissions'
+    where = f': {error.filename}' if error.filename else ''
+    code, why = 74, f'{error.strerror}{where}; {_STORAGE[error.errno]}'
+  elif _is_memory(error):
+    code, why = 78, f'out of memory ({first_line(error)}); {_less_memory(name)}'
   elif own := own_error(error):
     code, why = own.exit_code, str(own)
   elif lost := lost_peer(error):
@@ -195,6 +210,42 @@ def _explain(name: str, error: BaseException) -> tuple[int, str]:
     code, why = 70, 'this is a bug in compactlm-jax; the lines above say where'
   print(f'compactlm {name}: {why}', file=sys.stderr)
   return code, why
+
+
+def _path_problem(error: BaseException) -> str:
+  """What is wrong with a path that was named; '' for another error."""
+  # What cannot be written is a StorageError, which is worth another try, unless something else stands in its place.
+  wrapped, cause = isinstance(error, StorageError), error
+  while isinstance(cause, StorageError) and cause.__cause__ is not None:
+    cause = cause.__cause__
+  if not isinstance(cause, _IN_THE_WAY if wrapped else (*_IN_THE_WAY, FileNotFoundError)):
+    return ''
+  named = cause.filename if isinstance(cause, FileNotFoundError) else cause.filename2 or cause.filename
+  if not isinstance(named, (str, bytes)) or not named:
+    return ''
+  path = pathlib.Path(os.fsdecode(named))
+  if isinstance(cause, IsADirectoryError):
+    return f'{path}: is a folder; name a file'
+  if isinstance(cause, FileNotFoundError):
+    return f'{path}: no such file or folder; check the path'
+  if file := next((place for place in (path, *path.parents) if place.is_file()), None):
+    return f'{file}: is a file, and a folder is wanted there; name another path'
+  return '' if wrapped else f'{path}: {cause.strerror}; name another path'
+
+
+def _is_memory(error: BaseException) -> bool:
+  """Whether the memory of this machine or of a device was too small."""
+  # XLA's is a RuntimeError, or a ValueError while a step is dispatched; clients of buckets say quotas are exhausted.
+  told = isinstance(error, (RuntimeError, ValueError)) and str(error)
+  return isinstance(error, MemoryError) or bool(told and _MEMORY.search(told))
+
+
+def _less_memory(name: str) -> str:
+  command = COMMANDS[name]
+  if command.configured:
+    return 'lower config.batch_size, raise config.optimizer.accumulate or set config.encoder.remat=True'
+  sizes = [flag for flag in ('batch_size', 'batch', 'workers') if flag in command.flag_values()]
+  return f'lower --{sizes[0]}' if sizes else 'take a smaller input or a machine with more memory'
 
 
 def entry() -> Any:

@@ -11,7 +11,7 @@ from compactlm_jax.config import EncoderConfig
 from compactlm_jax.errors import ConfigError
 from compactlm_jax.types import Params
 
-# Sizes that decide the shapes of everything but the stack's depth.
+# What decides the shapes and the meaning of everything but the stack's depth.
 _SHAPES = (
   'vocab_size',
   'hidden_size',
@@ -21,6 +21,8 @@ _SHAPES = (
   'embedding_size',
   'max_positions',
   'type_vocab_size',
+  'self_attention',
+  'conv_kind',
   'conv_kernel_size',
   'num_groups',
   'heads_per_layer',

@@ -65,7 +65,7 @@ class Masks:
     for index, (name, shape) in enumerate(self.shapes.items()):
       draw = jax.random.uniform(jax.random.fold_in(key, index), shape, minval=-1.0)
       # PyTorch's kaiming_uniform_ with a = sqrt(5), as the original calls it, is uniform within 1 / sqrt(inputs).
-      bound = 1.0 if method == 'random' else scale if how == 'uniform' else shape[1] ** -0.5
+      bound = 1.0 if method == 'random' else scale if how == 'uniform' else _inputs(shape) ** -0.5
       out[name] = jnp.full(shape, scale, jnp.float32) if how == 'constant' and method != 'random' else bound * draw
     return out
 
@@ -215,6 +215,11 @@ class Masks:
     return list(kinds.values())
 
 
+def _inputs(shape: tuple[int, ...]) -> int:
+  """Of a stack of scores: rows of a kernel (of one group's, if it has groups), or the heads or neurons of a layer."""
+  return shape[-2] if len(shape) > 2 else shape[1]
+
+
 def on_slices(values: Leaves, spread: Spread) -> Leaves:
   """Leaves in slices over all devices, for counting."""
   placed = named_leaves(spread(nested({f'scores/{name}': leaf for name, leaf in values.items()})))
@@ -239,6 +244,8 @@ def make_masks(encoder: EncoderConfig, config: PruneConfig, total_steps: int, wa
     ConfigError: a schedule that the run is too short for, or a structure that the encoder's sizes do not allow.
   """
   score_shapes(encoder, config.structure, config.block)
+  if config.method == 'post_hoc_magnitude' or (config.method in ('l0', 'rpp') and config.control == 'fixed'):
+    return Masks(encoder, config, np.full(total_steps + 1, config.density), np.full(total_steps + 1, config.threshold))
   densities = cubic_schedule(config.initial_density, config.density, total_steps, warmup, config)
   thresholds = cubic_schedule(config.initial_threshold, config.threshold, total_steps, warmup, config)
   return Masks(encoder, config, densities, thresholds)

@@ -87,6 +87,11 @@ class ElectraConfig:
       f + 'sharing',
       "'all' needs generator_size and generator_layers of 1",
     )
+    require(
+      self.sharing != 'all' or self.generator_heads == 0,
+      f + 'generator_heads',
+      f"{self.generator_heads}: with sharing='all' the generator has the heads of the discriminator; set it to 0",
+    )
     for name in ('generator_weight', 'discriminator_weight'):
       require(0 <= getattr(self, name) < float('inf'), f + name, f'{getattr(self, name)} must be finite, not negative')
     require(0 < self.temperature < float('inf'), f + 'temperature', f'{self.temperature} must be positive')

@@ -175,7 +175,7 @@ class PruneConfig:
     return self.method in PENALISED and (self.regularization > 0 or self.control == 'density')
 
   def require_weight(self) -> None:
-    """Raises ConfigError where scores or weights fall by their penalty alone, and it has no weight.
+    """Raises ConfigError where a penalty without weight would prune nothing, or the first threshold everything.
 
     Not part of the checks of a configuration, whose fields are set one after another.
     """
@@ -185,6 +185,12 @@ class PruneConfig:
       'prune.density',
       f'is not reached by itself: {self.method} is pruned by a penalty, and prune.regularization is 0; set '
       "prune.control='density', or a weight (configs/prune.py)",
+    )
+    require(
+      not (thresholding and self.scores_init == 'constant') or self.initial_threshold < self.scores_scale,
+      'prune.initial_threshold',
+      f'{self.initial_threshold} is not below the scores, which all begin at prune.scores_scale={self.scores_scale}: '
+      'nothing would remain from the first step on; lower it, or draw scores (prune.scores_init)',
     )
 
 

@@ -65,7 +65,7 @@ def read_table(
     The table.
 
   Raises:
-    DataError: no rows, not UTF-8, or a malformed line; file and line are named.
+    DataError: no rows, not UTF-8, a malformed line, or an empty text; file and line are named.
     ConfigError: a column is missing, or a label does not occur in `classes`.
   """
   file = epath.Path(path)
@@ -76,8 +76,10 @@ def read_table(
   numbers: list[int] = []
   for number, row in table_rows(file):
     for name in (*text_columns, label_column):
-      if row.get(name) is None:
+      if name not in row:
         raise ConfigError(f'{file}:{number}: no column {name!r}; columns are {", ".join(map(str, row))}')
+      if row[name] is None:
+        raise DataError(f'{file}:{number}: column {name!r} is null; fill it in or remove the row')
     for column, name in zip(texts, text_columns, strict=True):
       if not isinstance(row[name], str):
         raise DataError(f'{file}:{number}: column {name!r} holds {row[name]!r} instead of text')
@@ -99,12 +101,15 @@ def read_table(
 def table_rows(path: Any) -> Iterator[tuple[int, dict[str, Any]]]:
   """(line number, column -> value) of each row of a .tsv or .jsonl file, optionally .gz, read one at a time.
 
+  Lines without any text are left out. In a .tsv they are rows of empty texts, where they have a tab between all columns
+  or there is one column alone and another row follows.
+
   Raises:
     DataError: no such file, not UTF-8, or a malformed line; file and line are named.
     ConfigError: another kind of file.
   """
   file = epath.Path(path)
-  return _tsv(file) if '.tsv' in file.suffixes[-2:] else _jsonl(file)
+  return _tsv(file) if file.name.removesuffix('.gz').endswith('.tsv') else _jsonl(file)
 
 
 def _label_name(value: Any, where: str) -> str:
@@ -166,16 +171,20 @@ def numbered_lines(file: epath.Path) -> Iterator[tuple[int, str]]:
 
 def _tsv(file: epath.Path) -> Iterator[tuple[int, dict[str, Any]]]:
   header: list[str] | None = None
+  last = 0
   for number, line in numbered_lines(file):
-    if not line.strip():
-      continue
     cells = line.split('\t')
+    if not line.strip() and (header is None or len(header) == 1 or len(cells) != len(header)):
+      continue
     if header is None:
       header = [c.strip() for c in cells]
     elif len(cells) != len(header):
       raise DataError(f'{file}:{number}: {len(cells)} columns, but the header has {len(header)} ({", ".join(header)})')
     else:
+      if len(header) == 1:  # what ends a file is no text, and anything else without text would shift the rows
+        yield from ((blank, {header[0]: ''}) for blank in range(last + 1, number))
       yield number, dict(zip(header, cells, strict=True))
+    last = number
 
 
 def _jsonl(file: epath.Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -25,6 +25,9 @@ SPECIAL_TOKENS = ('[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]')
 """Special tokens of trained vocabularies, in the order of their ids."""
 
 _ROLES = ('pad', 'unk', 'cls', 'sep', 'mask')
+_KEPT = ('PreTrainedTokenizerFast', 'TokenizersBackend', 'ConvBertTokenizer', 'ConvBertTokenizerFast')
+"""Values of `tokenizer_class` for which transformers takes the normaliser of tokenizer.json as it is."""
+
 _BATCH = 1000
 _MOST_BYTES = 256 << 20
 
@@ -103,18 +106,20 @@ def load_tokenizer(folder: Any) -> Tokenizer:
     The tokenizer.
 
   Raises:
-    ConfigError: a file or a special token is missing, or a file cannot be read.
+    ConfigError: a file or a special token is missing, a file cannot be read, or files contradict each other.
     DataError: a file is a link that leads out of the folder.
   """
   path = epath.Path(folder)
   for name in TOKENIZER_FILES:
     _require_sane(path / name, path)
-  config = {**_read_json(path / 'tokenizer_config.json'), **_read_json(path / 'special_tokens_map.json')}
+  given = _read_json(path / 'tokenizer_config.json')
+  config = {**given, **_read_json(path / 'special_tokens_map.json')}
   if (path / 'tokenizer.json').exists():
     try:
       backend = tokenizers.Tokenizer.from_str((path / 'tokenizer.json').read_text(encoding='utf-8'))
     except Exception as e:  # the library raises bare Exception
       raise ConfigError(f'{path / "tokenizer.json"}: cannot be read ({e}); save the tokenizer again') from e
+    _require_same_normalizer(backend, given, path / 'tokenizer_config.json')
   elif (path / 'vocab.txt').exists():
     backend = _from_vocab(path / 'vocab.txt', config)
   else:
@@ -128,13 +133,14 @@ def load_tokenizer(folder: Any) -> Tokenizer:
   backend.no_padding()
   backend.no_truncation()
   backend.encode_special_tokens = True
-  ids = {}
-  for role, token in _special(config, path).items():
+  ids, special = {}, _special(config, path)
+  for role, token in special.items():
     if (found := backend.token_to_id(token)) is None:
       raise ConfigError(
         f'{path}: the {role} token {token!r} is not in the vocabulary; set {role}_token in tokenizer_config.json'
       )
     ids[f'{role}_id'] = found
+  _require_added(backend, given, path, special.values())
   vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
   return Tokenizer(backend=backend, folder=str(path), vocab_size=vocab_size, **ids)
 
@@ -168,6 +174,45 @@ def _special(config: dict[str, Any], where: Any) -> dict[str, str]:
       raise ConfigError(f'{where}: {role}_token {config[f"{role}_token"]!r:.60} is no text; save the tokenizer again')
     out[role] = token
   return out
+
+
+def _require_same_normalizer(backend: tokenizers.Tokenizer, given: dict[str, Any], file: epath.Path) -> None:
+  """No setting that transformers obeys and tokenizer.json does not have."""
+  normalizer = backend.normalizer
+  if given.get('tokenizer_class') in _KEPT or not isinstance(normalizer, normalizers.BertNormalizer):
+    return
+  lowercase, accents = normalizer.lowercase, normalizer.strip_accents
+  pairs = [
+    ('do_lower_case', _switch(given, 'do_lower_case', None), lowercase),
+    ('tokenize_chinese_chars', _switch(given, 'tokenize_chinese_chars', None), normalizer.handle_chinese_chars),
+  ]
+  if 'strip_accents' in given:  # null: as lowercase is
+    asked, own = _switch(given, 'strip_accents', None), lowercase if accents is None else accents
+    pairs += [('strip_accents', lowercase if asked is None else asked, own)]
+  for name, asked, own in pairs:
+    if asked not in (None, own):
+      raise ConfigError(
+        f'{file}: {name} is {json.dumps(given[name])}, but the normalizer of tokenizer.json does the opposite; correct '
+        'the one that is wrong, or load the folder with transformers, which obeys the first, and save it again'
+      )
+
+
+def _require_added(backend: tokenizers.Tokenizer, given: dict[str, Any], path: epath.Path, special: Any) -> None:
+  """No token that transformers would add to the vocabulary, or take out of words, and the backend does not."""
+  file, added = path / 'added_tokens.json', list(_read_json(path / 'added_tokens.json'))
+  if 'added_tokens_decoder' in given:  # stands for the older file, which is not read then
+    file = path / 'tokenizer_config.json: added_tokens_decoder'
+    try:
+      added = [str(entry['content']) for entry in given['added_tokens_decoder'].values()]
+    except (AttributeError, LookupError, TypeError) as e:
+      raise ConfigError(f'{file} holds no tokens with their content by id ({e!r}); save the tokenizer again') from e
+  known = {token.content for token in backend.get_added_tokens_decoder().values()}.union(special)
+  for token in added:
+    if token not in known:
+      raise ConfigError(
+        f'{file}: the added token {token!r:.60} is not in tokenizer.json, and would be read as several; load the '
+        'folder with transformers and save it again, which writes all tokens there'
+      )
 
 
 def _switch(config: dict[str, Any], name: str, default: bool | None) -> bool | None:

@@ -101,8 +101,8 @@ def _notes(config: EncoderConfig, heads: Collection[str], described: Mapping[str
     ]
   if cls == 'BertForSequenceClassification' and not config.pooler:
     lines += [
-      'The classifier is one layer on the first token. BERT reads its pooler, a dense layer and tanh: the pooler is the',
-      f'identity times {first_token.SMALL:g} here, `classifier.weight` divided by that, which gives the same logits.',
+      'The classifier is one layer on the first token. BERT reads its pooler, a dense layer and tanh: here this is',
+      f'{first_token.SMALL:g} times the identity, and `classifier.weight` is divided by that. The logits are the same.',
       '',
     ]
   if described.get('problem_type') == 'regression':

@@ -134,6 +134,18 @@ def _refuse(raw: Mapping[str, Any], kind: str) -> None:
       f"config.json: is_decoder {causal!r}: transformers' ConvBERT masks attention only, its convolution reads later "
       'positions; set is_decoder to false'
     )
+  if raw.get('problem_type') == 'multi_label_classification':
+    raise ConfigError(
+      "config.json: problem_type 'multi_label_classification': classifiers here choose one label of each row; to take "
+      'the encoder alone, save it with the class AutoModel and remove problem_type'
+    )
+  named = raw.get('architectures')
+  for cls in named if isinstance(named, list) else ():
+    if isinstance(cls, str) and cls.endswith('ForMultipleChoice'):
+      raise ConfigError(
+        f'config.json: architectures {cls!r}: choosing among several texts is not implemented, and its scores are no '
+        'regression; to take the encoder alone, save it with the class AutoModel'
+      )
   activation = raw.get('hidden_act', 'gelu')
   if activation not in ('gelu', 'gelu_python'):
     raise ConfigError(f"config.json: hidden_act {activation!r}; only the exact (erf) 'gelu' is implemented")

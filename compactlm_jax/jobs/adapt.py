@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -34,9 +34,9 @@ from compactlm_jax.jobs.finetune import (
   table_digest,
 )
 from compactlm_jax.jobs.grid_rows import cell_scores
-from compactlm_jax.jobs.models import load_model, params_digest, tokenizer_of
+from compactlm_jax.jobs.models import load_model, tokenizer_of
 from compactlm_jax.jobs.pretrain import electra_job, mlm_job
-from compactlm_jax.jobs.start import starting_model
+from compactlm_jax.jobs.start import check_length, starting_model
 from compactlm_jax.tasks.adapt import make_adapt_task, terms
 from compactlm_jax.tasks.finetune import SentenceModel, make_finetune_task
 from compactlm_jax.types import Params, Task
@@ -52,13 +52,11 @@ class AdaptJob:
     task: losses and evaluation of all cells.
     data: its rows; held-out rows are scored for each cell.
     keeper: of the best networks, and of the grid.
-    identity: 'start', the digest of the fine-tuned weights that it starts from.
   """
 
   task: Task
   data: JobData
   keeper: BestCells
-  identity: Mapping[str, str]
 
 
 def adapt_job(config: RunConfig) -> AdaptJob:
@@ -74,6 +72,11 @@ def adapt_job(config: RunConfig) -> AdaptJob:
     ConfigError, DataError: fields, weights or files that do not fit.
   """
   stage, adapt = config.adapt.stages[-1], config.adapt
+  if adapt.term == 'relations' and config.optimizer.accumulate > 1 and config.distill.normalize == 'tokens':
+    raise ConfigError(
+      'config.distill.normalize: relations are a mean over tokens and the other terms one over rows, so that parts of '
+      "a batch (config.optimizer.accumulate) do not add up to it; set it to 'examples'"
+    )
   if adapt.base != 'finetune':
     return _pretraining(config)
   if config.finetune.benchmark in SQUAD:
@@ -103,7 +106,7 @@ def adapt_job(config: RunConfig) -> AdaptJob:
   task = _balanced(make, config, stage, train)
   metric, keep = rows.metrics[0], adapt.keep_best and len(evals) > 0
   keeper = BestCells(grid, encoder, task.model, metric, metric != 'mse', data.tokenizer, config.data.seq_len, keep)
-  return AdaptJob(task, data, keeper, {'start': params_digest(bundle.params)})
+  return AdaptJob(task, data.starting_from(bundle if _source(config) else None), keeper)
 
 
 def _pretraining(config: RunConfig) -> AdaptJob:
@@ -113,7 +116,7 @@ def _pretraining(config: RunConfig) -> AdaptJob:
   _check_cells(config, encoder)
   keep, grid = config.adapt.keep_best and len(data.evals) > 0, cells(config.adapt, encoder)
   keeper = BestCells(grid, encoder, task.model, 'loss', False, data.tokenizer, data.train.seq_len, keep)
-  return AdaptJob(task, data, keeper, {})
+  return AdaptJob(task, data, keeper)
 
 
 def _check_cells(config: RunConfig, encoder: EncoderConfig) -> None:
@@ -153,10 +156,12 @@ def _generated(config: RunConfig) -> tuple[Bundle, Labelled]:
     raise ConfigError('config.adapt.augmented: are rows of data.train or of a benchmark, and neither is named')
   rows = generated_labelled(config)
   if not _source(config):
+    check_length(config, config.encoder, 'encoder')
     finetune = dataclasses.replace(config.finetune, pooled=config.encoder.pooler)
     task = make_finetune_task(config.encoder, rows.classes, finetune)
     return Bundle(config.encoder, task.init(jax.random.key(config.seed)), None, rows.classes), rows
   bundle = load_model(_source(config))
+  check_length(config, bundle.config, 'model' if config.model else 'teacher')
   if bundle.config.vocab_size != rows.job.train.vocab_size:
     raise ConfigError(
       f'config.encoder.vocab_size: generated rows have {rows.job.train.vocab_size} tokens and {_source(config)} '

@@ -11,6 +11,7 @@ import numpy as np
 
 from compactlm_jax.config import RunConfig
 from compactlm_jax.data.batches import Batches, by_length, eval_batches
+from compactlm_jax.data.source import RowSource
 from compactlm_jax.errors import ConfigError
 from compactlm_jax.jobs.adapt import adapt_job
 from compactlm_jax.jobs.data import EvalSet
@@ -20,9 +21,12 @@ from compactlm_jax.jobs.models import params_digest
 from compactlm_jax.jobs.pretrain import electra_job, lm_job, mlm_job
 from compactlm_jax.jobs.prune import pruned
 from compactlm_jax.jobs.stages import run_stages
+from compactlm_jax.jobs.start import probe_rows
 from compactlm_jax.parallel import host_rows, make_mesh
 from compactlm_jax.train.evaluate import Evaluation
 from compactlm_jax.train.loop import Job, train
+from compactlm_jax.tree import named_leaves
+from compactlm_jax.types import Task
 
 _BUILDERS = {
   'electra': electra_job,
@@ -58,9 +62,11 @@ def build_job(config: RunConfig) -> Job:
       f'config.optimizer.warmup_steps: the run has {steps} steps and would warm up for '
       f'{config.optimizer.warmup_steps}; lower it, or use optimizer.warmup_fraction'
     )
+  _check_segments(task, data.train)
   if config.task == 'prune':
     task = pruned(task, config, steps)
-  identity = {'data': data.identity, 'tokenizer': data.train.fingerprint, **(made.identity if made else {})}
+  found = {'data': data.identity, 'eval': data.held_out, 'tokenizer': data.train.fingerprint, 'start': data.start}
+  identity = {name: digest for name, digest in found.items() if digest}
   if task.frozen is not None:
     identity['teacher'] = params_digest(task.frozen)
   files = {f'tokenizer/{name}': content for name, content in data.tokenizer.files.items()} if data.tokenizer else {}
@@ -71,6 +77,20 @@ def build_job(config: RunConfig) -> Job:
   )  # fmt: skip
   evals = tuple(evaluation(held, config) for held in data.evals)
   return Job(task, config, steps, batches, evals, identity, files, made.keeper if made else None)
+
+
+def _check_segments(task: Task, rows: RowSource) -> None:
+  """Raises ConfigError for a model or teacher without an embedding for the second texts of the rows."""
+  probe = probe_rows(rows, 64)
+  seen = int(np.max(probe.fetch(np.arange(len(probe)))['token_type_ids'], initial=0))
+  trees = {'model': jax.eval_shape(task.init, jax.random.key(0)), 'teacher': task.frozen or {}}
+  for owner, tree in trees.items():
+    table = named_leaves(tree).get('encoder/embeddings/token_type/embedding')
+    if table is not None and seen >= table.shape[0]:
+      raise ConfigError(
+        f'config.{owner}: it has embeddings for {table.shape[0]} kinds of tokens (type_vocab_size), and the rows have '
+        f'{seen + 1}: first and second texts; prepare rows of single texts, or take a model that knows pairs'
+      )
 
 
 def evaluation(held: EvalSet, config: RunConfig) -> Evaluation:

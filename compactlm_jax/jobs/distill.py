@@ -10,7 +10,7 @@ import jax
 
 from compactlm_jax.config import RunConfig
 from compactlm_jax.errors import ConfigError
-from compactlm_jax.jobs.data import JobData, generated, prepared
+from compactlm_jax.jobs.data import JobData, generated, prepared, refuse_unread
 from compactlm_jax.jobs.models import load_model, tokenizer_of
 from compactlm_jax.nn.encoder import init_encoder
 from compactlm_jax.tasks.distill import make_distill_task
@@ -39,7 +39,7 @@ def distill_job(config: RunConfig) -> tuple[Task, JobData]:
     student_tokenizer=data.train.fingerprint,
     teacher_tokenizer=fingerprint,
   )
-  return task, data
+  return task, data.starting_from(start)
 
 
 def _maker(config: RunConfig) -> Callable[..., Task]:
@@ -53,6 +53,8 @@ def _distill_generated(config: RunConfig) -> tuple[Task, JobData]:
   """A random teacher, twice as deep: for trying the machinery without any file."""
   if config.data.path:
     raise ConfigError('config.teacher: name a model folder or a run; only generated data can do without')
+  why = 'config.teacher is not set, and without it teacher and student are random; name a model folder or a run there'
+  refuse_unread({'model': config.model}, why)
   deeper = dataclasses.replace(config.encoder, num_layers=2 * config.encoder.num_layers)
   # Wide kernels: a fresh teacher's relations are almost uniform, and there would be nothing to learn.
   deeper = dataclasses.replace(deeper, initializer_range=0.1)

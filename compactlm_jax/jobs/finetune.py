@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -21,14 +20,17 @@ from compactlm_jax.data.tokenizer import Tokenizer
 from compactlm_jax.errors import ConfigError
 from compactlm_jax.interop.bundle import Bundle
 from compactlm_jax.interop.tokenizer_files import TokenizerFiles
-from compactlm_jax.jobs.data import EvalSet, JobData
+from compactlm_jax.jobs.data import EvalSet, JobData, refuse_unread
 from compactlm_jax.jobs.squad import squad_job
-from compactlm_jax.jobs.start import kept_rows, probe_rows, starting_model, teacher_model
+from compactlm_jax.jobs.start import check_length, kept_rows, probe_rows, starting_model, teacher_model
 from compactlm_jax.scoring.classification import class_scores, metric_names, score_scores
 from compactlm_jax.tasks.finetune import classify, make_finetune_task
 from compactlm_jax.types import Params, Score, Task
 
 _PROBE_ROWS = 512
+_GENERATED = (
+  'config.data.train is not set, and without it rows are generated; name your table, or set config.finetune.benchmark'
+)
 
 
 def finetune_job(config: RunConfig) -> tuple[Task, JobData]:
@@ -46,7 +48,7 @@ def finetune_job(config: RunConfig) -> tuple[Task, JobData]:
   encoder = bundle.config.with_run_options(config.encoder)
   teacher = labelled_teacher(config, data.classes, data.job.train) if config.teacher else None
   task = make_finetune_task(encoder, data.classes, config.finetune, bundle.params, teacher)
-  return task, data.job
+  return task, data.job.starting_from(bundle)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,10 +81,11 @@ def labelled_data(config: RunConfig, tokenizer: Tokenizer, files: TokenizerFiles
   train, classes = _subset(train, config), train.classes
   if config.finetune.swap_pairs:
     train = _with_swapped(train)
-  rows = tokenize_table(train, tokenizer, config.data.seq_len)
+  seq_len = config.data.seq_len
+  rows = tokenize_table(train, tokenizer, seq_len)
   metrics = metrics or metric_names(len(classes))
   evals = tuple(
-    EvalSet(tokenize_table(table, tokenizer, config.data.seq_len), _score(classes, metrics), prefix)
+    EvalSet(tokenize_table(table, tokenizer, seq_len), _score(classes, metrics), prefix, digest=table_digest(table))
     for prefix, table in held
   )
   return Labelled(JobData(rows, evals, table_digest(train), files), classes, metrics)
@@ -92,9 +95,10 @@ def generated_labelled(config: RunConfig) -> Labelled:
   """Generated rows of two classes, for trying a task without files; their seed is the run's.
 
   Raises:
-    ConfigError: files are named that would not be read.
+    ConfigError: fields are set that would not be read.
   """
-  _refuse_unread({'data.dev': config.data.dev, 'data.path': config.data.path})
+  names = ('dev', 'path', 'eval_path', 'train_rows', 'tokenizer')
+  refuse_unread({f'data.{name}': getattr(config.data, name) for name in names}, _GENERATED)
   sizes: dict[str, Any] = {'seq_len': config.data.seq_len, 'vocab_size': config.encoder.vocab_size}
   rows = synthetic_table(seed=config.seed, **sizes)
   dev = synthetic_table(seed=config.seed, rows=512, rows_seed=1, **sizes)
@@ -104,18 +108,10 @@ def generated_labelled(config: RunConfig) -> Labelled:
 
 
 def _generated(config: RunConfig) -> tuple[Task, JobData]:
-  _refuse_unread({'model': config.model, 'teacher': config.teacher})
+  refuse_unread({'model': config.model, 'teacher': config.teacher}, _GENERATED)
   data = generated_labelled(config)
+  check_length(config, config.encoder, 'encoder')
   return make_finetune_task(config.encoder, data.classes, config.finetune), data.job
-
-
-def _refuse_unread(fields: Mapping[str, str]) -> None:
-  for name, value in fields.items():
-    if value:
-      raise ConfigError(
-        f'config.{name}: {value} would not be read: config.data.train is not set, and without it rows are generated; '
-        'name your table, or set config.finetune.benchmark'
-      )
 
 
 def _tables(config: RunConfig) -> tuple[Table, list[tuple[str, Table]], tuple[str, ...]]:
@@ -125,11 +121,7 @@ def _tables(config: RunConfig) -> tuple[Table, list[tuple[str, Table]], tuple[st
   scores = bool(config.data.score_column)
   columns = (config.data.text_columns, config.data.score_column or config.data.label_column)
   train = read_table(config.data.train, *columns, scores=scores)
-  if config.finetune.num_classes not in (0, len(train.classes)):
-    raise ConfigError(
-      f'config.finetune.num_classes: {config.finetune.num_classes}, but {config.data.train} has {len(train.classes)} '
-      f'classes ({", ".join(train.classes[:8])}); set it to 0'
-    )
+  _check_classes(config, train)
   held = []
   if config.data.dev:
     held.append(('', read_table(config.data.dev, *columns, classes=None if scores else train.classes, scores=scores)))
@@ -143,9 +135,24 @@ def _glue_tables(config: RunConfig) -> tuple[Table, list[tuple[str, Table]], tup
       f'config.data.train: {config.finetune.benchmark} is read from config.data.path; leave train and dev out, or set '
       "config.finetune.benchmark to '' for tables of your own"
     )
+  if config.data.score_column:
+    raise ConfigError(
+      f'config.data.score_column: {config.data.score_column!r} is for tables of your own; {config.finetune.benchmark} '
+      "knows its columns: set it to ''"
+    )
   task, root = glue_task(config.finetune.benchmark), config.data.path
   held = [(split.prefix, read_glue(task.name, root, split.name)) for split in task.dev_splits]
-  return read_glue(task.name, root, 'train'), held, task.metrics
+  train = read_glue(task.name, root, 'train')
+  _check_classes(config, train)
+  return train, held, task.metrics
+
+
+def _check_classes(config: RunConfig, train: Table) -> None:
+  if config.finetune.num_classes not in (0, len(train.classes)):
+    raise ConfigError(
+      f'config.finetune.num_classes: {config.finetune.num_classes}, but {train.name} has {len(train.classes)} '
+      f'classes ({", ".join(train.classes[:8])}); set it to 0'
+    )
 
 
 def _score(classes: tuple[str, ...], names: tuple[str, ...]) -> Score:

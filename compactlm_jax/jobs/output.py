@@ -12,11 +12,13 @@ def output_table(output: str) -> epath.Path:
   """The path of `--output`.
 
   Raises:
-    ConfigError: neither .tsv nor .jsonl, or its folder is not there.
+    ConfigError: neither .tsv nor .jsonl, a folder, or its folder is not there.
   """
   target = epath.Path(output)
   if target.suffix not in ('.tsv', '.jsonl'):
     raise ConfigError(f'--output: {output} must end in .tsv or .jsonl')
   if not is_remote(target) and not absolute(target).parent.is_dir():
     raise ConfigError(f'--output: the folder of {output} is not there')
+  if not is_remote(target) and target.is_dir():
+    raise ConfigError(f'--output: {output} is a folder; name a file')
   return target

@@ -172,9 +172,10 @@ def _cell(value: Any) -> str:
 
 
 def _rows(file: epath.Path, columns: tuple[str, ...]) -> Iterator[Row]:
-  if '.txt' in file.suffixes[-2:]:
+  kind = epath.Path(file.name.removesuffix('.gz')).suffix
+  if kind == '.txt':
     lines: Iterator[tuple[int, dict[str, Any]]] = ((number, {'text': line}) for number, line in numbered_lines(file))
-  elif {'.tsv', '.jsonl'} & set(file.suffixes[-2:]):
+  elif kind in ('.tsv', '.jsonl'):
     lines = table_rows(file)
   else:
     raise ConfigError(f'--input: {file} is of an unknown kind; use .tsv, .jsonl or .txt, optionally with .gz')

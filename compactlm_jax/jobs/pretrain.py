@@ -13,7 +13,7 @@ from compactlm_jax.interop.bundle import Bundle
 from compactlm_jax.interop.folder import open_folder
 from compactlm_jax.interop.pretrained import electra_start, mlm_start
 from compactlm_jax.interop.tokenizer_files import read_tokenizer
-from compactlm_jax.jobs.data import JobData, generated, prepared
+from compactlm_jax.jobs.data import JobData, generated, prepared, refuse_unread
 from compactlm_jax.jobs.models import load_generator, load_model, tokenizer_folder, tokenizer_of
 from compactlm_jax.tasks.elastic_pretrain import make_elastic_electra_task, make_elastic_mlm_task
 from compactlm_jax.tasks.electra import make_electra_task
@@ -36,6 +36,7 @@ def electra_job(config: RunConfig) -> tuple[Task, JobData]:
   _check_words(generator, data, config.electra.generator)
   small = config.electra.generator_encoder(encoder)
   start, fresh = electra_start(found, generator, encoder, small, config.electra.sharing)
+  data = data.starting_from(found, generator)
   if found or generator:
     _report(fresh)
   if config.task == 'adapt':
@@ -66,8 +67,8 @@ def mlm_job(config: RunConfig) -> tuple[Task, JobData]:
   found, encoder = _encoder(config, data)
   start = _start(found, encoder)
   if config.task == 'adapt':
-    return make_elastic_mlm_task(encoder, config.mask, special, config.adapt, start), data
-  return make_mlm_task(encoder, config.mask, special, start), data
+    return make_elastic_mlm_task(encoder, config.mask, special, config.adapt, start), data.starting_from(found)
+  return make_mlm_task(encoder, config.mask, special, start), data.starting_from(found)
 
 
 def lm_job(config: RunConfig) -> tuple[Task, JobData]:
@@ -80,7 +81,7 @@ def lm_job(config: RunConfig) -> tuple[Task, JobData]:
   found, encoder = _encoder(config, data)
   encoder = dataclasses.replace(encoder, causal=config.encoder.causal)
   words_per_token = data.evals[0].rows.words_per_token if data.evals else 0.0
-  return make_lm_task(encoder, words_per_token=words_per_token, start=_start(found, encoder)), data
+  return make_lm_task(encoder, words_per_token=words_per_token, start=_start(found, encoder)), data.starting_from(found)
 
 
 def _start(found: Bundle | None, encoder: EncoderConfig) -> Params | None:
@@ -99,6 +100,8 @@ def _report(fresh: tuple[str, ...]) -> None:
 
 def _rows(config: RunConfig) -> tuple[JobData, SpecialTokens]:
   """The rows of a run and the ids of their special tokens."""
+  why = 'this objective has no teacher; leave it out, or distil (config.task=distill, or config.adapt.base=distill)'
+  refuse_unread({'teacher': config.teacher}, why)
   if not config.data.path:
     if config.model:
       raise ConfigError(

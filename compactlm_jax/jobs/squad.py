@@ -55,11 +55,12 @@ def squad_job(config: RunConfig) -> tuple[Task, JobData]:
   if dev is not None:
     held = cut(dev)
     _warn(held)
-    evals.append(EvalSet(held.rows, span_score(held, span, version), files=span_files(held, span, version)))
+    score, files = span_score(held, span, version), span_files(held, span, version)
+    evals.append(EvalSet(held.rows, score, files=files, digest=dev.digest))
   encoder = bundle.config.with_run_options(config.encoder)
   teacher = _teacher(config, windows.rows) if config.teacher else None
   task = make_span_task(encoder, span, config.finetune, version=version, start=bundle.params, teacher=teacher)
-  return task, JobData(windows.rows, tuple(evals), train.digest, bundle.tokenizer)
+  return task, JobData(windows.rows, tuple(evals), train.digest, bundle.tokenizer).starting_from(bundle)
 
 
 def span_answers(windows: Windows, outputs: Mapping[str, np.ndarray], span: SpanConfig, version: int) -> Answers:

@@ -25,7 +25,7 @@ def starting_model(config: RunConfig) -> tuple[Bundle, Tokenizer]:
     raise ConfigError('config.model: name the model folder or run to fine-tune')
   bundle, tokenizer = load_model(config.model), tokenizer_of(config.model)
   check_tokenizer(config, tokenizer.fingerprint())
-  _check_length(config, bundle.config, 'model')
+  check_length(config, bundle.config, 'model')
   return bundle, tokenizer
 
 
@@ -41,7 +41,7 @@ def teacher_model(config: RunConfig, rows: RowSource) -> Bundle:
   generated = rows.fingerprint == synthetic_fingerprint(bundle.config.vocab_size)
   if not generated and tokenizer_of(config.teacher).fingerprint() != rows.fingerprint:
     raise ConfigError(f'config.teacher: {config.teacher} has another tokenizer than {config.model or "the rows"}')
-  _check_length(config, bundle.config, 'teacher')
+  check_length(config, bundle.config, 'teacher')
   return bundle
 
 
@@ -63,8 +63,11 @@ def kept_rows(config: RunConfig, size: int, name: str) -> np.ndarray | None:
   return np.sort(np.random.default_rng(0).permutation(size)[:count]) if count else None
 
 
-def _check_length(config: RunConfig, encoder: EncoderConfig, owner: str) -> None:
+def check_length(config: RunConfig, encoder: EncoderConfig, owner: str) -> None:
+  """Raises ConfigError for rows that are longer than an encoder has positions; `owner` is what it belongs to."""
   if config.data.seq_len > encoder.max_positions:
+    remedy = 'lower it' if owner != 'encoder' else 'lower it, or raise config.encoder.max_positions'
     raise ConfigError(
-      f'config.data.seq_len: {config.data.seq_len} is more than the {encoder.max_positions} positions of the {owner}'
+      f'config.data.seq_len: {config.data.seq_len} is more than the {encoder.max_positions} positions of the {owner}; '
+      f'{remedy}'
     )

@@ -42,7 +42,7 @@ class EncoderLayer(nn.Module):
       if not cfg.intermediate_size:
         return Bias(features, name=name)
       if cfg.num_groups > 1:
-        return GroupedDense(features, cfg.num_groups, cfg, name=name)
+        return GroupedDense(features, cfg.num_groups, cfg, self.mask_fn, name=name)
       return MaskedDense(features, cfg, self.mask_fn, name=name)
 
     attended_BTD, qkv = MixedAttention(cfg, self.mask_fn, name='attention')(x_BTD, mask_BT, key, sites[0])
@@ -174,12 +174,9 @@ def encode(
     An EncoderOutput.
 
   Raises:
-    ConfigError: `qkv_layers` of an encoder without self-attention.
+    ConfigError: more tokens than positions; `qkv_layers` that are not there, or of an encoder without self-attention.
   """
-  if qkv_layers and not config.self_attention:
-    raise ConfigError(
-      'config.encoder.self_attention: False leaves no keys and values to return; ask for no layer in qkv_layers'
-    )
+  _check_request(config, input_ids.shape[1], qkv_layers)
   mask = jnp.ones_like(input_ids) if attention_mask is None else attention_mask
   types = jnp.zeros_like(input_ids) if token_type_ids is None else token_type_ids
   variables: dict[str, Any] = {'params': params['encoder']}
@@ -198,6 +195,20 @@ def encode(
   )
   assert isinstance(out, EncoderOutput)  # apply is typed for mutable collections too
   return out
+
+
+def _check_request(config: EncoderConfig, tokens: int, qkv_layers: tuple[int, ...]) -> None:
+  if tokens > config.max_positions:
+    raise ConfigError(
+      f'config.encoder.max_positions: rows of {tokens} tokens, and the encoder has {config.max_positions} positions; '
+      'cut the rows, or train with more positions'
+    )
+  if qkv_layers and not config.self_attention:
+    raise ConfigError(
+      'config.encoder.self_attention: False leaves no keys and values to return; ask for no layer in qkv_layers'
+    )
+  if any(not 1 <= layer <= config.num_layers for layer in qkv_layers):
+    raise ConfigError(f'qkv_layers {qkv_layers}: layers are numbered from 1 to {config.num_layers}')
 
 
 def look_up(params: Params, config: EncoderConfig, input_ids: Int[Array, 'B T']) -> Float[Array, 'B T E']:

@@ -42,10 +42,15 @@ class MaskedDense(nn.Module):
     shape = (x.shape[-1], self.features)
     kernel = self.param('kernel', kernel_init(self.config.initializer_range), shape)
     bias = self.param('bias', nn.initializers.zeros, (self.features,))
-    if self.has_variable('scores', 'kernel') and self.mask_fn is not None:
-      scores: Array = self.get_variable('scores', 'kernel')
-      kernel = masked_weight(kernel, scores, self.mask_fn(scores))
-    return dense(x, kernel, bias)
+    return dense(x, _masked(self, kernel, self.mask_fn), bias)
+
+
+def _masked(layer: nn.Module, kernel: Array, mask_fn: MaskFn | None) -> Array:
+  """The kernel times the mask of the layer's scores, if it has any."""
+  if mask_fn is None or not layer.has_variable('scores', 'kernel'):
+    return kernel
+  scores: Array = layer.get_variable('scores', 'kernel')
+  return masked_weight(kernel, scores, mask_fn(scores))
 
 
 class Bias(nn.Module):
@@ -66,6 +71,7 @@ class GroupedDense(nn.Module):
   features: int
   groups: int
   config: EncoderConfig
+  mask_fn: MaskFn | None = None
 
   @nn.compact
   def __call__(self, x: Float[Array, '*b i']) -> Float[Array, '*b o']:
@@ -73,6 +79,7 @@ class GroupedDense(nn.Module):
     shape = (self.groups, size, self.features // self.groups)
     kernel = self.param('kernel', kernel_init(self.config.initializer_range), shape)
     bias = self.param('bias', nn.initializers.zeros, (self.features,))
+    kernel = _masked(self, kernel, self.mask_fn)
     return add_bias(grouped_matmul(x, kernel.astype(x.dtype)), bias.astype(x.dtype))
 
 

@@ -1,4 +1,4 @@
-"""Heads that find a span: where the answer starts and ends."""
+"""Heads that find a span: where the answer starts and ends. Logits are products in float32, whatever comes in."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class SpanHead(nn.Module):
   def __call__(self, x_BTD: Float[Array, 'B T D']) -> tuple[Float[Array, 'B T'], Float[Array, 'B T']]:
     kernel = self.param('kernel', kernel_init(self.config.initializer_range), (x_BTD.shape[-1], 2))
     bias = self.param('bias', nn.initializers.zeros, (2,))
-    logits_BT2 = dense(x_BTD, kernel, bias).astype(jnp.float32)
+    logits_BT2 = dense(x_BTD.astype(jnp.float32), kernel, bias)
     return logits_BT2[..., 0], logits_BT2[..., 1]
 
 
@@ -71,7 +71,7 @@ class JointSpanHead(nn.Module):
 
   def starts(self, x_BTD: Float[Array, 'B T D'], open_BT: Bool[Array, 'B T']) -> Float[Array, 'B T']:
     """A start logit for each token; `open_BT` is False where no answer can start or end."""
-    logits_BT = dense(x_BTD, *self.start())[..., 0].astype(jnp.float32)
+    logits_BT = dense(x_BTD.astype(jnp.float32), *self.start())[..., 0]
     return logits_BT + jnp.where(open_BT, 0.0, CLOSED)
 
   def ends(
@@ -90,7 +90,7 @@ class JointSpanHead(nn.Module):
     token_BTF = dense(x_BTD, kernel[width:], jnp.zeros_like(bias))
 
     def one(start_BF: jax.Array) -> jax.Array:
-      return dense(gelu(start_BF[:, None] + token_BTF), *output)[..., 0].astype(jnp.float32)
+      return dense(gelu(start_BF[:, None] + token_BTF).astype(jnp.float32), *output)[..., 0]
 
     logits_KBT = jax.lax.map(one, start_BKF.swapaxes(0, 1))
     return logits_KBT.swapaxes(0, 1) + jnp.where(open_BT, 0.0, CLOSED)[:, None]
@@ -101,4 +101,4 @@ class JointSpanHead(nn.Module):
     probs_BT = jax.nn.softmax(start_BT).astype(x_BTD.dtype)
     expected_BD = jnp.einsum('bt,btd->bd', probs_BT, x_BTD)
     both_BD = jnp.concatenate([x_BTD[:, 0], expected_BD], axis=-1)
-    return dense(gelu(dense(both_BD, *hidden)), *output)[..., 0].astype(jnp.float32)
+    return dense(gelu(dense(both_BD, *hidden)).astype(jnp.float32), *output)[..., 0]

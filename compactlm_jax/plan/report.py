@@ -143,7 +143,8 @@ def batch_words(report: Report) -> str:
 
 
 def _share(cfg: RunConfig, top: Topology) -> str:
-  ways = top.devices // (cfg.mesh.model if cfg.mesh.model > 0 else 1)
+  mesh = cfg.mesh
+  ways = top.devices // mesh.model if mesh.model > 0 else mesh.data * mesh.fsdp
   return f'{cfg.batch_size / ways:g}'
 
 

@@ -67,12 +67,12 @@ def draw_curves(report: Report) -> Any:
     ConfigError: matplotlib is not installed, or no run has metrics.jsonl.
   """
   drawn: dict[tuple[str, str], list[tuple[Group, np.ndarray, np.ndarray]]] = {}
-  for group in report.groups:
+  for subject, group in ((subject, group) for subject, groups in report.subjects().items() for group in groups):
     logged = [read_metrics(run.folder) for run in group.runs]
     for name in ('loss', 'eval_loss'):
       curves = [points for points in (points_of(lines, name) for lines in logged) if len(points)]
       if curves:
-        drawn.setdefault((group.subject, name), []).append((group, *on_one_grid(curves)))
+        drawn.setdefault((subject, name), []).append((group, *on_one_grid(curves)))
   if not drawn:
     raise ConfigError('no run has losses in metrics.jsonl: there are no curves to draw')
   subjects = list(dict.fromkeys(subject for subject, _ in drawn))

@@ -67,7 +67,8 @@ class Row:
     nonzero: mean number of them; None where it is not known.
     metric: its name.
     scores: over seeds.
-    of_dense: mean as a fraction of the mean of the dense runs; None without exactly one group of them, or for losses.
+    of_dense: mean as a fraction of the mean of the dense runs of the same starting model; None without exactly one
+      group of them, or for losses.
   """
 
   method: str
@@ -88,8 +89,23 @@ def is_pruned(group: Group) -> bool:
 
 
 def dense_groups(groups: Sequence[Group]) -> list[Group]:
-  """The fine-tuned models that were not pruned."""
-  return [group for group in groups if group.runs[0].config.task == 'finetune']
+  """The fine-tuned models that were not pruned, of the starting models of the pruned ones.
+
+  Args:
+    groups: of one subject.
+  """
+  pruned = [group for group in groups if is_pruned(group)]
+  dense = (group for group in groups if group.runs[0].config.task == 'finetune')
+  return [group for group in dense if any(_same_start(group, other) for other in pruned)]
+
+
+def _same_start(one: Group, other: Group) -> bool:
+  """Whether both began with the same weights, as far as was recorded; without a model, with the same encoder."""
+  a, b = one.runs[0].config, other.runs[0].config
+  if a.model.rstrip('/') != b.model.rstrip('/') or (not a.model and a.encoder != b.encoder):
+    return False
+  digests = {group.fields['identity.start'] for group in (one, other) if group.fields.get('identity.start')}
+  return len(digests) < 2
 
 
 def remaining_of(group: Group) -> float:
@@ -134,10 +150,10 @@ def lines_of(groups: Sequence[Group]) -> tuple[Line, ...]:
 
 def rows_of(groups: Sequence[Group]) -> list[Row]:
   """A row for each metric of each pruned group, line by line."""
-  dense = dense_groups(groups)
   rows = []
   for line in lines_of(groups):
     for group in line.groups:
+      dense = [other for other in dense_groups(groups) if _same_start(group, other)]
       name, value = _decides(group.runs[0].config.prune)
       said = {'regularization': 'lambda'}.get(name, name)
       for metric in group.metrics:

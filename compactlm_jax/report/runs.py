@@ -16,8 +16,12 @@ from compactlm_jax.config import LABELLED, RunConfig, to_json
 from compactlm_jax.errors import ConfigError
 from compactlm_jax.parse import parse_row
 from compactlm_jax.report.grid import Grid, GridRow, over_runs, read_rows
+from compactlm_jax.report.subjects import subject_titles
 
 log = logging.getLogger(__name__)
+
+_RECENT = ('eval', 'start')
+"""Fingerprints that records of older versions lack: of the held-out rows, and of the starting weights."""
 
 ReadRun = Callable[[str], tuple[RunConfig, dict[str, Any]]]
 
@@ -29,7 +33,8 @@ class Run:
   Attributes:
     folder: its directory.
     config: its configuration.
-    identity: fingerprints of its data, tokenizer and teacher.
+    identity: fingerprints of its data (and, as 'eval', of the held-out rows), tokenizer, teacher and the weights that
+      it starts from.
     scores: metrics of results.json.
     steps: optimiser steps.
     seconds: of the process that finished it.
@@ -55,16 +60,15 @@ class Run:
   grid: tuple[GridRow, ...] = ()
 
   @property
-  def subject(self) -> str:
-    """What it was trained and measured on, in a word: runs with different ones share no table.
+  def measured_on(self) -> tuple[str, str]:
+    """(benchmark, or task; path of the user's own files, or ''): what it was trained and measured on.
 
     A run that prunes is measured as one that fine-tunes the dense model, and stands beside it.
     """
-    data = self.config.data
-    labelled = self.config.labelled
-    named, task = self.config.finetune.benchmark if labelled else '', 'finetune' if labelled else self.config.task
+    data, labelled = self.config.data, self.config.labelled
+    named = self.config.finetune.benchmark if labelled else ''
     file = data.dev or data.train or data.eval_path or data.path
-    return named or (f'{task} on {epath.Path(file).name}' if file else task)
+    return named or ('finetune' if labelled else self.config.task), '' if named or not file else str(epath.Path(file))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,11 +84,6 @@ class Group:
   name: str
   runs: tuple[Run, ...]
   fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-  @property
-  def subject(self) -> str:
-    """See `Run.subject`."""
-    return self.runs[0].subject
 
   @property
   def benchmark(self) -> str:
@@ -123,11 +122,18 @@ class Report:
   notes: tuple[str, ...] = ()
 
   def subjects(self) -> dict[str, list[Group]]:
-    """Groups by what they were measured on."""
-    found: dict[str, list[Group]] = {}
+    """Groups by what they were measured on, in a few words: groups with different subjects share no table.
+
+    Held-out rows are the same if their fingerprints are; where none was recorded, if their path is.
+    """
+    found: dict[tuple[str, str], list[Group]] = {}
     for group in self.groups:
-      found.setdefault(group.subject, []).append(group)
-    return found
+      what, file = group.runs[0].measured_on
+      found.setdefault((what, group.runs[0].identity.get('eval') or file), []).append(group)
+    titles = subject_titles(
+      [(*own[0].runs[0].measured_on, own[0].runs[0].identity.get('eval', '')) for own in found.values()]
+    )
+    return dict(zip(titles, found.values()))
 
 
 def collect(folders: Sequence[str], read_run: ReadRun, free: tuple[str, ...] = ()) -> Report:
@@ -157,7 +163,7 @@ def collect(folders: Sequence[str], read_run: ReadRun, free: tuple[str, ...] = (
   if not runs:
     raise ConfigError('no finished run: ' + '; '.join(f'{folder}: {why}' for folder, why in left_out))
   _check_one_task([run for run, _ in runs])
-  groups = _group(runs, free)
+  groups = _group(list(zip(_completed([run for run, _ in runs]), (parent for _, parent in runs))), free)
   return Report(groups, tuple(left_out), tuple(note for group in groups for note in _notes(group)))
 
 
@@ -231,6 +237,26 @@ def _check_one_task(runs: Sequence[Run]) -> None:
       )
 
 
+def _completed(runs: Sequence[Run]) -> list[Run]:
+  """The runs, with fingerprints that older versions did not record where all others of the same files agree."""
+
+  def source(run: Run, name: str) -> tuple[str, ...]:
+    if name == 'start':
+      return name, run.config.model, run.config.teacher, run.config.electra.generator
+    return name, json.dumps(to_json(run.config)['data'], sort_keys=True), *run.measured_on
+
+  known: dict[tuple[str, ...], set[str]] = {}
+  for run in runs:
+    for name in _RECENT:
+      known.setdefault(source(run, name), set()).update(filter(None, [run.identity.get(name)]))
+  out = []
+  for run in runs:
+    others = {name: known[source(run, name)] for name in _RECENT if not run.identity.get(name)}
+    found = {name: next(iter(digests)) for name, digests in others.items() if len(digests) == 1}
+    out.append(dataclasses.replace(run, identity={**run.identity, **found}) if found else run)
+  return out
+
+
 def _fields(run: Run, free: tuple[str, ...]) -> dict[str, Any]:
   """Everything that runs of a group share: field -> value, and fingerprints."""
 
@@ -240,12 +266,19 @@ def _fields(run: Run, free: tuple[str, ...]) -> dict[str, Any]:
       out |= flat(value, f'{prefix}{name}.') if isinstance(value, Mapping) else {prefix + name: value}
     return out
 
-  # Without a folder of its own a teacher is generated, and its seed is the run's.
-  identity = {k: v for k, v in run.identity.items() if k != 'teacher' or run.config.teacher}
+  identity = {k: v for k, v in run.identity.items() if v and k not in _seeded(run.config)}
   fields = flat(to_json(run.config), 'config.')
   return {k: v for k, v in fields.items() if k.removeprefix('config.') not in ('seed', *free)} | flat(
     identity, 'identity.'
   )
+
+
+def _seeded(config: RunConfig) -> set[str]:
+  """Fingerprints of weights that the run made from its seed: of no folder, or of an earlier stage."""
+  if config.task == 'adapt' and config.adapt.base == 'finetune' and len(config.adapt.stages) > 1:
+    return {'teacher', 'start'}
+  named = {'teacher': config.teacher, 'start': config.model or config.teacher or config.electra.generator}
+  return {name for name, folder in named.items() if not folder}
 
 
 def _group(runs: Sequence[tuple[Run, str]], free: tuple[str, ...]) -> tuple[Group, ...]:

@@ -81,10 +81,11 @@ def as_csv(report: Report) -> str:
 
 def as_json(report: Report) -> str:
   """Everything, nested; a figure that is not known or not finite is null."""
+  subjects = {group.name: subject for subject, members in report.subjects().items() for group in members}
   groups = [
     {
       'name': group.name,
-      'subject': group.subject,
+      'subject': subjects[group.name],
       'task': group.runs[0].config.task,
       'metrics': {
         metric: {k: _finite(v) for k, v in dataclasses.asdict(summarize(group.values(metric), metric)).items()}

@@ -87,7 +87,7 @@ def make_distill_task(
     loss=loss,
     evaluate=evaluate,
     frozen=_needed(teacher, teacher_params, layer_pairs(student, teacher, config)[0][-1]),
-    trainable=_trainable(student),
+    trainable=_trainable(student, config),
     model={'encoder': to_json(student), 'distill': to_json(config)},
   )
 
@@ -138,6 +138,11 @@ def check_distill(student: EncoderConfig, teacher: EncoderConfig, config: Distil
       f'to {teacher.num_layers}, or 0 for the last'
     )
   for side, encoder in (('encoder', student), ('teacher', teacher)):
+    if encoder.causal:
+      raise ConfigError(
+        f'config.{side}.causal: relations are those of all real tokens, and a left-to-right model attends to earlier '
+        'ones only; take one that reads both directions'
+      )
     if not encoder.self_attention:
       raise ConfigError(
         f'config.{side}.self_attention: relations compare queries, keys and values, and with False there are no keys '
@@ -232,9 +237,11 @@ def _metric(part: str) -> str:
   return part if part == VALUE_MSE else f'relation_{part}'
 
 
-def _trainable(student: EncoderConfig) -> Trainable:
-  """All but the pooler and what lies above the last layer's projections."""
-  above = r'encoder/layers/(attention/(output|conv)/.*|attention_norm/.*|ffn_.*)'
+def _trainable(student: EncoderConfig, config: DistillConfig) -> Trainable:
+  """All but the pooler, what lies above the last layer's projections, and those of them that no relation names."""
+  named = set(''.join(config.relations)) | ({'v'} if config.value_loss == 'mse' else set())
+  unread = ''.join(rf'|attention/{name}/.*' for name in ('query', 'key', 'value') if name[0] not in named)
+  above = rf'encoder/layers/(attention/(output|conv)/.*|attention_norm/.*|ffn_.*{unread})'
   below_last = (True,) * (student.num_layers - 1) + (False,)
   rest = rf'(?!encoder/pooler/)(?!{above}).*'
   return ((r'encoder/pooler/.*', False), (above, below_last), (rest, True))

@@ -114,7 +114,7 @@ class SentenceModel:
     config: head, dropout, scale of scores.
 
   Raises:
-    ConfigError: one class, or `pooled` without a pooler.
+    ConfigError: one class, `pooled` without a pooler, or a causal encoder.
   """
 
   encoder: EncoderConfig
@@ -126,6 +126,11 @@ class SentenceModel:
       raise ConfigError(f'config.data.label_column: found 1 class {self.classes}; at least two are needed')
     if self.config.pooled and not self.encoder.pooler:
       raise ConfigError('config.finetune.pooled: this encoder has no pooler; set it to False')
+    if self.encoder.causal:
+      raise ConfigError(
+        'config.encoder.causal: the head reads the first token, which sees no other token of a left-to-right model; '
+        'take a model that reads both directions'
+      )
 
   @property
   def width(self) -> int:

@@ -106,7 +106,8 @@ def train(
     trace = stack.enter_context(Profile(profile, epath.Path(workdir) / 'profile', total))
     mesh = _checked_mesh(job)
     stop = stack.enter_context(StopRequest())  # before the lock is taken: it is not left behind
-    stack.enter_context(open_run(workdir, config, dict(job.identity), allow_change=allow_change, steal_lock=steal_lock))
+    held = open_run(workdir, config, job.identity, allow_change=allow_change, steal_lock=steal_lock, total_steps=total)
+    stack.enter_context(held)
     _keep_files(job, epath.Path(workdir))
     checkpoints = stack.enter_context(Checkpoints(epath.Path(workdir) / 'checkpoints', keep=config.keep))
     state, frozen, step_fn, missed = _set_up(job, mesh, checkpoints)
@@ -117,14 +118,13 @@ def train(
     writer = stack.enter_context(MetricsWriter(workdir, total, start_step=first))
     reporter = Reporter(job.task, config, learning_rate_schedule(config.optimizer, total), writer, workdir)
     metadata = {'model': dict(job.task.model), 'task': job.task.name, 'identity': dict(job.identity)}
-    evaluated = _evaluator(job, mesh, frozen, metadata)
+    evaluated = _evaluator(job, mesh, frozen, metadata, checkpoints)
     if job.keeper is not None:
       job.keeper.start(epath.Path(workdir), first)
     if missed:
       _make_up(writer, workdir, first, evaluated(state)[1])
     watchdog = stack.enter_context(Watchdog())
-    batches = itertools.islice(job.batches.prefetch(first), max(0, total - first))
-    for step, batch in watchdog.over(first, batches):
+    for step, batch in watchdog.over(first, itertools.islice(job.batches.prefetch(first), max(0, total - first))):
       state, metrics = trace.run(step, step_fn, state, frozen, to_global(mesh, batch))
       done, stopping = step + 1, stop.requested(step + 1)
       reporter.add(done, metrics, batch, state, frozen)
@@ -184,7 +184,7 @@ def _make_up(writer: MetricsWriter, workdir: str, step: int, scores: Mapping[str
 
 
 def _evaluator(
-  job: Job, mesh: Any, frozen: Any, metadata: Mapping[str, Any]
+  job: Job, mesh: Any, frozen: Any, metadata: Mapping[str, Any], checkpoints: Checkpoints
 ) -> Callable[[TrainState], tuple[Params, dict[str, float]]]:
   """State -> finished parameters and their metrics, which the keeper gets to see."""
   evaluate, finished = make_evaluate(job.task, mesh), make_finished(job.task, mesh)
@@ -193,6 +193,7 @@ def _evaluator(
     params = finished(state.params)
     scores = {name: value for held in job.evals for name, value in evaluate(params, frozen, held).items()}
     if job.keeper is not None:
+      checkpoints.settle()  # Orbax counts saves: two at once would be counted otherwise on each host
       job.keeper.offer(TrainState(state.step, params, ()), scores, metadata)
     return params, scores
 

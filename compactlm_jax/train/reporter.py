@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -20,8 +22,26 @@ from compactlm_jax.types import Batch, Metrics, Task, TrainState
 log = logging.getLogger(__name__)
 
 
+@dataclasses.dataclass
+class _Pending:
+  """A step that is not reported yet, and when it was first seen to be finished."""
+
+  done: int
+  metrics: Mapping[str, Any]
+  batch: Batch
+  finished: float | None = None
+
+  def look(self) -> None:
+    if self.finished is None and all(value.is_ready() for value in self.metrics.values()):
+      self.finished = time.monotonic()
+
+
 class Reporter:
   """Writes metrics and ends the run when non-finite updates do not stop.
+
+  Rates are taken between the times at which steps finished, whenever their lines are written. Where a step is computed
+  while it is called (a CPU), that is when it is added; where it is only started then (an accelerator), it is when the
+  wait for its metrics ends or, if the rows of the next step took longer than it did, when those have come.
 
   Args:
     task: of the run.
@@ -36,7 +56,7 @@ class Reporter:
   ) -> None:
     self._task, self._config, self._schedule = task, config, schedule
     self._writer, self._workdir = writer, epath.Path(workdir)
-    self._pending: tuple[int, Metrics, Batch] | None = None
+    self._pending: _Pending | None = None
     self._bad_steps: list[int] = []
 
   def add(self, done: int, metrics: Metrics, batch: Batch, state: TrainState, frozen: Any) -> None:
@@ -46,8 +66,12 @@ class Reporter:
       NumericsError: `max_bad_steps` non-finite updates in a row.
     """
     self._latest = (state, frozen)  # older states were donated to the step
+    added = _Pending(done, metrics, batch)
+    for step in (self._pending, added):  # before the wait for the earlier one, which the later one may not need
+      if step is not None:
+        step.look()
     self.flush()
-    self._pending = (done, metrics, batch)
+    self._pending = added
 
   def flush(self) -> None:
     """Reports what is pending.
@@ -57,15 +81,16 @@ class Reporter:
     """
     if self._pending is None:
       return
-    done, metrics, batch = self._pending
-    self._pending = None
-    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    pending, self._pending = self._pending, None
+    done, batch = pending.done, pending.batch
+    values = {name: float(value) for name, value in jax.device_get(pending.metrics).items()}
+    pending.look()
     self._bad_steps = [*self._bad_steps, done] if values['bad_step'] else []
     # Those of all hosts, taken from the share of this one.
     tokens = round(int(batch.attention_mask.sum()) * self._config.batch_size / len(batch.input_ids))
     line = {**values, 'learning_rate': float(self._schedule(done - 1))}
     logged = done % self._config.log_every == 0 or bool(values['bad_step'])
-    self._writer.step(done, line, tokens=tokens, logged=logged)
+    self._writer.step(done, line, tokens=tokens, logged=logged, finished=pending.finished)
     if len(self._bad_steps) >= self._config.optimizer.max_bad_steps:
       self._give_up(batch, line)
 

@@ -51,6 +51,7 @@ def open_run(
   *,
   allow_change: tuple[str, ...] = (),
   steal_lock: bool = False,
+  total_steps: int = 0,
 ) -> Iterator[epath.Path]:
   """Holds a run directory: makes it, locks it, checks that a resume continues the same run, writes config.json.
 
@@ -61,13 +62,15 @@ def open_run(
     allow_change: fields ('optimizer.learning_rate'), sections ('optimizer') or fingerprints ('identity.teacher') that
       may differ from the run that is resumed; each difference is recorded under 'changes' in config.json.
     steal_lock: take over a lock whose holder cannot be proved dead because it is on another host.
+    total_steps: optimiser steps of the run; when all of them are done, nothing may differ. 0 is not known.
 
   Yields:
     The directory.
 
   Raises:
     LockedError: another run holds the directory.
-    ConfigError: there are checkpoints, and a field that alters the curve differs; names field, old and new value.
+    ConfigError: there are checkpoints, and a field that alters the curve differs; names field, old and new value. Or
+      config.json is of something else, such as a model folder.
     StorageError: the directory cannot be written.
   """
   path = epath.Path(workdir)
@@ -77,7 +80,7 @@ def open_run(
     try:
       path.mkdir(parents=True, exist_ok=True)
       lock.take(steal_lock)
-      _write_record(path, _next_record(path, config, identity, allow_change))
+      _write_record(path, _next_record(path, config, identity, allow_change, total_steps))
     except CompactLMError:
       raise
     except Exception as e:  # clients of buckets have errors of their own
@@ -134,21 +137,25 @@ class _Lock:
 
   def __init__(self, workdir: epath.Path) -> None:
     self._workdir, self._path, self.token = workdir, workdir / 'lock', ''
+    self._open = contextlib.ExitStack()
 
   def take(self, steal: bool) -> None:
-    with _guard(self._workdir):
-      if self._path.exists():
-        self._check_holder(steal)
-      token = secrets.token_hex(8)
-      mine = {
-        'host': socket.gethostname(),
-        'pid': os.getpid(),
-        'process_start': _process_start(os.getpid()),
-        'started': _now(),
-        'token': token,
-      }
-      write_whole(self._path, json.dumps(mine) + '\n')
-      self.token = token
+    # Held as long as the run: containers with the host's name do not see one another's processes.
+    if not self._open.enter_context(_kernel_lock(self._workdir)):
+      self._check_holder(steal=False, alive=True)
+      raise LockedError(f'{self._workdir}: another run is just starting here; use another --workdir')
+    if self._path.exists():
+      self._check_holder(steal)
+    token = secrets.token_hex(8)
+    mine = {
+      'host': socket.gethostname(),
+      'pid': os.getpid(),
+      'process_start': _process_start(os.getpid()),
+      'started': _now(),
+      'token': token,
+    }
+    write_whole(self._path, json.dumps(mine) + '\n')
+    self.token = token
     if is_remote(self._path):
       # A bucket has no locks: of two runs that start at once, the one that wrote last holds it, and both must see that.
       time.sleep(_SETTLE_SECONDS)
@@ -160,8 +167,10 @@ class _Lock:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
       if self.token and json.loads(self._path.read_text())['token'] == self.token:
         self._path.unlink()
+    self._open.close()
 
-  def _check_holder(self, steal: bool) -> None:
+  def _check_holder(self, steal: bool, alive: bool = False) -> None:
+    """Raises LockedError if the holder is alive, as is known or looked up here, or may be."""
     try:
       holder = parse_json(self._path.read_bytes())
       host, pid, start = holder['host'], int(holder['pid']), holder['process_start']
@@ -172,9 +181,9 @@ class _Lock:
       return
     except (ValueError, KeyError, TypeError):
       host, pid, start, who = '', 0, None, 'an unknown process (the lock file is damaged)'
-    if host == socket.gethostname():
-      alive = _process_start(pid)
-      if alive is None or (start is not None and alive != start):
+    if alive or host == socket.gethostname():
+      found = _process_start(pid)
+      if not alive and (found is None or (start is not None and found != start)):
         log.info('taking over the lock of %s, which is gone', who)
         return
       raise LockedError(f'{self._workdir} is held by {who}; wait for it, stop it, or use another --workdir')
@@ -186,14 +195,17 @@ class _Lock:
 
 
 @contextlib.contextmanager
-def _guard(workdir: epath.Path) -> Iterator[None]:
-  """Lets one process of this host at a time look at the lock and take it; ends with the process, however it ends."""
+def _kernel_lock(workdir: epath.Path) -> Iterator[bool]:
+  """Whether this process alone holds the kernel's lock on a directory; it ends with the process, however this ends.
+
+  True where there are no such locks.
+  """
   try:
     import fcntl
 
     descriptor = os.open(os.fspath(workdir), os.O_RDONLY)
   except (ImportError, OSError):  # no such call, or an object store
-    yield
+    yield True
     return
   try:
     deadline = time.monotonic() + 1
@@ -201,13 +213,14 @@ def _guard(workdir: epath.Path) -> Iterator[None]:
       try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         break
-      except BlockingIOError as e:
+      except BlockingIOError:
         if time.monotonic() > deadline:
-          raise LockedError(f'{workdir}: another run is just starting here; use another --workdir') from e
+          yield False
+          return
         time.sleep(0.02)
       except OSError:  # a file system without flock
         break
-    yield
+    yield True
   finally:
     os.close(descriptor)
 
@@ -235,7 +248,11 @@ def _process_start(pid: int) -> str | None:
 
 
 def _next_record(
-  path: epath.Path, config: RunConfig, identity: Mapping[str, str], allow_change: tuple[str, ...]
+  path: epath.Path,
+  config: RunConfig,
+  identity: Mapping[str, str],
+  allow_change: tuple[str, ...],
+  total_steps: int,
 ) -> dict[str, Any]:
   """What config.json shall hold, after comparing with what it holds."""
   record = {
@@ -250,6 +267,7 @@ def _next_record(
   _check_names(allow_change, new)
   checkpoints = StepDirectory(path / 'checkpoints', commit_file=is_remote(path))
   if not (checkpoints.steps() or checkpoints.bad()):
+    _check_own(path)
     return record  # nothing to resume
   old_config, old = read_run(path)
   record['command'] = old.get('command') or record['command']  # of the start, not of the last resume
@@ -265,6 +283,12 @@ def _next_record(
       f'--allow_change={",".join(refused[:8])} to go on from its checkpoint all the same'
     )
   changes = [{'field': f, 'old': before.get(f), 'new': new.get(f)} for f in differing]
+  late = [f for f in differing if f not in ROUNDING_FIELDS]
+  if late and 0 < total_steps <= max(checkpoints.steps(), default=0):
+    raise ConfigError(
+      f'{_label(late[0])}: {path} has done {max(checkpoints.steps())} of {total_steps} steps, so that nothing is left '
+      'to be trained with another value; use the old one, more config.steps, or another --workdir'
+    )
   for part in ('code', 'libraries', 'jax'):
     if old.get(part) != record[part]:
       changes.append({'field': part, 'old': old.get(part), 'new': record[part]})
@@ -274,6 +298,18 @@ def _next_record(
     log.warning('the curve will not be identical in bits to an uninterrupted run')
   record['changes'] = [*old.get('changes', []), *({'time': _now(), **change} for change in changes)]
   return record
+
+
+def _check_own(path: epath.Path) -> None:
+  """Raises ConfigError for a directory whose config.json no run wrote: it would be lost."""
+  try:
+    found = parse_json((path / 'config.json').read_bytes())
+  except (FileNotFoundError, ValueError):
+    return
+  if isinstance(found, dict) and 'config_hash' not in found:
+    raise ConfigError(
+      f'--workdir: {path}/config.json is not the record of a run (a model folder?); use another --workdir'
+    )
 
 
 def _check_names(allow_change: tuple[str, ...], known: Mapping[str, Any]) -> None:

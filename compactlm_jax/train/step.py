@@ -33,7 +33,7 @@ def make_train_step(
   """train_step(state, frozen, batch) -> (state, metrics).
 
   The key of a step is fold_in(seed, step), so a resumed run draws what an uninterrupted one draws. An update with a
-  non-finite loss or gradient is not applied (metrics['bad_step'] is 1); the step counter moves on.
+  non-finite loss or gradient is not applied (metrics['bad_step'] is 1); the step counter and the schedule move on.
 
   Args:
     task: its loss is differentiated with respect to its parameters.
@@ -57,13 +57,23 @@ def make_train_step(
       params = task.after(state.params, params, metrics, state.step + 1, spread)
     norm = optax.tree.norm(grads)
     good = jnp.isfinite(loss) & jnp.isfinite(norm)
-    params, opt_state = jax.tree.map(
-      lambda new, old: jnp.where(good, new, old), (params, opt_state), (state.params, state.opt_state)
-    )
+    params, opt_state = _chosen(good, (params, opt_state), (state.params, state.opt_state))
     metrics = {'loss': loss, **metrics, 'gradient_norm': norm, 'bad_step': 1 - good.astype(jnp.int32)}
     return TrainState(state.step + 1, params, opt_state), metrics
 
   return train_step
+
+
+def _chosen(good: jax.Array, new: Any, old: Any) -> Any:
+  """`new` if `good`, else `old`, in which the step of the learning rate's schedule is the new one all the same."""
+
+  def counts(node: Any) -> bool:
+    return isinstance(node, optax.ScaleByScheduleState)
+
+  def choose(new: Any, old: Any) -> Any:
+    return new if counts(new) else jnp.where(good, new, old)
+
+  return jax.tree.map(choose, new, old, is_leaf=counts)
 
 
 def make_gradient(task: Task, accumulate: int, mesh: Mesh | None, spread: Spread) -> Callable:

@@ -9,7 +9,8 @@ import pytest
 
 from compactlm_jax.analysis.maps import Maps, cut_heads, matched_heads, sentence_maps
 from compactlm_jax.analysis.statistics import analysed
-from compactlm_jax.config import EncoderConfig
+from compactlm_jax.compress.subnet import subnet_config
+from compactlm_jax.config import Cell, EncoderConfig
 from compactlm_jax.nn.attention import SpanDynamicConv
 from compactlm_jax.nn.encoder import encode, encoder_shapes
 from compactlm_jax.tree import map_named
@@ -91,14 +92,31 @@ def test_heads_that_are_left_are_compared_with_those_of_their_own_layer():
 
 
 def test_what_could_have_been_cut_out_of_what():
-  """Mutations: equal sizes; heads of another size; more layers."""
+  """Mutations: equal sizes; layers alone; heads of another size; more layers, neurons or, in one layer, heads; any
+  hidden size."""
   full = EncoderConfig(hidden_size=16, num_layers=4, num_heads=4, vocab_size=40, max_positions=8)
 
   def changed(**fields):
     return dataclasses.replace(full, **fields)
 
-  assert cut_heads(full, changed(num_heads=2)) and cut_heads(full, changed(num_layers=3))
-  assert cut_heads(full, changed(num_heads=2, hidden_size=8))
+  assert cut_heads(full, changed(num_heads=2)) and cut_heads(full, changed(num_heads=2, num_layers=3))
+  assert cut_heads(full, subnet_config(full, Cell(0.5, 0.5))) and cut_heads(full, subnet_config(full, Cell(0.5, 1, 8)))
   assert not cut_heads(full, full) and not cut_heads(changed(num_heads=2), full)
+  assert not cut_heads(full, changed(num_layers=3))
   assert not cut_heads(full, changed(num_heads=2, head_size=8))
   assert not cut_heads(full, changed(num_heads=2, num_layers=5))
+  assert not cut_heads(full, changed(num_heads=2, intermediate_size=65))
+  assert not cut_heads(full, changed(num_heads=2, hidden_size=12)) and not cut_heads(
+    full, changed(num_heads=2, hidden_size=8)
+  )
+  student = EncoderConfig(hidden_size=12, num_layers=2, num_heads=2, head_size=4, vocab_size=40, max_positions=8)
+  assert not cut_heads(full, student) and not cut_heads(changed(hidden_size=8, num_heads=8), full)
+
+
+def test_layers_of_different_sizes_may_have_been_cut():
+  """Mutations: the largest layer alone; a layer that gained heads."""
+  full = EncoderConfig(hidden_size=16, num_layers=3, num_heads=4, vocab_size=40, max_positions=8)
+  ragged = dataclasses.replace(full, heads_per_layer=(4, 1, 0))
+  assert cut_heads(full, ragged) and not cut_heads(ragged, full) and not cut_heads(ragged, ragged)
+  assert cut_heads(ragged, dataclasses.replace(full, heads_per_layer=(4, 0, 0)))
+  assert not cut_heads(ragged, dataclasses.replace(full, heads_per_layer=(1, 2, 0)))

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compactlm_jax.data.batches import eval_batches
-from compactlm_jax.data.table import Table, read_table, tokenize_table
+from compactlm_jax.data.table import Table, read_table, table_rows, tokenize_table
 from compactlm_jax.data.tokenizer import load_tokenizer
 from compactlm_jax.errors import ConfigError, DataError
 
@@ -69,12 +69,28 @@ def test_scores(tmp_path):
     ('t.jsonl', '[1]\n', DataError, 't.jsonl:1: expected one JSON object'),
     ('t.jsonl', '{"text": 3, "label": 1}\n', DataError, "t.jsonl:1: column 'text' holds 3 instead of text"),
     ('t.jsonl', '{"text": "a", "label": [1]}\n', DataError, r't.jsonl:1: the label is \[1\]'),
+    ('t.jsonl', '{"text": "a", "label": null}\n', DataError, "t.jsonl:1: column 'label' is null; fill it in or remove"),
+    ('t.jsonl', '{"text": null, "label": 1}\n', DataError, "t.jsonl:1: column 'text' is null"),
+    ('t.tsv', 'text\tlabel\na\tb\n\t\nc\td\n', DataError, "t.tsv:3: column 'text' is empty; fill it in or remove"),
+    ('t.tsv', 'text\na\n\nb\n', ConfigError, "t.tsv:2: no column 'label'; columns are text"),
     ('t.csv', 'text,label\n', ConfigError, 't.csv: unknown kind of table; use .tsv or .jsonl'),
   ],
 )
 def test_malformed_tables(name, content, error, message, tmp_path):
   with pytest.raises(error, match=message):
     read_table(save(tmp_path / name, content))
+
+
+def test_empty_texts_are_rows(tmp_path):
+  """Of one column too, except at the end. Mutations: skip them: the rest would move up; a row for each last line."""
+  path = save(tmp_path / 't.tsv', '\n\ntext\n\na\n \n\nb\n\n\n')
+  assert list(table_rows(path)) == [
+    (4, {'text': ''}), (5, {'text': 'a'}), (6, {'text': ''}), (7, {'text': ''}), (8, {'text': 'b'}),
+  ]  # fmt: skip
+  pairs = save(tmp_path / 'pairs.tsv', 'a\tb\n\t\n\nx\ty\n\ty\n')
+  assert [tuple(row.values()) for _, row in table_rows(pairs)] == [('', ''), ('x', 'y'), ('', 'y')]
+  with pytest.raises(DataError, match="t.tsv:4: column 'text' is empty; fill it in or remove"):
+    read_table(path, label_column='text')
 
 
 def test_missing_and_damaged_files(tmp_path):

@@ -87,6 +87,83 @@ def _folder(path, tokens, lowercase=True, **special):
   return load_tokenizer(path)
 
 
+def _altered(vocabulary, folder, config, added=None, only_words=False):
+  """A copy of the folder with other settings, and tokens in added_tokens.json."""
+  folder.mkdir()
+  for name in ('vocab.txt', 'tokenizer.json')[: 1 if only_words else 2]:
+    (folder / name).write_bytes((vocabulary / name).read_bytes())
+  given = json.loads((vocabulary / 'tokenizer_config.json').read_text()) | config
+  (folder / 'tokenizer_config.json').write_text(json.dumps(given))
+  if added is not None:
+    (folder / 'added_tokens.json').write_text(json.dumps(added))
+  return folder
+
+
+NEW = {
+  'content': '[NEW]',
+  'special': False,
+  'normalized': False,
+  'lstrip': False,
+  'rstrip': False,
+  'single_word': False,
+}
+
+
+@pytest.mark.parametrize(
+  ('config', 'added', 'only_words', 'refused'),
+  [
+    ({}, None, False, ''),
+    ({}, {}, True, ''),
+    ({}, {'[CLS]': 2, '[MASK]': 4}, True, ''),
+    ({'do_lower_case': False}, None, True, ''),
+    ({'strip_accents': True}, None, False, ''),
+    ({'do_lower_case': False, 'tokenizer_class': 'PreTrainedTokenizerFast'}, None, False, ''),
+    ({'do_lower_case': False, 'tokenizer_class': 'ConvBertTokenizer'}, None, False, ''),
+    ({'added_tokens_decoder': {}}, {'[NEW]': 120}, True, ''),
+    ({'do_lower_case': False}, None, False, 'tokenizer_config.json: do_lower_case is false, but'),
+    ({'do_lower_case': False, 'tokenizer_class': 'ElectraTokenizer'}, None, False, 'do_lower_case is false, but'),
+    ({'strip_accents': False}, None, False, 'tokenizer_config.json: strip_accents is false, but'),
+    ({'tokenize_chinese_chars': False}, None, False, 'tokenizer_config.json: tokenize_chinese_chars is false, but'),
+    ({}, {'[NEW]': 120}, True, r"added_tokens.json: the added token '\[NEW\]' is not in tokenizer.json"),
+    ({}, {'[NEW]': 120}, False, r"added_tokens.json: the added token '\[NEW\]' is not in tokenizer.json"),
+    ({}, {'riv': 120}, True, "added_tokens.json: the added token 'riv' is not in tokenizer.json"),
+    ({'added_tokens_decoder': {'120': NEW}}, None, True, r"added_tokens_decoder: the added token '\[NEW\]'"),
+  ],
+)
+def test_settings_that_would_give_other_ids_are_refused(vocabulary, tmp_path, config, added, only_words, refused):
+  """Only where transformers obeys them, and what it saves again is read as it reads it.
+
+  Mutations: read tokenizer.json alone; refuse every setting that differs; tokens of added_tokens.json as pieces.
+  """
+  folder = _altered(vocabulary, tmp_path / 'altered', config, added, only_words)
+  theirs = pytest.importorskip('transformers').AutoTokenizer.from_pretrained(str(folder))
+  texts = ['The cold RIVER [NEW] runs', 'Café déjà', '日本 42']
+  expected = theirs(texts, add_special_tokens=False)['input_ids']
+  if refused:
+    assert expected != load_tokenizer(vocabulary).encode(texts)
+    with pytest.raises(ConfigError, match=refused):
+      load_tokenizer(folder)
+    theirs.save_pretrained(str(tmp_path / 'again'))
+    folder = tmp_path / 'again'
+  assert load_tokenizer(folder).encode(texts) == expected
+
+
+@pytest.mark.parametrize(
+  ('name', 'content', 'message'),
+  [
+    ('tokenizer_config.json', {'do_lower_case': 'yes'}, "do_lower_case 'yes' must be true, false or null"),
+    ('tokenizer_config.json', {'added_tokens_decoder': [1]}, 'added_tokens_decoder holds no tokens'),
+    ('tokenizer_config.json', {'added_tokens_decoder': {'5': {}}}, 'added_tokens_decoder holds no tokens'),
+    ('added_tokens.json', ['x'], 'added_tokens.json: expected a JSON object'),
+  ],
+)
+def test_settings_of_the_wrong_kind(vocabulary, tmp_path, name, content, message):
+  folder = _altered(vocabulary, tmp_path / 'altered', {'tokenizer_class': []})
+  (folder / name).write_text(json.dumps(content))
+  with pytest.raises(ConfigError, match=message):
+    load_tokenizer(folder)
+
+
 def test_fingerprint_tells_tokenizers_apart(tmp_path):
   tokens = [*SPECIAL_TOKENS, 'x', 'y', 'z']
   swapped = [*SPECIAL_TOKENS, 'y', 'x', 'z']

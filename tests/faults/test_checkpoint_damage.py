@@ -139,7 +139,7 @@ def test_full_disk_is_retried_then_ends_the_run(tmp_path, monkeypatch, caplog, l
 
 
 def test_a_final_save_that_fails_is_an_error_at_once(tmp_path, monkeypatch):
-  """Mutation: `_collect(final=False)` in `save` (a preempted run would claim that its state is saved)."""
+  """Mutation: `settle()` in `save` (a preempted run would claim that its state is saved)."""
   monkeypatch.setattr(checkpoint.storage, 'free_bytes', lambda path: 100)
   with Checkpoints(tmp_path, 9) as checkpoints:
     checkpoints.save(1, make_state(1), METADATA)

@@ -43,7 +43,7 @@ def only(*fast):
 def test_a_bad_update_is_as_if_it_had_not_been(task):
   """At step 7, and at steps 7 and 8: bits of a run that leaves these updates out, with whatever comes after.
 
-  Mutation: `good = jnp.isfinite(norm)` in train_step (loss), or no jnp.where there (all).
+  Mutation: `good = jnp.isfinite(norm)` in train_step (loss); no jnp.where there, or the old schedule too (all).
   """
   run = compiled(task)
   before = run.steps(run.initial, range(6))[1]

@@ -80,6 +80,8 @@ def test_the_clean_mode_travels_under_our_key():
     (dict(pruned_heads={'0': [1]}), 'pruned_heads'),
     (dict(auto_map={'AutoModel': 'x--y.Model'}), 'auto_map .*never run'),
     (dict(quantization_config={'bits': 4}), 'quantization_config'),
+    (dict(problem_type='multi_label_classification'), "problem_type 'multi_label_classification': .*one label"),
+    (dict(architectures=['BertForMultipleChoice']), "architectures 'BertForMultipleChoice': choosing among"),
     (dict(vocab_size='many'), "vocab_size 'many' must be of type int"),
     (dict(hidden_size=True), 'hidden_size True must be of type int'),
     (dict(num_hidden_layers=2.0), 'num_hidden_layers 2.0 must be of type int'),

@@ -241,6 +241,16 @@ def test_importance_is_measured_on_each_held_out_set():
     np.testing.assert_array_equal([np.asarray(batch.input_ids)[0] for batch in found], np.concatenate(expected))
 
 
+def test_generated_rows_fit_the_positions_of_the_model(teacher):
+  """Whatever those of the configuration are. Mutations: compare with `config.encoder`; only where a model is named."""
+  longer, labels = dataclasses.replace(SMALL, max_positions=32), {'width_loss': 'labels', 'stages': ('width',)}
+  with pytest.raises(ConfigError, match=r'data\.seq_len: 17 is more than the 16 positions of the encoder; lower it'):
+    build_job(config_of('', labels, data=DataConfig(seq_len=17)))
+  config = config_of(teacher, encoder=longer, data=DataConfig(seq_len=17))
+  with pytest.raises(ConfigError, match=r'data\.seq_len: 17 is more than the 16 positions of the teacher; lower it$'):
+    build_job(config)
+
+
 def test_balanced_terms_have_equal_scale(teacher):
   """Mutations: the inverse of the ratio; forget the given weight."""
   adapt = {'stages': ('depth',), 'depth_hidden_weight': 2.0, 'balance_batches': 2}

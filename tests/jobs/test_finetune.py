@@ -168,7 +168,8 @@ def test_files_that_would_not_be_read_are_refused(task):
 
   Mutation: leave one of the fields out, or the look at all.
   """
-  named = {'data.dev': {'data': DataConfig(dev='d.tsv')}, 'data.path': {'data': DataConfig(path='glue')}}
+  read = {'dev': 'd.tsv', 'path': 'glue', 'eval_path': 'held', 'train_rows': 3, 'tokenizer': 't'}
+  named = {f'data.{name}': {'data': DataConfig(**{name: value})} for name, value in read.items()}
   named |= {} if task == 'adapt' else {'model': {'model': 'm'}, 'teacher': {'teacher': 't'}}
   for field, changes in named.items():
     with pytest.raises(

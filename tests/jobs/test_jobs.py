@@ -75,6 +75,38 @@ def test_a_distillation_from_files_knows_what_it_reads(files):
   assert held == 8  # the 'validation' split
 
 
+def test_what_a_run_reads_identifies_it(files, tmp_path):
+  """Mutation: leave 'eval' or 'start' out of the identity."""
+  identity = build_job(finetune(files)).identity
+  assert set(identity) == {'data', 'eval', 'tokenizer', 'start'}
+  dev, model = tmp_path / 'dev.tsv', tmp_path / 'model'
+  lines = (files / 'dev.tsv').read_text().splitlines(keepends=True)
+  dev.write_text(''.join(lines[:-1]))
+  bundle = load_model(files / 'model')
+  save_pretrained(dataclasses.replace(bundle, params=jax.tree.map(lambda leaf: leaf + 1, bundle.params)), model)
+  data = DataConfig(train=str(files / 'table.tsv'), dev=str(dev), seq_len=16)
+  other = build_job(finetune(files, data=data, model=str(model))).identity
+  assert {name for name in identity if identity[name] != other[name]} == {'eval', 'start'}
+  again = build_job(distill(files, data=DataConfig(path=str(files / 'rows'), eval_path=str(files / 'rows')))).identity
+  assert again['eval'] and 'start' not in again
+
+
+@pytest.mark.parametrize('task', ['mlm', 'electra', 'lm', 'distill'])
+def test_fields_that_a_task_on_text_does_not_read_are_refused(files, task):
+  """Labelled tables never; of generated rows neither held-out ones nor a tokenizer. Mutation: leave a field out."""
+  named = {'train': 't.tsv', 'dev': 'd.tsv', 'train_rows': 3}
+  for field, value in {**named, 'eval_path': 'held', 'tokenizer': 't'}.items():
+    with pytest.raises(ConfigError, match=rf'config\.data\.{field}: {value} would not be read: '):
+      build_job(tiny_config(task, data=DataConfig(seq_len=16, **{field: value})))
+  fields = {'teacher': str(files / 'model')} if task == 'distill' else {}
+  for field, value in named.items():
+    with pytest.raises(ConfigError, match=rf'config\.data\.{field}: {value} would not be read: '):
+      build_job(tiny_config(task, data=DataConfig(path=str(files / 'rows'), **{field: value}), **fields))
+  unread = 'model' if task == 'distill' else 'teacher'
+  with pytest.raises(ConfigError, match=rf'config\.{unread}: x would not be read: '):
+    build_job(tiny_config(task, **{unread: 'x'}))
+
+
 def test_epochs_become_steps(files):
   """Mutation: round down: the last rows would never be seen."""
   assert build_job(finetune(files, steps=0, epochs=2.0, batch_size=32)).total_steps == 3

@@ -55,6 +55,16 @@ def test_every_kind_of_file_gives_the_predictions_of_the_function(name, models, 
   assert sorted(p.name for p in tmp_path.iterdir()) == sorted([name, 'out.tsv'])
 
 
+@pytest.mark.parametrize('name', ['in.txt.tsv', 'in.txt.jsonl', 'in.tsv.txt.gz'])
+def test_the_last_ending_is_the_kind_of_a_file(name, models, tmp_path):
+  """Mutation: look at two endings (the header becomes a row)."""
+  text = 'w1 w2'
+  content = {'tsv': f'text\n{text}\n', 'jsonl': json.dumps({'text': text}), 'txt': text}[name.split('.')[2]]
+  assert len(table(run(models['classes'], tmp_path, name, content)[1])) == 1
+  with pytest.raises(ConfigError, match='in.tsv.old is of an unknown kind'):
+    predict_file(models['classes'], str(tmp_path / 'in.tsv.old'), str(tmp_path / 'out.tsv'))
+
+
 def test_pairs_and_json_lines(models, tmp_path):
   """Mutation: read the first column twice."""
   first, second = make_texts(3, 1, 8), make_texts(3, 2, 8)

@@ -143,6 +143,25 @@ def test_a_run_is_started_once_and_stopped(host, tmp_path, tmux):
   assert host.worker('stop').stdout == 'nothing runs\n'
 
 
+def test_a_second_supervisor_is_refused(host):
+  """The first is still known, stopped and told. Mutation: it takes the place of the first."""
+  (host.folder / 'codes').write_text('wait 0')
+  first = subprocess.Popen(['bash', WORKER, 'supervise', 'compactlm'], env=host.env)
+  host.wait_for('waits')
+  second = host.worker('supervise', 'compactlm')
+  assert (second.returncode, second.stderr) == (77, 'worker.sh: another command runs; stop it first\n')
+  assert host.worker('status').stdout.endswith(' running attempt=1\n')
+  assert host.worker('stop').stdout.endswith(' exited 75\n') and first.wait(60) == 75
+
+
+def test_a_supervisor_with_the_process_id_of_the_one_before(host):
+  """As in a container that is started again. Mutation: refuse whatever process id the file holds."""
+  (host.folder / 'codes').write_text('0')
+  again = f'echo $$ >{host.folder}/supervisor.pid; exec bash {WORKER} supervise compactlm'
+  assert subprocess.run(['bash', '-c', again], env=host.env, timeout=60, check=False).returncode == 0
+  assert host.exits() == [['1', '0']]
+
+
 @pytest.mark.parametrize(
   'number,state', [(signal.SIGTERM, 'lost'), (signal.SIGHUP, 'lost'), (signal.SIGINT, 'exited 75')]
 )
@@ -267,11 +286,14 @@ def test_installing_a_wheel(host, tmp_path):
 
 
 def test_a_checkpoint_to_a_bucket_and_back(tmp_path):
-  """What says that a checkpoint is whole arrives last. Mutation: all files at once; half-written ones go too."""
+  """What says that a checkpoint is whole arrives last. Mutation: all files at once; parts or inner locks go."""
   run = tmp_path / 'run'
   write(run / 'checkpoints', [3])
   shutil.copytree(run / 'checkpoints' / '3', run / 'checkpoints' / '5.orbax-checkpoint-tmp-1')
-  (run / 'lock').write_text('held')
+  for held in (run, run / 'seed-0', run / 'stages' / 'depth'):
+    held.mkdir(parents=True, exist_ok=True)
+    (held / 'lock').write_text('held')
+  (run / 'block').touch()
   (run / 'metrics.jsonl').write_text('{}\n')
   folder = tmp_path / 'bin'
   folder.mkdir()
@@ -281,7 +303,7 @@ def test_a_checkpoint_to_a_bucket_and_back(tmp_path):
   bucket = folder / 'buckets' / 'bucket' / 'run'
   first, last = (re.compile(call[-1].removeprefix('--exclude=')) for call in cloud.calls())
   assert first.match('checkpoints/3/commit_success.txt') and not last.match('checkpoints/3/commit_success.txt')
-  assert sorted(path.name for path in bucket.iterdir()) == ['checkpoints', 'metrics.jsonl']
+  assert sorted(path.name for path in bucket.iterdir()) == ['block', 'checkpoints', 'metrics.jsonl']
   assert [path.name for path in (bucket / 'checkpoints').iterdir()] == ['3']
   assert equal(restore(bucket / 'checkpoints', commit_file=True)[0], make_state(3))
   assert cloud.tpu('copy', 'gs://bucket/run', str(tmp_path / 'back'), where=()).returncode == 0

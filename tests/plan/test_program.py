@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from compactlm_jax.config import DataConfig, EncoderConfig, OptimizerConfig, RunConfig
+from compactlm_jax.config import DataConfig, EncoderConfig, MeshConfig, OptimizerConfig, RunConfig
 from compactlm_jax.plan import cache
 from compactlm_jax.plan.estimate import OPTIMAL, ROOFLINE, estimate, exchange_seconds, published_hours, step_seconds
 from compactlm_jax.plan.program import Collective, Overflow, Program, costly_parts, overflow_of, read_collectives
@@ -130,6 +130,13 @@ def test_published_hours():
 def report(program, **fields):
   est = estimate(CONFIG, None, V3, program) if isinstance(program, Program) else None
   return Report('configs/electra.py:base', CONFIG, V3, program, est, 192.0, '1.0 M, replicated', ('a guess',), **fields)
+
+
+@pytest.mark.parametrize(('model', 'rows'), [(-1, 32), (4, 32), (2, 16)])
+def test_rows_of_a_core_count_each_axis_of_the_mesh(model, rows):
+  """Mutation: take an axis of -1 for one of 1."""
+  config = dataclasses.replace(CONFIG, batch_size=64, mesh=MeshConfig(data=2 if model != 2 else -1, model=model))
+  assert f'{rows} rows per core' in as_table(dataclasses.replace(report(PROGRAM), config=config))
 
 
 def test_table_and_json():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from finished_runs import IDENTITY, finished
 
-from compactlm_jax.config import FinetuneConfig, OptimizerConfig, PruneConfig
+from compactlm_jax.config import EncoderConfig, FinetuneConfig, OptimizerConfig, PruneConfig
 from compactlm_jax.report import as_csv, as_json, as_markdown, collect, write_report
 from compactlm_jax.report.pruning import lines_of, rows_of
 from compactlm_jax.report.pruning_plot import draw_pruning, draw_schedules, has_pruned, has_schedules
@@ -224,3 +224,24 @@ def test_pruned_runs_stand_beside_dense_ones_of_their_own_files(tmp_path):
   own = {'finetune': FinetuneConfig(), 'data': DataConfig(train='a.tsv', dev='b.tsv')}
   report = gather(pruned(tmp_path / 'a', PruneConfig(), 0.1, [0.7], **own), dense(tmp_path / 'd', **own))
   assert list(report.subjects()) == ['finetune on b.tsv']
+
+
+def test_dense_runs_of_other_encoders_are_no_measure(tmp_path):
+  """Of another model, another size, or other weights at the same place. Mutations: any dense run of the subject; only
+  one for all pruned ones; dashed lines of all."""
+  magnitude = PruneConfig(method='magnitude', density=0.1)
+  small, large = (pruned(tmp_path / f'pruned-{m}', magnitude, 0.1, [0.6], model=m) for m in ('small', 'large'))
+  other = dense(tmp_path / 'dense-large', 0.8, model='large/')
+  shares = {r.group: r.of_dense for r in rows_of(gather(small, large, other).groups) if r.metric == 'accuracy'}
+  assert shares == {'pruned-small': None, 'pruned-large': pytest.approx(0.75)}
+  lines = {str(line.get_label()) for line in draw_pruning(gather(small, large, other)).axes[0].lines}
+  assert 'dense: dense-large (n=1)' in lines
+  assert not any('dense' in str(line.get_label()) for line in draw_pruning(gather(small, other)).axes[0].lines)
+  fresh = pruned(tmp_path / 'fresh', magnitude, 0.1, [0.6])
+  wide = dense(tmp_path / 'wide', encoder=EncoderConfig(hidden_size=1024, num_heads=16))
+  again = dense(tmp_path / 'again', 0.8, model='large', batch_size=8, identity={**IDENTITY, 'start': 'b'})
+  recorded = pruned(tmp_path / 'recorded', magnitude, 0.1, [0.6], model='large', identity={**IDENTITY, 'start': 'a'})
+  assert {row.of_dense for row in rows_of(gather(fresh, wide).groups)} == {None}
+  assert {row.of_dense for row in rows_of(gather(recorded, again).groups)} == {None}
+  line = next(line for line in as_markdown(gather(recorded, again)).splitlines() if line.startswith('| magnitude'))
+  assert [cell.strip() for cell in line[1:-1].split('|')][-2:] == ['-', 'recorded']

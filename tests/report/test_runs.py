@@ -7,7 +7,7 @@ import math
 import pytest
 from finished_runs import IDENTITY, finished, series
 
-from compactlm_jax.config import OptimizerConfig
+from compactlm_jax.config import AdaptConfig, DataConfig, FinetuneConfig, OptimizerConfig
 from compactlm_jax.errors import ConfigError
 from compactlm_jax.report import collect
 from compactlm_jax.report.runs import Group
@@ -155,3 +155,61 @@ def test_what_a_reader_should_know_is_noted(tmp_path):
   from compactlm_jax.report.runs import _notes
 
   assert _notes(group) == ['g: its runs were made by different versions of the code', 'g: no loss from seed 0']
+
+
+def held_out(folder, dev, accuracy=0.5, **fields):
+  folder.mkdir(parents=True)
+  return finished(folder, {'accuracy': accuracy}, data=DataConfig(train='t.tsv', dev=dev), **fields)
+
+
+def test_files_of_one_name_are_different_subjects(tmp_path):
+  """Titles are as short as tells them apart. Mutations: the name of the file; whole paths; paths as written."""
+  one, same = held_out(tmp_path / 'a', 'my/data/dev.tsv'), held_out(tmp_path / 'b', './my/data/dev.tsv', batch_size=8)
+  assert list(gather(one, same).subjects()) == ['finetune on dev.tsv']
+  other, test = held_out(tmp_path / 'c', 'my/other/dev.tsv'), held_out(tmp_path / 'd', 'my/test.tsv')
+  found = {title: [g.name for g in groups] for title, groups in gather(one, other, test, same).subjects().items()}
+  assert found == {
+    'finetune on data/dev.tsv': ['a', 'b'], 'finetune on other/dev.tsv': ['c'], 'finetune on test.tsv': ['d'],
+  }  # fmt: skip
+  short = held_out(tmp_path / 'e', 'dev.tsv')
+  assert list(gather(short, one).subjects()) == ['finetune on dev.tsv', 'finetune on data/dev.tsv']
+
+
+def test_rows_decide_where_they_were_recorded(tmp_path):
+  """Mutations: the path alone; a benchmark's name alone; runs without the record in a table of their own."""
+  rows = [{**IDENTITY, 'eval': digest} for digest in ('a' * 64, 'b' * 64)]
+  one, changed = (held_out(tmp_path / name, 'x/dev.tsv', identity=i) for name, i in zip('ab', rows))
+  moved = held_out(tmp_path / 'c', 'y/dev.tsv', identity=rows[0])
+  found = {title: [g.name for g in groups] for title, groups in gather(one, changed, moved).subjects().items()}
+  assert found == {'finetune on dev.tsv (rows aaaaaaaa)': ['a', 'c'], 'finetune on dev.tsv (rows bbbbbbbb)': ['b']}
+  old = held_out(tmp_path / 'd', 'x/dev.tsv', batch_size=8)
+  assert list(gather(one, old).subjects()) == ['finetune on dev.tsv']
+  glue = [tmp_path / name for name in 'ef']
+  for folder, identity in zip(glue, rows):
+    folder.mkdir()
+    finished(folder, {'accuracy': 0.5}, finetune=FinetuneConfig(benchmark='sst2'), identity=identity)
+  assert list(gather(*glue).subjects()) == ['sst2 (rows aaaaaaaa)', 'sst2 (rows bbbbbbbb)']
+
+
+@pytest.mark.parametrize('name', ['eval', 'start'])
+def test_seeds_are_told_apart_by_rows_and_weights(tmp_path, name):
+  """Equal configurations; a record without the entry goes with the others. Mutations: leave the entry out; refuse a
+  series whose first seeds were made before there was one."""
+  held = {'model': 'm'}
+  for seed, digest in enumerate(('', 'x', 'y')):
+    identity = IDENTITY | ({name: digest} if digest else {})
+    held_out(tmp_path / f'seed-{seed}', 'dev.tsv', seed=seed, identity=identity, **held)
+  assert [len(group.runs) for group in gather(tmp_path / 'seed-0', tmp_path / 'seed-1').groups] == [2]
+  assert [len(group.runs) for group in gather(tmp_path / 'seed-1', tmp_path / 'seed-2').groups] == [1, 1]
+  with pytest.raises(ConfigError, match=f'identity.{name} is '):
+    gather(tmp_path)
+
+
+def test_weights_made_from_the_seed_may_differ(tmp_path):
+  """An adaptive run's last stage starts from what the stage before made. Mutation: compare every fingerprint."""
+  stages = {'task': 'adapt', 'adapt': AdaptConfig(stages=('width', 'final')), 'model': 'm', 'teacher': 't'}
+  for name, fields in (('staged', stages), ('fresh', {})):
+    for seed in range(2):
+      weights = {'start': f'w{seed}', **({'teacher': f'v{seed}'} if name == 'staged' else {})}
+      series(tmp_path / name, [0.5], seeds=(seed,), identity=IDENTITY | weights, **fields)
+    assert [len(group.runs) for group in gather(tmp_path / name).groups] == [2]

@@ -86,6 +86,44 @@ def test_lock_of_a_reused_pid_is_taken_over(tmp_path):
     pass
 
 
+def test_a_holder_that_cannot_be_seen_here_holds_the_directory(tmp_path):
+  """As in another container with this host's name. Mutation: end `_kernel_lock` when the lock is taken."""
+  gone = lock_text(tmp_path, process_start='some-boot:1')
+  with open_run(tmp_path, CONFIG, IDENTITY):
+    (tmp_path / 'lock').write_text(gone)
+    for steal in (False, True):
+      with pytest.raises(LockedError, match=r'is held by process \d+ on host .*wait for it'):
+        with open_run(tmp_path, CONFIG, IDENTITY, steal_lock=steal):
+          pytest.fail('opened')
+  with open_run(tmp_path, CONFIG, IDENTITY):
+    pass
+
+
+def test_a_model_folder_is_no_run_directory(tmp_path):
+  """Mutation: write config.json wherever there are no checkpoints."""
+  content = '{"model_type": "bert"}'
+  (tmp_path / 'config.json').write_text(content)
+  with pytest.raises(ConfigError, match='--workdir: .* is not the record of a run'):
+    with open_run(tmp_path, CONFIG, IDENTITY):
+      pytest.fail('opened')
+  assert (tmp_path / 'config.json').read_text() == content and not (tmp_path / 'lock').exists()
+
+
+def test_what_is_over_is_not_changed(tmp_path):
+  """Its record would name values that nothing was trained with. Mutation: compare with `<` only."""
+  trained(tmp_path)
+  changed = dataclasses.replace(CONFIG, optimizer=OptimizerConfig(learning_rate=1e-3))
+  allowed = {'allow_change': ('optimizer.learning_rate',)}
+  before = (tmp_path / 'config.json').read_text()
+  for total in (4, 5):
+    with pytest.raises(ConfigError, match=f'config.optimizer.learning_rate: .* has done 5 of {total} steps'):
+      with open_run(tmp_path, changed, IDENTITY, total_steps=total, **allowed):
+        pytest.fail('opened')
+  assert (tmp_path / 'config.json').read_text() == before
+  trained(tmp_path, total_steps=5)
+  trained(tmp_path, changed, total_steps=6, **allowed)
+
+
 @pytest.mark.parametrize('text', ['other host', '', '{"pid": 3'])
 def test_lock_of_another_host_or_unreadable_needs_steal_lock(tmp_path, text):
   """Mutation: ignore the host (its pid is not alive here, so the lock would be taken over)."""
@@ -106,7 +144,7 @@ def test_a_stolen_lock_is_not_removed_by_its_former_holder(tmp_path):
 
 
 def test_of_many_that_start_at_once_one_gets_the_lock(tmp_path):
-  """Mutation: `_guard` yields at once (with a stale lock, several take it over)."""
+  """Mutation: `_kernel_lock` yields True at once (with a stale lock, several take it over)."""
   (tmp_path / 'lock').write_text(lock_text(tmp_path, process_start='some-boot:1'))
   code = (
     'import sys, time, pathlib; from compactlm_jax.train.rundir import _Lock\n'
