@@ -239,7 +239,7 @@ def _metric(part: str) -> str:
 
 def _trainable(student: EncoderConfig, config: DistillConfig) -> Trainable:
   """All but the pooler, what lies above the last layer's projections, and those of them that no relation names."""
-  named = set(''.join(config.relations)) | ({'v'} if config.value_loss == 'mse' else set())
+  named = set(''.join(config.relations))
   unread = ''.join(rf'|attention/{name}/.*' for name in ('query', 'key', 'value') if name[0] not in named)
   above = rf'encoder/layers/(attention/(output|conv)/.*|attention_norm/.*|ffn_.*{unread})'
   below_last = (True,) * (student.num_layers - 1) + (False,)

@@ -106,8 +106,20 @@ def test_scores_begin_as_asked_for():
     assert (leaf.min() == leaf.max()) == (how == 'constant')
     key, query = (np.asarray(found[f'encoder/layers/attention/{n}/kernel']) for n in ('key', 'query'))
     assert how == 'constant' or np.all(key != query)
+  grouped = dataclasses.replace(ENCODER, num_groups=2)
+  masks = make_masks(grouped, PruneConfig(scores_init='kaiming'), 40, 4)
+  leaf = np.asarray(masks.init_scores(jax.random.key(1))['encoder/layers/ffn_in/kernel'])
+  assert np.abs(leaf).max() == pytest.approx((grouped.hidden_size / 2) ** -0.5, rel=0.02)
   drawn_once = make_masks(ENCODER, PruneConfig(method='random'), 40, 4).init_scores(jax.random.key(1))
   assert np.unique(drawn_once[QUERY]).size > 500
+
+
+def test_methods_without_a_schedule_need_no_room_for_one():
+  """Mutation: make the cubic schedule for all."""
+  for config in (PruneConfig(method='post_hoc_magnitude'), PruneConfig(method='l0', regularization=1.0)):
+    assert make_masks(ENCODER, config, 10, 4).last == 10
+  with pytest.raises(ConfigError, match='leave nothing of 10 steps'):
+    make_masks(ENCODER, PruneConfig(method='l0', control='density'), 10, 4)
 
 
 def test_the_view_of_a_tree_is_the_layer_that_masks_by_itself():

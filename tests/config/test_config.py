@@ -177,6 +177,10 @@ def test_missing_sections_take_their_defaults():
     (base(electra={'generator_size': 0.0}), 'config.electra.generator_size: 0.0 must be in (0, 1]'),
     (base(electra={'sharing': 'some'}), "config.electra.sharing: 'some'; use 'embeddings', 'none' or 'all'"),
     (base(electra={'sharing': 'all'}), "config.electra.sharing: 'all' needs generator_size"),
+    (
+      base(electra={'sharing': 'all', 'generator_size': 1.0, 'generator_layers': 1.0, 'generator_heads': 2}),
+      "config.electra.generator_heads: 2: with sharing='all'",
+    ),
     (base(electra={'temperature': 0.0}), 'config.electra.temperature: 0.0 must be positive'),
   ],
   ids=lambda x: x if isinstance(x, str) else '',

@@ -355,3 +355,10 @@ def test_the_objectives_of_pre_training(tmp_path):
   cell = from_pretrained(tmp_path / 'best' / 'cells' / '0.5x1-h8')
   assert (cell.config.hidden_size, cell.config.num_heads, cell.config.embedding_size) == (8, 1, 8)
   assert 'mlm_head' in cell.params
+
+
+def test_relations_over_tokens_do_not_add_up_over_parts_of_a_batch():
+  """Mutation: drop the check of `adapt_job`."""
+  config = tiny_config('adapt', adapt=AdaptConfig(term='relations'), optimizer=OptimizerConfig(accumulate=2))
+  with pytest.raises(ConfigError, match="config.distill.normalize: .* set it to 'examples'"):
+    build_job(config)

@@ -162,6 +162,23 @@ def test_tables_that_do_not_fit_are_refused(files, change, error, message):
     build_job(dataclasses.replace(config, **change))
 
 
+def test_a_model_that_knows_no_second_texts_is_refused_for_pairs(files, tmp_path):
+  """Its embeddings would be NaN. Mutation: drop `_check_segments`."""
+  bundle = load_model(files / 'model')
+  one = dataclasses.replace(bundle.config, type_vocab_size=1)
+  embeddings = bundle.params['encoder']['embeddings']
+  cut = {**embeddings, 'token_type': {'embedding': embeddings['token_type']['embedding'][:1]}}
+  params = {'encoder': {**bundle.params['encoder'], 'embeddings': cut}}
+  save_pretrained(dataclasses.replace(bundle, config=one, params=params), tmp_path / 'model')
+  lines = (files / 'table.tsv').read_text().splitlines()
+  table = tmp_path / 'pairs.tsv'
+  table.write_text('\n'.join(['text\tmore\tlabel', *(f'{line.partition(chr(9))[0]}\t{line}' for line in lines[1:])]))
+  data = DataConfig(train=str(table), text_columns=('text', 'more'), seq_len=16)
+  with pytest.raises(ConfigError, match='config.model: it has embeddings for 1 kinds of tokens'):
+    build_job(finetune(files, data=data, model=str(tmp_path / 'model')))
+  build_job(finetune(files, model=str(tmp_path / 'model')))
+
+
 def test_sizes_come_from_the_model_and_options_from_the_run(files):
   """Mutation: take the whole encoder of the run, or of the model."""
   asked = dataclasses.replace(ENCODER, num_layers=7, hidden_dropout=0.3, remat=True)

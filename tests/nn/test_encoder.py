@@ -108,6 +108,18 @@ def test_cutting_the_stack_changes_nothing(model):
   np.testing.assert_allclose(below.qkv[0].q_BTHK, cut.qkv[1].q_BTHK, atol=1e-6)
 
 
+def test_what_the_encoder_does_not_have_is_refused(model):
+  """Mutation: number layers from 0; look up positions with NaN beyond the table."""
+  config, params = model
+  ids = tokens()[0]
+  for layer in (-1, 0, config.num_layers + 1):
+    with pytest.raises(ConfigError, match=f'layers are numbered from 1 to {config.num_layers}'):
+      module.encode(params, config, ids, qkv_layers=(layer,))
+  short = dataclasses.replace(config, max_positions=ids.shape[1] - 1)
+  with pytest.raises(ConfigError, match=f'config.encoder.max_positions: rows of {ids.shape[1]} tokens'):
+    module.encode(params, short, ids)
+
+
 def test_qkv_is_the_projection_of_the_layers_input(model):
   config, params = model
   out = encode(params, config, *tokens(), all_hidden=True, qkv_layers=(2,))

@@ -7,7 +7,8 @@ import pytest
 from scipy.special import erf
 from tiny import STILL
 
-from compactlm_jax.config import MeshConfig
+from compactlm_jax.config import EncoderConfig, MeshConfig
+from compactlm_jax.nn.heads import RtdHead
 from compactlm_jax.nn.span import CLOSED, HIDDEN, JointSpanHead, SpanHead
 from compactlm_jax.parallel import PARAM_RULES, make_mesh, param_shardings
 from compactlm_jax.tree import match_one, named_leaves
@@ -90,3 +91,14 @@ def test_parameters_of_the_joint_head(answerable):
   for sizes in ((1, 8, 1), (1, 4, 2), (2, 2, 2)):
     for params in (tree, independent):
       param_shardings(make_mesh(MeshConfig(*sizes)), params)
+
+
+def test_logits_of_half_precision_states_are_not_rounded_to_it():
+  """Ties between neighbours would decide answers. Mutation: multiply in the dtype of the states."""
+  config = EncoderConfig(hidden_size=64, num_heads=4, num_layers=1)
+  x = 4 * jax.random.normal(jax.random.key(0), (1, 384, 64)).astype(jnp.bfloat16)
+  heads = {SpanHead(config): lambda out: out[0], RtdHead(config): lambda out: out}
+  for head, read in heads.items():
+    variables = jax.tree.map(lambda leaf: 20 * leaf, head.init(jax.random.key(1), x))
+    logits = read(head.apply(variables, x))
+    assert logits.dtype == jnp.float32 and len(np.unique(logits)) > 360

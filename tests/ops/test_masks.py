@@ -70,6 +70,18 @@ def test_masked_dense_with_scores_drops_the_lowest():
   np.testing.assert_allclose(got, np.asarray(x) @ kernel, atol=1e-5)
 
 
+def test_grouped_dense_with_scores_drops_the_lowest():
+  """Mutation: ignore the collection of scores."""
+  x = jax.random.normal(jax.random.key(0), (2, 8))
+  layer = GroupedDense(6, 2, EncoderConfig(), mask_fn=lambda s: (s > 0).astype(s.dtype))
+  params = layer.init(jax.random.key(1), x)['params']
+  scores = jax.random.normal(jax.random.key(2), (2, 4, 3))
+  got = layer.apply({'params': params, 'scores': {'kernel': scores}}, x)
+  kernel = np.where(np.asarray(scores) > 0, params['kernel'], 0)
+  want = np.concatenate([np.asarray(x)[:, 4 * g : 4 * g + 4] @ kernel[g] for g in range(2)], axis=-1)
+  np.testing.assert_allclose(got, want, atol=1e-5)
+
+
 def test_grouped_dense_is_a_block_diagonal_dense():
   """Mutation: interleave the groups (channel shuffle)."""
   x = jax.random.normal(jax.random.key(0), (2, 3, 8))

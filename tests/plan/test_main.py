@@ -92,6 +92,14 @@ def test_a_penalty_without_weight():
     main.plan_run(tiny_config('prune', prune=PruneConfig(method='soft_movement')), 'a.py:b', 'v3-8')
 
 
+def test_a_first_threshold_above_all_scores():
+  """Mutation: leave it out of `require_weight`."""
+  config = PruneConfig(method='soft_movement', threshold_on='scores')
+  with pytest.raises(ConfigError, match=r'config\.prune\.initial_threshold: 0.0 is not below the scores'):
+    main.plan_run(tiny_config('prune', prune=config), 'a.py:b', 'v3-8')
+  dataclasses.replace(config, initial_threshold=-1.0).require_weight()
+
+
 def test_what_is_assumed():
   """Mutation: plan with the scan of the configuration: costs of its body would count once."""
   plan = resolve(tiny_config('finetune', finetune=FinetuneConfig(), steps=0, epochs=2.0))

@@ -223,6 +223,19 @@ def test_every_parameter_has_one_rule_and_the_pooler_is_held(teacher_params):
   assert held == {'encoder/pooler/kernel', 'encoder/pooler/bias'}
 
 
+@pytest.mark.parametrize('layers', ['last', 'uniform'])
+def test_projections_that_no_relation_names_are_held_in_the_last_layer(teacher_params, layers):
+  """Weight decay alone would move them. Mutation: look at `config.layers`, or at no relation."""
+  task = make_distill_task(STUDENT, TEACHER, teacher_params, DistillConfig(relations=('qk',), layers=layers))
+  params = random_params(STUDENT)
+  tx = make_optimizer(OptimizerConfig(weight_decay=0.1, learning_rate=0.1, decay='constant'), 10, task.trainable)
+  new = fast_jit(lambda p: optax.apply_updates(p, tx.update(jax.tree.map(jnp.zeros_like, p), tx.init(p), p)[0]))(params)
+  before, after = (tree['encoder']['layers']['attention'] for tree in (params, new))
+  for name in ('query', 'key', 'value'):
+    same = [np.array_equal(*pair) for pair in zip(before[name]['kernel'], after[name]['kernel'], strict=True)]
+    assert same == [False, name == 'value']
+
+
 def test_layer_pairs():
   assert layer_pairs(STUDENT, TEACHER, DistillConfig()) == ((4,), (2,))
   assert layer_pairs(STUDENT, TEACHER, DistillConfig(teacher_layer=3)) == ((3,), (2,))
@@ -247,6 +260,7 @@ def test_layer_pairs():
     ({}, DistillConfig(init_layers=(1, 2)), r'init_layers: .* student_init'),
     ({'conv_kernel_size': 3, 'self_attention': False}, DistillConfig(), r'encoder.self_attention: relations compare'),
     ({'num_layers': 5}, DistillConfig(layers='uniform'), r"layers: 'uniform'"),
+    ({'causal': True}, DistillConfig(), r'config.encoder.causal: relations'),
   ],
 )
 def test_what_does_not_fit_is_refused_before_training(changes, config, message):
@@ -261,6 +275,11 @@ def test_other_refusals(teacher_params, batch):
     )
   with pytest.raises(ConfigError, match='student_init'):
     make_distill_task(HALF, TEACHER, teacher_params, DistillConfig(student_init='teacher_layers'), start=teacher_params)
+  with pytest.raises(ConfigError, match='config.teacher.causal: relations'):
+    check_distill(STUDENT, dataclasses.replace(TEACHER, causal=True), DistillConfig())
+  with pytest.raises(ConfigError, match='conv_kind'):
+    mixed = dataclasses.replace(TEACHER, conv_kernel_size=3, num_heads=1)
+    check_distill(dataclasses.replace(mixed, conv_kind='dynamic'), mixed, DistillConfig(student_init='teacher_layers'))
   with pytest.raises(ConfigError, match='config.teacher: its weights have 4 layers'):
     make_distill_task(STUDENT, dataclasses.replace(TEACHER, num_layers=3), teacher_params, DistillConfig())
   task = make_distill_task(STUDENT, TEACHER, teacher_params, DistillConfig())

@@ -93,3 +93,9 @@ def test_teachers_that_do_not_fit_are_refused(teacher):
     make_finetune_task(STILL, ('a', 'b', 'c'), PLAIN, teacher=teacher)
   with pytest.raises(ConfigError, match='found 1 class'):
     make_finetune_task(STILL, ('a',), PLAIN)
+
+
+def test_a_left_to_right_encoder_is_refused():
+  """Its first token sees nothing. Mutation: drop the check of SentenceModel."""
+  with pytest.raises(ConfigError, match='config.encoder.causal: the head reads the first token'):
+    make_finetune_task(dataclasses.replace(STILL, causal=True), ('a', 'b'), FinetuneConfig())
