@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from compactlm_jax.checkpoint import load_params
 from compactlm_jax.config import RunConfig
 from compactlm_jax.data.glue import read_glue, submission
 from compactlm_jax.data.glue_tasks import glue_task
@@ -24,7 +23,7 @@ from compactlm_jax.interop.pretrained import GENERATOR
 from compactlm_jax.jobs.commands import build_job, evaluation
 from compactlm_jax.jobs.data import EvalSet
 from compactlm_jax.jobs.grid import Timed, load_network, with_grid
-from compactlm_jax.jobs.models import is_run, tokenizer_of
+from compactlm_jax.jobs.models import is_run, load_run_params, tokenizer_of
 from compactlm_jax.parallel import make_mesh, param_shardings
 from compactlm_jax.storage import write_whole
 from compactlm_jax.train.evaluate import Evaluation, make_gather, metrics_of
@@ -134,7 +133,7 @@ def _asked(config: RunConfig, checkpoint: str, bundle: Bundle | None) -> RunConf
 
 def _run_params(job: Job, checkpoint: str) -> tuple[Params, int]:
   """(parameters as they were trained, step) of the newest intact checkpoint."""
-  leaves, metadata = load_params(checkpoint)
+  leaves, metadata = load_run_params(checkpoint)
   if metadata['task'] != job.task.name:
     raise ConfigError(f'config.task: {checkpoint} is a run of {metadata["task"]}, not of {job.task.name}')
   _check_same_model(metadata['model'], job.task.model, checkpoint)

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from compactlm_jax.checkpoint import load_params
 from compactlm_jax.compress.subnet import subnet_config
 from compactlm_jax.config import AdaptConfig, Cell, EncoderConfig, RunConfig, cells, from_config_dict
 from compactlm_jax.errors import ConfigError
@@ -21,7 +20,7 @@ from compactlm_jax.interop.folder import open_folder
 from compactlm_jax.interop.tokenizer_files import read_tokenizer
 from compactlm_jax.jobs.grid_rows import cell_bundle, size_of
 from compactlm_jax.jobs.latency import JAX, SEQ_LEN, measure
-from compactlm_jax.jobs.models import is_run, towers_of
+from compactlm_jax.jobs.models import is_run, load_run_params, towers_of
 from compactlm_jax.parse import parse_json, parse_row
 from compactlm_jax.report.grid import GridRow, as_csv, as_entries, as_tables, over_runs, read_rows
 from compactlm_jax.report.grid_plot import draw_grid
@@ -74,7 +73,7 @@ def load_network(path: str) -> Network:
   """
   if not is_run(path):
     return Network(from_pretrained(path), str(path))
-  leaves, metadata = load_params(path)
+  leaves, metadata = load_run_params(path)
   folder, model = epath.Path(path) / 'tokenizer', metadata['model']
   tokenizer = read_tokenizer(open_folder(folder)) if folder.exists() else None
   bundle, generator = towers_of(jax.tree.map(jnp.asarray, leaves), model, tokenizer)

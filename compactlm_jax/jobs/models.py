@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,10 +21,13 @@ from compactlm_jax.interop.bundle import Bundle, drop_pooler, from_pretrained
 from compactlm_jax.interop.folder import open_folder
 from compactlm_jax.interop.pretrained import GENERATOR
 from compactlm_jax.interop.tokenizer_files import TokenizerFiles, read_tokenizer
+from compactlm_jax.storage import children
 from compactlm_jax.tasks.electra import generator_params
 from compactlm_jax.tasks.prune import bake
 from compactlm_jax.tree import named_leaves
 from compactlm_jax.types import Params
+
+log = logging.getLogger(__name__)
 
 
 def load_model(path: epath.PathLike) -> Bundle:
@@ -35,7 +39,13 @@ def load_model(path: epath.PathLike) -> Bundle:
   Raises:
     ConfigError, DataError, StorageError: the folder cannot be used; the message says why.
   """
-  return load_towers(path)[0] if is_run(path) else from_pretrained(path)
+  if is_run(path):
+    return load_towers(path)[0]
+  inside = children(path) if epath.Path(path).is_dir() else []
+  seeds = sorted(child.name for child in inside if child.name.startswith('seed-') and is_run(child))
+  if seeds:
+    raise ConfigError(f'{path}: holds the runs of {len(seeds)} seeds; name one of them, for example {path}/{seeds[0]}')
+  return from_pretrained(path)
 
 
 def load_generator(path: epath.PathLike) -> Bundle | None:
@@ -62,10 +72,19 @@ def load_towers(run: epath.PathLike) -> tuple[Bundle, Bundle | None]:
   Raises:
     ConfigError, DataError, StorageError: see `load_model`.
   """
-  leaves, metadata = load_params(run)
+  leaves, metadata = load_run_params(run)
   folder = epath.Path(run) / 'tokenizer'
   tokenizer = read_tokenizer(open_folder(folder)) if folder.exists() else None
   return towers_of(jax.tree.map(jnp.asarray, leaves), metadata['model'], tokenizer)
+
+
+def load_run_params(run: epath.PathLike) -> tuple[Params, dict[str, Any]]:
+  """`checkpoint.load_params` of a run, which says so if the run is not over."""
+  leaves, metadata = load_params(run)
+  folder = epath.Path(run)
+  if (folder / 'config.json').exists() and not (folder / 'results.json').exists():
+    log.warning('%s: step %d of a run that is not over; the same train command continues it', run, metadata['step'])
+  return leaves, metadata
 
 
 def towers_of(

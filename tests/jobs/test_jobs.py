@@ -226,3 +226,15 @@ def test_chain_of_runs_from_teacher_to_classifier(files, tmp_path):
   back = clm.from_pretrained(tmp_path / 'hf')
   assert params_digest(back.params) == params_digest(tuned.params)
   assert json.loads((tmp_path / 'hf' / 'config.json').read_text())['num_hidden_layers'] == 1
+
+
+def test_what_is_not_over_and_what_are_many_is_said(files, tmp_path, caplog):
+  """Mutation: drop the warning of `load_run_params`, or the look for seeds."""
+  run_train(finetune(files, steps=2), str(tmp_path / 'run/seed-0'))
+  with pytest.raises(ConfigError, match='holds the runs of 1 seeds; name one of them, for example .*run/seed-0'):
+    load_model(tmp_path / 'run')
+  load_model(tmp_path / 'run/seed-0')
+  assert 'not over' not in caplog.text
+  (tmp_path / 'run/seed-0/results.json').unlink()
+  load_model(tmp_path / 'run/seed-0')
+  assert 'step 2 of a run that is not over' in caplog.text
