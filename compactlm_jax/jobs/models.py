@@ -17,6 +17,7 @@ from compactlm_jax.checkpoint import load_params
 from compactlm_jax.compress.layers import take_layers
 from compactlm_jax.config import ElectraConfig, EncoderConfig, PruneConfig, from_config_dict
 from compactlm_jax.data.tokenizer import Tokenizer, load_tokenizer
+from compactlm_jax.errors import ConfigError
 from compactlm_jax.interop.bundle import Bundle, drop_pooler, from_pretrained
 from compactlm_jax.interop.folder import open_folder
 from compactlm_jax.interop.pretrained import GENERATOR
