@@ -55,7 +55,7 @@ def run(encoder: EncoderConfig, generator: float, learning_rate: float, batch_si
 def mixed(width: int, heads: int, embedding: int, *, head_ratio: int = 2, **changes: Any) -> EncoderConfig:
   """A published encoder of 12 layers."""
   fields = {'hidden_size': width, 'num_layers': 12, 'embedding_size': embedding, 'dtype': 'bfloat16', **changes}
-  return EncoderConfig.mixed(heads=heads, head_ratio=head_ratio, **fields)
+  return EncoderConfig.mixed(heads=heads, head_ratio=head_ratio, glorot_projections=True, **fields)
 
 
 SMALL = mixed(256, 4, 128)

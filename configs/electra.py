@@ -37,6 +37,7 @@ def encoder(layers: int, width: int, heads: int, embedding: int) -> EncoderConfi
     num_layers=layers,
     num_heads=heads,
     embedding_size=embedding,
+    glorot_projections=True,
     dtype='bfloat16',
   )
 

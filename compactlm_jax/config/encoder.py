@@ -56,6 +56,9 @@ class EncoderConfig:
     attention_dropout: rate on attention probabilities.
     layer_drop: probability that training skips a layer (LayerDrop, Fan et al. 2019); evaluation runs all.
     initializer_range: standard deviation of the truncated normal initialiser.
+    glorot_projections: start the embedding projection and the last layer of the replaced-token head by Glorot's uniform
+      rule, as ELECTRA's and ConvBERT's code does (TensorFlow's default, kept there alone); False starts them like all
+      other layers, as transformers does.
     pad_token_id: id of [PAD]; positions that hold it are not special by themselves, the mask decides.
     dtype: 'float32' or 'bfloat16' for matrix products. Parameters, softmax, LayerNorm and losses stay float32.
     remat: recompute each layer's activations in the backward pass.
@@ -89,6 +92,7 @@ class EncoderConfig:
   attention_dropout: float = 0.1
   layer_drop: float = 0.0
   initializer_range: float = 0.02
+  glorot_projections: bool = False
   pad_token_id: int = 0
   dtype: str = 'float32'
   remat: bool = False
@@ -207,8 +211,8 @@ class EncoderConfig:
     )
 
   def with_run_options(self, asked: EncoderConfig) -> EncoderConfig:
-    """The sizes of this (loaded) encoder with dropout, dtype, remat and unroll of the run that was asked for."""
-    names = ('hidden_dropout', 'attention_dropout', 'layer_drop', 'dtype', 'remat', 'scan_unroll')
+    """The sizes of this (loaded) encoder with dropout, dtype, remat and the like of the run that was asked for."""
+    names = ('hidden_dropout', 'attention_dropout', 'layer_drop', 'glorot_projections', 'dtype', 'remat', 'scan_unroll')
     return dataclasses.replace(self, **{name: getattr(asked, name) for name in names})
 
 

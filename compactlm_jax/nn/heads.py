@@ -36,7 +36,8 @@ class RtdHead(nn.Module):
   @nn.compact
   def __call__(self, x_BTD: Float[Array, 'B T D']) -> Float[Array, 'B T']:
     h = gelu(MaskedDense(self.config.hidden_size, self.config, name='dense')(x_BTD))
-    return MaskedDense(1, self.config, name='output')(h.astype(jnp.float32))[..., 0]
+    output = MaskedDense(1, self.config, glorot=self.config.glorot_projections, name='output')
+    return output(h.astype(jnp.float32))[..., 0]
 
 
 class Classifier(nn.Module):

@@ -36,11 +36,13 @@ class MaskedDense(nn.Module):
   features: int
   config: EncoderConfig
   mask_fn: MaskFn | None = None
+  glorot: bool = False
 
   @nn.compact
   def __call__(self, x: Float[Array, '*b i']) -> Float[Array, '*b o']:
     shape = (x.shape[-1], self.features)
-    kernel = self.param('kernel', kernel_init(self.config.initializer_range), shape)
+    init = nn.initializers.glorot_uniform() if self.glorot else kernel_init(self.config.initializer_range)
+    kernel = self.param('kernel', init, shape)
     bias = self.param('bias', nn.initializers.zeros, (self.features,))
     return dense(x, _masked(self, kernel, self.mask_fn), bias)
 
@@ -134,4 +136,4 @@ class Embeddings(nn.Module):
     x_BTE = dropout(x_BTE.astype(cfg.dtype), cfg.hidden_dropout, key, site)
     if size == cfg.hidden_size:
       return x_BTE
-    return MaskedDense(cfg.hidden_size, cfg, name='projection')(x_BTE)
+    return MaskedDense(cfg.hidden_size, cfg, glorot=cfg.glorot_projections, name='projection')(x_BTE)

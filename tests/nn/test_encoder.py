@@ -12,6 +12,7 @@ from compactlm_jax.config import EncoderConfig
 from compactlm_jax.errors import ConfigError
 from compactlm_jax.nn import encoder as module
 from compactlm_jax.nn.encoder import encoder_shapes, init_encoder
+from compactlm_jax.nn.heads import RtdHead
 from compactlm_jax.tree import named_leaves
 
 mixed = EncoderConfig.mixed
@@ -221,3 +222,17 @@ def test_head_ratio_as_published():
   """n = int(A / ratio), at least 1; the head size stays d / A (ConvBERT)."""
   got = [(c.num_heads, c.head_size) for a in (1, 2, 4, 12) for c in [mixed(heads=a, head_ratio=2, hidden_size=48)]]
   assert got == [(1, 48), (1, 24), (2, 12), (6, 4)]
+
+
+def test_the_published_start_of_projections():
+  """Glorot: uniform within sqrt(6 / (inputs + outputs)). Mutation: use it for every layer, or for none."""
+  sizes = {'vocab_size': 8, 'hidden_size': 96, 'num_layers': 1, 'num_heads': 4, 'embedding_size': 32}
+  for glorot in (False, True):
+    config = EncoderConfig('electra', max_positions=8, glorot_projections=glorot, **sizes)
+    encoder = init_encoder(config, jax.random.key(0))['encoder']
+    head = RtdHead(config).init(jax.random.key(0), jnp.zeros((1, 2, 96)))['params']
+    for kernel in (encoder['embeddings']['projection']['kernel'], head['output']['kernel']):
+      bound = (6 / sum(kernel.shape)) ** 0.5 if glorot else 0.04
+      assert 0.9 * bound < np.abs(kernel).max() <= bound
+    assert np.abs(head['dense']['kernel']).max() <= 0.04
+    assert np.abs(encoder['layers']['ffn_in']['kernel']).max() <= 0.04
