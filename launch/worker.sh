@@ -193,8 +193,9 @@ rsync() { # in a dry run, prints as tpu.sh does
   fi
 }
 
-# Half-written checkpoints and locks (nested runs have their own) stay behind; gcloud matches from the start of a path. In a bucket a checkpoint counts from the moment that its commit file
-# is there: commit files go last, when all else has arrived.
+# Half-written checkpoints and locks (nested runs have their own) stay behind; gcloud matches from the start of a path.
+# In a bucket a checkpoint counts from the moment that its commit file is there: commit files go last, when all else has
+# arrived.
 copy() { # SOURCE TARGET
   local marker='commit_success\.txt' others='.*\.orbax-checkpoint-tmp.*|(^|.*/)lock$'
   if [[ $1 == gs://* && $2 != gs://* ]]; then

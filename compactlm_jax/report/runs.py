@@ -20,9 +20,6 @@ from compactlm_jax.report.subjects import subject_titles
 
 log = logging.getLogger(__name__)
 
-_RECENT = ('eval', 'start')
-"""Fingerprints that records of older versions lack: of the held-out rows, and of the starting weights."""
-
 ReadRun = Callable[[str], tuple[RunConfig, dict[str, Any]]]
 
 
@@ -163,7 +160,7 @@ def collect(folders: Sequence[str], read_run: ReadRun, free: tuple[str, ...] = (
   if not runs:
     raise ConfigError('no finished run: ' + '; '.join(f'{folder}: {why}' for folder, why in left_out))
   _check_one_task([run for run, _ in runs])
-  groups = _group(list(zip(_completed([run for run, _ in runs]), (parent for _, parent in runs))), free)
+  groups = _group(runs, free)
   return Report(groups, tuple(left_out), tuple(note for group in groups for note in _notes(group)))
 
 
@@ -235,26 +232,6 @@ def _check_one_task(runs: Sequence[Run]) -> None:
         f'{first.folder} is a run of task {first.config.task}, {run.folder} of {run.config.task}: their scores cannot '
         'stand in one report. Report them apart'
       )
-
-
-def _completed(runs: Sequence[Run]) -> list[Run]:
-  """The runs, with fingerprints that older versions did not record where all others of the same files agree."""
-
-  def source(run: Run, name: str) -> tuple[str, ...]:
-    if name == 'start':
-      return name, run.config.model, run.config.teacher, run.config.electra.generator
-    return name, json.dumps(to_json(run.config)['data'], sort_keys=True), *run.measured_on
-
-  known: dict[tuple[str, ...], set[str]] = {}
-  for run in runs:
-    for name in _RECENT:
-      known.setdefault(source(run, name), set()).update(filter(None, [run.identity.get(name)]))
-  out = []
-  for run in runs:
-    others = {name: known[source(run, name)] for name in _RECENT if not run.identity.get(name)}
-    found = {name: next(iter(digests)) for name, digests in others.items() if len(digests) == 1}
-    out.append(dataclasses.replace(run, identity={**run.identity, **found}) if found else run)
-  return out
 
 
 def _fields(run: Run, free: tuple[str, ...]) -> dict[str, Any]:
