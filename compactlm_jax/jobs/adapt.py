@@ -72,13 +72,13 @@ def adapt_job(config: RunConfig) -> AdaptJob:
     ConfigError, DataError: fields, weights or files that do not fit.
   """
   stage, adapt = config.adapt.stages[-1], config.adapt
+  if adapt.base != 'finetune':
+    return _pretraining(config)
   if adapt.term == 'relations' and config.optimizer.accumulate > 1 and config.distill.normalize == 'tokens':
     raise ConfigError(
       'config.distill.normalize: relations are a mean over tokens and the other terms one over rows, so that parts of '
       "a batch (config.optimizer.accumulate) do not add up to it; set it to 'examples'"
     )
-  if adapt.base != 'finetune':
-    return _pretraining(config)
   if config.finetune.benchmark in SQUAD:
     raise ConfigError(
       f'config.finetune.benchmark: {config.finetune.benchmark}: adaptive networks are trained for classes and scores, '
