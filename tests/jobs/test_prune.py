@@ -78,7 +78,7 @@ def test_runs_that_cannot_work_are_refused_before_training(prune, optimizer, mes
 
 def test_thresholding_needs_no_penalty():
   """Scores move by their gradients alone. Mutation: refuse every method of a penalty that has no weight."""
-  job = build_job(config_of(PruneConfig(method='soft_movement', threshold_on='scores')))
+  job = build_job(config_of(PruneConfig(method='soft_movement', threshold_on='scores', initial_threshold=-0.1)))
   assert job.task.model['prune']['regularization'] == 0
 
 
