@@ -1,9 +1,12 @@
 """An adaptive network on real text: its grid after each stage, beside cells as cut and models trained separately.
 
-Usage: python benchmarks/dynabert.py --model=FOLDER --workdir=RUNS (--table=TSV | --glue=FOLDER --task=mrpc) [--seeds=1]
-  [--rows=4000] [--epochs=3] [--separate=1x1,0.25x1,1x0.5,0.25x0.5] [--separate_seeds=3]
+Usage: python benchmarks/dynabert.py --model=FOLDER --workdir=RUNS (--table=TSV | --glue=FOLDER --task=mrpc) [--seeds=0]
+  [--rows=4000] [--epochs=3] [--separate=1x1,0.25x1,1x0.5,0.25x0.5] [--separate_seeds=0,1,2]
+  [--sampling=sandwich]
 FOLDER is a BERT-like encoder with its tokenizer; TSV a table with the columns label and text (.gz is read), of which a
-fixed tenth is held out; --glue a folder in GLUE's official layout. Runs that are over are not run again.
+fixed tenth is held out; --glue a folder in GLUE's official layout. Runs and evaluations
+that are over are not repeated. With --sampling=sandwich a step trains the largest sub-network, the smallest and two
+others in place of all.
 
 What is compared, all on the same rows with the same learning rate (1e-4, batches of 32):
   as cut       the fine-tuned model (the teacher), leftmost heads and neurons, without further training
@@ -58,10 +61,9 @@ def fine_tuning(args: argparse.Namespace) -> RunConfig:
   return dataclasses.replace(base, data=dataclasses.replace(base.data, seq_len=128, buckets=(32, 64, 128)))
 
 
-def adapted(base: RunConfig, teacher: str, **changes: Any) -> RunConfig:
+def adapted(base: RunConfig, teacher: str, sampling: str) -> RunConfig:
   """The three stages, from a teacher's run."""
-  fields = {'task': 'adapt', 'model': '', 'teacher': teacher, 'eval_every': 100, 'adapt': AdaptConfig(), **changes}
-  return dataclasses.replace(base, **fields)
+  return dataclasses.replace(base, task='adapt', model='', teacher=teacher, adapt=AdaptConfig(sampling=sampling))
 
 
 def separate(base: RunConfig, cell: Cell, folder: pathlib.Path, epochs: float) -> RunConfig:
@@ -91,24 +93,40 @@ def table(found: Found) -> str:
   return '\n'.join(lines)
 
 
+def evaluated(config: RunConfig, path: pathlib.Path, output: pathlib.Path) -> dict[str, Any]:
+  """The results of a run's grid, written to a folder."""
+  if not (output / 'results.json').exists():
+    run_evaluate(config, str(path), output=str(output))
+  results: dict[str, Any] = json.loads((output / 'results.json').read_text())
+  return results
+
+
 def run_seed(args: argparse.Namespace, seed: int, add: Callable[[str, dict[str, Any]], None]) -> None:
   """Teacher, cuts and stages of one seed."""
   base = dataclasses.replace(fine_tuning(args), seed=seed)
   folder = pathlib.Path(args.workdir) / f'seed-{seed}'
-  teacher = str(folder / 'teacher')
-  run_train(base, teacher)
-  whole = adapted(base, teacher)
-  add('as cut', run_evaluate(whole, teacher))
+  teacher = folder / 'teacher'
+  run_train(base, str(teacher))
+  whole = adapted(base, str(teacher), args.sampling)
+
+  def score(what: str, path: pathlib.Path) -> None:
+    add(what, evaluated(whole, path, folder / 'grids' / what.replace(' ', '_')))
+
+  score('as cut', teacher)
   # One step at a rate of 0: what is left of the first stage is its rewiring.
   still = dataclasses.replace(base.optimizer, learning_rate=0.0, warmup_fraction=0.0)
   only = dataclasses.replace(whole.adapt, stages=('width',), keep_best=False)
   rewired = dataclasses.replace(whole, adapt=only, optimizer=still, steps=1, epochs=0.0, eval_every=0)
   run_train(rewired, str(folder / 'rewired'))
-  add('rewired', run_evaluate(whole, str(folder / 'rewired')))
+  score('rewired', folder / 'rewired')
   run_train(whole, str(folder / 'adapted'))
   for stage in STAGES:
-    path = folder / 'adapted' if stage == STAGES[-1] else folder / 'adapted' / 'stages' / stage
-    add(stage, run_evaluate(whole, str(path)))
+    score(stage, folder / 'adapted' if stage == STAGES[-1] else folder / 'adapted' / 'stages' / stage)
+
+
+def numbers(text: str) -> list[int]:
+  """'0,2' -> [0, 2]."""
+  return [int(part) for part in text.split(',') if part]
 
 
 def main() -> None:
@@ -117,9 +135,11 @@ def main() -> None:
     parser.add_argument(f'--{name}', required=True)
   for name, default in (('table', ''), ('glue', ''), ('task', 'mrpc'), ('separate', '1x1,0.25x1,1x0.5,0.25x0.5')):
     parser.add_argument(f'--{name}', default=default)
-  for name, count in (('seeds', 1), ('separate_seeds', 3), ('rows', 4000)):
-    parser.add_argument(f'--{name}', type=int, default=count)
+  for name, default in (('seeds', '0'), ('separate_seeds', '0,1,2')):
+    parser.add_argument(f'--{name}', default=default, help='a list, which may be empty')
+  parser.add_argument('--rows', type=int, default=4000)
   parser.add_argument('--epochs', type=float, default=3.0)
+  parser.add_argument('--sampling', choices=('all', 'sandwich'), default='all')
   args = parser.parse_args()
   keep_memory()
   workdir = pathlib.Path(args.workdir)
@@ -137,11 +157,11 @@ def main() -> None:
     grids.setdefault(what, []).append(read_rows(results['grid'], what))
     draw_grid({name: over_runs(runs) for name, runs in grids.items()}).savefig(workdir / 'dynabert.png', dpi=120)
 
-  for seed in range(args.seeds):
+  for seed in numbers(args.seeds):
     run_seed(args, seed, add)
   for name in filter(None, args.separate.split(',')):
     cell = Cell(*map(float, name.split('x')))
-    for seed in range(args.separate_seeds):
+    for seed in numbers(args.separate_seeds):
       base = separate(fine_tuning(args), cell, workdir / 'cut' / cell.name, 4 * args.epochs)
       folder = workdir / 'separate' / cell.name / f'seed-{seed}'
       results = run_train(dataclasses.replace(base, seed=seed), str(folder))

@@ -68,7 +68,8 @@ class Watchdog:
     if taken > max(_TIMES * median, _AT_LEAST):
       self._said = current[0]
       log.warning(
-        'step %d takes %.0f s so far, the median is %.3g s: another host, the device or the data keep it waiting',
+        'step %d takes %.0f s so far, the median is %.3g s: another host, the device, the data or compiling (rows of a '
+        'new length) keep it waiting',
         current[0] + 1,
         taken,
         median,

@@ -23,7 +23,8 @@ def test_a_step_that_hangs_is_logged_once(caplog):
       clock[0] += 1000  # a save
       dog.check()
   assert caplog.messages == [
-    'step 121 takes 21 s so far, the median is 2 s: another host, the device or the data keep it waiting'
+    'step 121 takes 21 s so far, the median is 2 s: another host, the device, the data or compiling (rows of a '
+    'new length) keep it waiting'
   ]
   caplog.clear()
   with Watchdog(lambda: clock[0], look=0) as dog:
