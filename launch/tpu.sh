@@ -12,7 +12,7 @@
 #   tpu.sh copy     a run directory to or from a bucket             SOURCE TARGET [--on_vm [--worker=all]]
 #
 # Always: --name= --zone= --project= (or LAUNCH_NAME, LAUNCH_ZONE, LAUNCH_PROJECT). --dry_run prints the gcloud commands
-# and runs none. Exit codes: 0 done, 74 the cloud failed, 75 preempted, 78 a flag or a mismatch; watch: the run's own.
+# (of watch: all that it may come to) and runs none. Exit codes: 0 done, 74 the cloud failed, 75 preempted, 78 a flag or a mismatch; watch: the run's own.
 #
 # Runs with bash 3.2 (macOS). No function relies on `set -e`, which is off inside a condition.
 set -euo pipefail
@@ -20,6 +20,8 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=SCRIPTDIR/flags.sh
 source "$here/flags.sh"
+# shellcheck source=SCRIPTDIR/watch.sh
+source "$here/watch.sh"
 exec 3>&1 # dry runs print here, also from inside $(...)
 scratch=$(mktemp)
 trap 'rm -f "$scratch"' EXIT
@@ -132,8 +134,7 @@ install() {
   ready
   remote all mkdir -p compactlm || unreachable
   tpus tpu-vm scp --recurse "${files[@]}" "$name:compactlm/" --worker=all || unreachable
-  remote all bash compactlm/worker.sh install "$source" || unreachable
-  [[ -z $data ]] || remote all env -C compactlm bash worker.sh copy "$data" "data/${data##*/}" || unreachable
+  remote all bash compactlm/worker.sh install "$source" ${data:+"$data"} || unreachable
 }
 
 run() { # COMMAND ...
@@ -153,17 +154,24 @@ logs() {
   done
 }
 
+# Also where nothing is installed yet, as a command that fails looks like lost ssh.
+ask_workers() { # status | stop
+  # shellcheck disable=SC2016 # for the worker's shell
+  local ask='f=compactlm/worker.sh; if [ -f $f ]; then bash $f "$0"; else echo "compactlm-status $(hostname) bare"; fi'
+  remote all bash -c "$ask" "$1"
+}
+
 status() {
   local vm request
   vm=$(vm_info READY) || exit
   request=$(queue_info ACTIVE) || exit
   echo "$name: $vm; queued request: $request"
-  [[ $vm != READY* ]] || remote all bash compactlm/worker.sh status || unreachable
+  [[ $vm != READY* ]] || ask_workers status || unreachable
 }
 
 stop() {
   ready
-  remote all bash compactlm/worker.sh stop || unreachable
+  ask_workers stop || unreachable
   say "the VM is still there and costs; \`delete\` ends that"
 }
 
@@ -187,73 +195,6 @@ delete() {
     [[ $answer == [yY] || $answer == [yY][eE][sS] ]] || { say 'kept' && return; }
   fi
   remove
-}
-
-# Sets `verdict` to lost, the exit code of the run, or nothing while it runs; fails if ssh does. `failed` is the code of
-# a worker that ended for good. The others follow it, or restart for ever: at the second look they are stopped.
-observe() {
-  local lines before=$failed
-  lines=$(remote all bash compactlm/worker.sh status) || return
-  [[ -z $dry_run ]] || lines='compactlm-status worker exited 0'
-  lines=$(grep '^compactlm-status ' <<<"$lines") || return
-  say "$lines"
-  failed=$(awk '$3 == "exited" && $4 != 0 && $4 != 75 { print $4; exit }' <<<"$lines")
-  if [[ -n $failed ]]; then
-    if grep -q ' running ' <<<"$lines"; then
-      [[ -n $before ]] || return 0
-      say "a worker ended with $failed; stopping the others"
-      remote all bash compactlm/worker.sh stop >&2 || return
-    fi
-    verdict=$failed
-  elif grep -Eq ' (lost|absent)$' <<<"$lines"; then
-    verdict=lost
-  elif ! grep -q ' running ' <<<"$lines"; then # 75 if one was stopped
-    verdict=$(awk '$4 { code = $4 } END { print code + 0 }' <<<"$lines")
-  fi
-}
-
-# Removes what a preemption leaves behind, and nothing that lives or waits in a queue.
-clear_lost() { # VM_INFO
-  local request
-  request=$(queue_info NOT_FOUND) || exit
-  case "$1 $request" in
-    READY*) ;;
-    PREEMPTED* | TERMINATED* | *' FAILED'* | *' SUSPENDED'*) remove ;;
-  esac
-}
-
-watch() { # COMMAND ...
-  local info made=0 unheard=0 verdict failed='' known='' broken=''
-  need_command "$@"
-  [[ -z $recreate$queued || -n $source && -n $type ]] || fail 78 'a new VM also needs --type= and --source='
-  while :; do
-    verdict='' info=$(vm_info READY) || info=UNKNOWN
-    case $info in
-      READY*)
-        if [[ -n $broken ]]; then verdict=gone; else known=yes && observe || info=UNKNOWN; fi
-        ;;
-      PREEMPTED* | TERMINATED*) known=yes verdict=gone ;;
-      NOT_FOUND) verdict=gone ;;
-    esac
-    if [[ $info == UNKNOWN ]]; then unheard=$((unheard + 1)); else unheard=0; fi
-    [[ $unheard -lt 20 ]] || fail 74 "$name did not answer $unheard times; it may still run: look with status"
-    [[ $verdict != [0-9]* ]] || return "$verdict"
-    if [[ -n $verdict ]]; then
-      [[ $verdict == lost || -n $recreate$queued ]] || fail 75 "$name is $info: start anew, or watch with --recreate"
-      made=$((made + 1))
-      [[ $made -le $attempts ]] || fail 75 "$name was lost more than $attempts times"
-      say "$name: $verdict ($info); start $made of $attempts"
-      broken=''
-      if [[ $verdict == lost ]]; then
-        (run "$@") || true # looked at again after the pause
-      else
-        # The lock in the run directory names the old host, which is gone for certain.
-        [[ -z $known || "$1 ${2:-}" != 'compactlm train' || ${!#} == --steal_lock ]] || set -- "$@" --steal_lock
-        (clear_lost "$info" && create && install && run "$@") || broken=yes
-      fi
-    fi
-    sleep "$poll"
-  done
 }
 
 copy() { # SOURCE TARGET

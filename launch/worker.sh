@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # What tpu.sh runs on every worker of a TPU VM; everything lives in ~/compactlm. Also usable by hand there.
 #
-#   worker.sh install git+https://HOST/REPOSITORY@TAG | FILE.whl    a virtual environment with the package
+#   worker.sh install SOURCE [ROWS]   a virtual environment with the package, and rows from a bucket in data/.
+#                                     SOURCE: git+https://HOST/REPOSITORY@TAG | FILE.whl
 #   worker.sh start COMMAND ...       in a detached terminal, supervised; a second start of the same command does nothing
 #   worker.sh supervise COMMAND ...   the same in the foreground; its output goes to ~/compactlm/run.log
 #   worker.sh status | stop
@@ -48,17 +49,20 @@ fetch_source() { # git+URL@REF: a clone, because configs/ and constraints.txt ar
 
 # The versions of all that comes along are those of constraints.txt, so that a new VM goes on with what the old one had.
 # JAX's own index of libtpu wheels (-f .../libtpu_releases.html) is not needed: PyPI has libtpu for JAX 0.10 and newer.
-install() { # SOURCE
+# `installed` stands for all of it, so that `status` can tell an installation that was interrupted.
+install() { # SOURCE [ROWS]
   local place
-  mkdir -p "$root"
   case ${1:-} in
-    git+*@*)
-      fetch_source "$1"
-      place=$root/src
-      ;;
+    git+*@*) place=$root/src ;;
     *.whl) place=$root/$(basename "$1") ;;
     *) fail 78 "source ${1:-is missing}: give git+https://HOST/REPOSITORY@TAG or a .whl file" ;;
   esac
+  mkdir -p "$root"
+  exec 9>"$root/install.lock"
+  # One whose tpu.sh was interrupted may go on.
+  flock --timeout 1800 9 || fail 74 'another installation has not ended for half an hour; try again'
+  rm -f "$root/installed"
+  [[ $1 == *.whl ]] || fetch_source "$1"
   fetch_uv
   [[ -x $root/venv/bin/python ]] || "$uv" venv --quiet --python "$python_version" "$root/venv" ||
     fail 74 "Python $python_version could not be installed; try again"
@@ -67,6 +71,8 @@ install() { # SOURCE
     --reinstall-package compactlm-jax "compactlm-jax[tpu,gcs] @ file://$place" ||
     fail 74 "$1 could not be installed; see the message above"
   "$uv" pip freeze --python "$root/venv/bin/python" | grep -E '^(compactlm-jax|jax|jaxlib|libtpu)\b' || true
+  [[ -z ${2:-} ]] || copy "$2" "$root/data/${2##*/}"
+  touch "$root/installed"
 }
 
 # The process id alone is not enough: after a reboot another process may have it. Without -ww, ps cuts to $COLUMNS.
@@ -159,7 +165,8 @@ supervise() { # [COMMAND ...]; without one, what `start` was given
   exit "$code"
 }
 
-# One line that tpu.sh reads. `lost`: the supervisor ended before the run, as in a reboot.
+# One line that tpu.sh reads. `lost`: the supervisor ended before the run, as in a reboot. `bare`: nothing that could run
+# is installed. A run that goes on or has a result says so all the same: `tpu.sh watch` must not install under it.
 status() {
   local state=absent
   if running; then
@@ -169,6 +176,7 @@ status() {
   elif [[ -s $root/exits ]]; then
     state="exited $(tail -n 1 "$root/exits" | cut -d ' ' -f 3)"
   fi
+  [[ $state != lost && $state != absent || -e $root/installed ]] || state=bare
   echo "compactlm-status $(hostname) $state"
 }
 

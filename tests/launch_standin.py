@@ -5,11 +5,14 @@ import json
 import os
 import pathlib
 import shlex
+import shutil
 import subprocess
 import sys
+import time
 
 ROOT = pathlib.Path(__file__).parents[1]
 TPU = ROOT / 'launch' / 'tpu.sh'
+WORKER = ROOT / 'launch' / 'worker.sh'
 WHERE = ('--name=convbert', '--zone=us-central1-a', '--project=my-project')
 
 # vm, queue: [state, type, version] or null. states: what following descriptions of the VM say, one each.
@@ -57,7 +60,7 @@ def ssh():
   if cloud['lost']:
     cloud['lost'] -= 1
     leave(255, 'ssh: connect to host 203.0.113.7 port 22: Connection timed out')
-  if flag['command'].endswith('worker.sh status') and cloud['statuses']:
+  if flag['command'].endswith(' status') and cloud['statuses']:
     print(cloud['statuses'].pop(0) if len(cloud['statuses']) > 1 else cloud['statuses'][0])
   elif cloud['home']:
     (here / 'cloud.json').write_text(json.dumps(cloud))
@@ -81,6 +84,8 @@ if verb == 'describe':
     cloud[key][0] = states.pop(0)
     if key == 'queue' and cloud[key][0] == 'ACTIVE':
       cloud['vm'] = ['READY', *cloud['queue'][1:]]
+    if cloud[key][0] == 'NOT_FOUND':
+      cloud[key] = None
   if not cloud[key]:
     leave(1, f'ERROR: (gcloud.compute.tpus.{{kind}}.describe) NOT_FOUND: Resource was not found')
   print('\\t'.join(cloud[key]))
@@ -103,7 +108,7 @@ elif verb == 'scp' and cloud['home']:
   import shutil
   for source in words[4:-1]:
     target = pathlib.Path(cloud['home'], words[-1].partition(':')[2], pathlib.Path(source).name)
-    shutil.copytree(source, target) if os.path.isdir(source) else shutil.copy(source, target)
+    shutil.copytree(source, target, dirs_exist_ok=True) if os.path.isdir(source) else shutil.copy(source, target)
 leave()
 """
 
@@ -152,3 +157,75 @@ class Cloud:
     assert result.returncode == 0, result.stderr
     lines = [shlex.split(line) for line in result.stdout.splitlines()]
     return [line[1:] for line in lines if line[0] == 'gcloud']
+
+
+# Leaves with the next of the codes in `codes`; asked to stop, once or twice, it saves and leaves with 75 as compactlm.
+COMPACTLM = f"""#!{sys.executable} -SE
+import pathlib, signal, sys, time
+here = pathlib.Path.cwd()
+def stop(*_):
+  signal.signal(signal.SIGTERM, signal.SIG_IGN)
+  time.sleep(0.5)
+  sys.exit(75)
+signal.signal(signal.SIGTERM, stop)
+print('words:', *sys.argv[1:], flush=True)
+codes = here / 'codes'
+left = codes.read_text().split()
+if left[0] == 'wait':
+  (here / 'waits').touch()
+  time.sleep(600)
+codes.write_text(' '.join(left[1:]))
+sys.exit(int(left[0]))
+"""
+
+
+class Host:
+  """A worker's ~/compactlm as installed, with a stand-in for compactlm that leaves with given codes."""
+
+  def __init__(self, folder, codes=''):
+    self.folder = folder
+    program = folder / 'venv' / 'bin' / 'compactlm'
+    program.parent.mkdir(parents=True)
+    program.write_text(COMPACTLM)
+    program.chmod(0o755)
+    (folder / 'codes').write_text(codes)
+    (folder / 'installed').touch()
+    self.env = os.environ | {'COMPACTLM_ROOT': str(folder), 'COMPACTLM_PAUSE': '0'}
+
+  def worker(self, *words, **env):
+    return subprocess.run(
+      ['bash', WORKER, *words], capture_output=True, text=True, timeout=120, env=self.env | env, check=False
+    )
+
+  def exits(self):
+    return [line.split()[1:] for line in (self.folder / 'exits').read_text().splitlines()]
+
+  def wait_for(self, name):
+    deadline = time.monotonic() + 60
+    while not (self.folder / name).exists():
+      assert time.monotonic() < deadline, name
+      time.sleep(0.02)
+
+  def without_tmux(self):
+    """PATH with everything that worker.sh needs except tmux."""
+    tools = self.folder / 'tools'
+    tools.mkdir()
+    names = 'bash basename dirname cat ps grep rm mkdir setsid nohup seq sleep date hostname wc tail cut env touch'
+    for name in names.split():
+      (tools / name).symlink_to(shutil.which(name))
+    self.env['PATH'] = str(tools)
+
+
+def tool(folder, name):
+  """A program that records its arguments."""
+  path = folder / name
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(f'#!/bin/bash\necho "$@" >> {folder}/{path.name}.calls\n')
+  path.chmod(0o755)
+
+
+def detached(folder):
+  """A tmux that leaves no server behind."""
+  path = folder / 'tmux'
+  path.write_text('#!/bin/bash\n[[ $1 == new-session ]] && shift 4 && exec setsid "$@" >/dev/null 2>&1 &\n')
+  path.chmod(0o755)

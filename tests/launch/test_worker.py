@@ -11,67 +11,11 @@ import time
 
 import pytest
 from checkpointing import equal, make_state, restore, write
-from launch_standin import ROOT, Cloud
+from launch_standin import WORKER, Cloud, Host, detached, tool
 
 from compactlm_jax.errors import ConfigError, DataError, LockedError, NumericsError, PreemptedError, StorageError
 
-WORKER = ROOT / 'launch' / 'worker.sh'
 AGAIN, STORAGE = PreemptedError.exit_code, StorageError.exit_code
-
-# Leaves with the next of the codes in `codes`; asked to stop, once or twice, it saves and leaves with 75 as compactlm.
-COMPACTLM = f"""#!{sys.executable} -SE
-import pathlib, signal, sys, time
-here = pathlib.Path.cwd()
-def stop(*_):
-  signal.signal(signal.SIGTERM, signal.SIG_IGN)
-  time.sleep(0.5)
-  sys.exit(75)
-signal.signal(signal.SIGTERM, stop)
-print('words:', *sys.argv[1:], flush=True)
-codes = here / 'codes'
-left = codes.read_text().split()
-if left[0] == 'wait':
-  (here / 'waits').touch()
-  time.sleep(600)
-codes.write_text(' '.join(left[1:]))
-sys.exit(int(left[0]))
-"""
-
-
-class Host:
-  """A worker's ~/compactlm, with a stand-in for compactlm that leaves with given codes."""
-
-  def __init__(self, folder, codes=''):
-    self.folder = folder
-    program = folder / 'venv' / 'bin' / 'compactlm'
-    program.parent.mkdir(parents=True)
-    program.write_text(COMPACTLM)
-    program.chmod(0o755)
-    (folder / 'codes').write_text(codes)
-    self.env = os.environ | {'COMPACTLM_ROOT': str(folder), 'COMPACTLM_PAUSE': '0'}
-
-  def worker(self, *words, **env):
-    return subprocess.run(
-      ['bash', WORKER, *words], capture_output=True, text=True, timeout=120, env=self.env | env, check=False
-    )
-
-  def exits(self):
-    return [line.split()[1:] for line in (self.folder / 'exits').read_text().splitlines()]
-
-  def wait_for(self, name):
-    deadline = time.monotonic() + 60
-    while not (self.folder / name).exists():
-      assert time.monotonic() < deadline, name
-      time.sleep(0.02)
-
-  def without_tmux(self):
-    """PATH with everything that worker.sh needs except tmux."""
-    tools = self.folder / 'tools'
-    tools.mkdir()
-    names = 'bash basename dirname cat ps grep rm mkdir setsid nohup seq sleep date hostname wc tail cut env touch'
-    for name in names.split():
-      (tools / name).symlink_to(shutil.which(name))
-    self.env['PATH'] = str(tools)
 
 
 @pytest.fixture
@@ -119,11 +63,8 @@ def test_pauses_grow_after_storage_errors(host, tmp_path):
 @pytest.mark.parametrize('tmux', [True, False])
 def test_a_run_is_started_once_and_stopped(host, tmp_path, tmux):
   """Detached; what it saved on request is not continued. Mutation: 75 after a stop restarts; start does not look."""
-  if tmux:  # a stand-in: tests leave no server behind
-    (tmp_path / 'tmux').write_text(
-      '#!/bin/bash\n[[ $1 == new-session ]] && shift 4 && exec setsid "$@" >/dev/null 2>&1 &\n'
-    )
-    (tmp_path / 'tmux').chmod(0o755)
+  if tmux:
+    detached(tmp_path)
     host.env['PATH'] = f'{tmp_path}:{os.environ["PATH"]}'
   else:
     host.without_tmux()
@@ -200,8 +141,7 @@ def test_a_run_goes_on_after_a_shutdown(tmp_path, monkeypatch):
   shutil.copy(WORKER, host.folder)
   (host.folder / 'stop').touch()  # of an earlier run
   folder.mkdir()
-  (folder / 'tmux').write_text('#!/bin/bash\nshift 4; setsid "$@" >/dev/null 2>&1 &\n')
-  (folder / 'tmux').chmod(0o755)
+  detached(folder)
   cloud = Cloud(folder)
   cloud.set(vm=['READY', 'v3-8', 'tpu-ubuntu2204-base'], home=str(home))
   assert cloud.tpu('run', '--', 'compactlm', 'train').returncode == 0
@@ -229,14 +169,6 @@ def test_after_a_reboot(host):
     (host.folder / 'supervisor.pid').unlink()
     other.kill()
     other.wait()
-
-
-def tool(folder, name):
-  """A program that records its arguments."""
-  path = folder / name
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(f'#!/bin/bash\necho "$@" >> {folder}/{path.name}.calls\n')
-  path.chmod(0o755)
 
 
 def git(folder, *words):
@@ -267,6 +199,40 @@ def test_installing_a_tag(host, tmp_path):
   assert f' --constraint {host.folder}/constraints.txt ' in calls[1]
   assert calls[1].endswith(f'--reinstall-package compactlm-jax compactlm-jax[tpu,gcs] @ file://{host.folder}/src')
   assert host.worker('install', f'git+file://{repository}@v3').returncode == STORAGE
+
+
+def test_an_installation_that_did_not_end(host, tmp_path):
+  """Told by `status`, unless there is a run or its result. Mutations: the mark stays; it comes before the rows."""
+  uv, mark, wheel = host.folder / 'uv' / 'bin', host.folder / 'installed', 'compactlm_jax-0.1.0-py3-none-any.whl'
+  tool(uv, 'uv')
+  tool(tmp_path, 'gcloud')
+  host.env['PATH'] = f'{tmp_path}:{os.environ["PATH"]}'
+  for path in (uv / 'uv', tmp_path / 'gcloud'):
+    works = path.read_text()
+    path.write_text(works + 'exit 1\n')
+    assert host.worker('install', wheel, 'gs://bucket/data/pairs').returncode == STORAGE
+    assert host.worker('status').stdout.endswith(' bare\n')
+    path.write_text(works)
+    assert host.worker('install', wheel, 'gs://bucket/data/pairs').returncode == 0
+    assert host.worker('status').stdout.endswith(' absent\n')
+  mark.unlink()
+  (host.folder / 'supervisor.pid').write_text('999999999\n')
+  assert host.worker('status').stdout.endswith(' bare\n')
+  (host.folder / 'codes').write_text('wait')
+  running = subprocess.Popen(['bash', WORKER, 'supervise', 'compactlm'], env=host.env)
+  host.wait_for('waits')
+  assert host.worker('status').stdout.endswith(' running attempt=1\n')
+  assert host.worker('stop').stdout.endswith(' exited 75\n') and running.wait(60) == 75
+
+
+def test_one_installation_at_a_time(host):
+  """One that an interrupted tpu.sh left behind is waited for. Mutation: no flock."""
+  tool(host.folder / 'uv' / 'bin', 'uv')
+  lock = host.folder / 'install.lock'
+  left = subprocess.Popen(['flock', lock, 'bash', '-c', f'touch {lock}.held; sleep 1; touch {host.folder}/ended'])
+  host.wait_for('install.lock.held')
+  assert host.worker('install', 'compactlm_jax-0.1.0-py3-none-any.whl').returncode == 0
+  assert (host.folder / 'ended').exists() and left.wait(60) == 0
 
 
 def test_installing_a_wheel(host, tmp_path):
@@ -319,8 +285,7 @@ def test_from_nothing_to_an_end(tmp_path):
   folder.mkdir()
   wheel = tmp_path / 'compactlm_jax-0.1.0-py3-none-any.whl'
   wheel.touch()
-  (folder / 'tmux').write_text('#!/bin/bash\nshift 4; setsid "$@" >/dev/null 2>&1 &\n')
-  (folder / 'tmux').chmod(0o755)
+  detached(folder)
   cloud = Cloud(folder)
   cloud.set(home=str(home))
   env = {'COMPACTLM_PAUSE': '0'}
