@@ -70,7 +70,7 @@ def writer(runner: str, options: str) -> Writer:
     options: of the pipeline, as a command line: '--project=... --temp_location=gs://...'.
 
   Raises:
-    ConfigError: options that cannot be read.
+    ConfigError: options that cannot be read. What is returned raises it too, if the runner is not installed.
   """
   try:
     flags = [f'--runner={runner}', *shlex.split(options)]
@@ -89,6 +89,8 @@ def writer(runner: str, options: str) -> Writer:
       with _progress(plan):
         _run(plan, PipelineOptions(flags))
     except Exception as e:  # each runner wraps what happened on a worker in its own way
+      if _lacks_dataflow(e):
+        raise ConfigError(f"--runner={runner} needs Beam's extra gcp: pip install 'compactlm-jax[dataflow,gcs]'") from e
       if own := own_error(e):
         raise own from e
       reason = (str(e).strip().splitlines() or [type(e).__name__])[-1][:300]
@@ -98,6 +100,14 @@ def writer(runner: str, options: str) -> Writer:
     _raise_errors(plan)
 
   return write
+
+
+def _lacks_dataflow(error: BaseException | None) -> bool:
+  while error is not None:
+    if isinstance(error, ImportError) and 'apache_beam[gcp]' in str(error):
+      return True
+    error = error.__cause__ or error.__context__
+  return False
 
 
 def _run(plan: Plan, options: PipelineOptions) -> None:

@@ -241,7 +241,9 @@ def finish(plan: Plan, tokenizer: Tokenizer) -> Manifest:
   shards.write_info(folder, splits, seq_len, tokenizer.vocab_size)
   wanted = {shard.file for found in splits.values() for shard in found}
   for child in children(folder):
-    if not child.is_dir() and child.name not in wanted and is_ours(child.name) and not child.name.endswith('.json'):
+    if child.name.startswith('part-') or child.name in wanted or child.name.endswith('.json') or child.is_dir():
+      continue  # what the parts wrote stays until the manifest is there: without it this is done again
+    if is_ours(child.name):
       child.unlink()  # of other settings, or of a worker that was killed
   totals = Counts(**_sums(mark['counts'] for mark in known))
   contents = {name: _sums(mark['contents'].get(name, {}) for mark in known) for name in splits}
@@ -290,7 +292,8 @@ def _read_mark(plan: Plan, part: Part) -> dict[str, Any] | None:
   try:
     mark = json.loads(file.read_text())
     shard = Shard(**mark['shard'])
-    return mark if mark['key'] == plan.key and (file.parent / shard.file).exists() else None
+    files = [file.parent / shard.file, *([file.parent / _held(part)] if part.holdout_rows else [])]
+    return mark if mark['key'] == plan.key and all(each.exists() for each in files) else None
   except (FileNotFoundError, ValueError, KeyError, TypeError):
     return None
 

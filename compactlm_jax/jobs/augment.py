@@ -299,11 +299,15 @@ def _on_disk(output: str) -> pathlib.Path:
 
 
 def _finished(target: pathlib.Path, settings: dict[str, Any]) -> Counts | None:
-  report = _report_file(target)
-  if not target.exists() or not report.exists() or _parts(target).exists():
+  report, parts = _report_file(target), _parts(target)
+  if not target.exists() or not report.exists() or (parts / 'settings.json').exists():
     return None
   found = _read_json(report)
-  return Counts(**found['counts']) if found.get('settings') == settings else None
+  if found.get('settings') != settings:
+    return None
+  if parts.exists():
+    shutil.rmtree(parts)  # a call that was killed while it removed them
+  return Counts(**found['counts'])
 
 
 def _parts_folder(target: pathlib.Path, settings: dict[str, Any], overwrite: bool) -> pathlib.Path:

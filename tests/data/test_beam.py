@@ -108,6 +108,20 @@ def test_bad_input(texts, vocabulary, tmp_path):
     beam.writer('DirectRunner', '"--a')
 
 
+def test_what_dataflow_needs_is_named(texts, vocabulary, tmp_path, monkeypatch):
+  """As Beam says it, with the module that is missing behind it. Mutation: take it for the clients of buckets."""
+
+  def without(*_):
+    try:
+      raise ImportError("cannot import name 'dataflow' from 'google.cloud'")
+    except ImportError as e:
+      raise ImportError('Google Cloud Dataflow runner not available, please install apache_beam[gcp]') from e
+
+  monkeypatch.setattr(beam, '_run', without)
+  with pytest.raises(ConfigError, match=r"extra gcp: pip install 'compactlm-jax\[dataflow,gcs\]'"):
+    run(texts, vocabulary, tmp_path / 'out', runner='DirectRunner')
+
+
 @pytest.mark.slow
 def test_processes_write_the_same_bytes(texts, vocabulary, tmp_path):
   run(texts, vocabulary, tmp_path / 'here')

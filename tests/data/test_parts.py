@@ -153,6 +153,28 @@ def test_after_a_kill_only_the_rest_is_done(texts, vocabulary, made, tmp_path, m
   assert len(read) == 4  # what was there is of another seed
 
 
+def test_a_last_phase_that_fails_is_done_again(texts, vocabulary, made, tmp_path, monkeypatch):
+  """Mutations: remove held-out rows before the manifest is there; trust a mark whose held-out rows are gone."""
+  options = {'holdout_rows': 10, 'spread': Spread(3)}
+  calls, write = [], parts.write_manifest
+
+  def once(*a):
+    calls.append(1)
+    if len(calls) == 1:
+      raise OSError(28, 'No space left on device')
+    return write(*a)
+
+  monkeypatch.setattr(parts, 'write_manifest', once)
+  for out in (tmp_path / 'out', tmp_path / 'other'):
+    calls.clear()
+    with pytest.raises(StorageError, match='cannot be written .*No space left'):
+      prepare(texts, str(vocabulary), out, T, 'pairs', seed=3, **options)
+    if out.name == 'other':
+      (tmp_path / '.other.parts' / 'part-00000.held').unlink()
+    prepare(texts, str(vocabulary), out, T, 'pairs', seed=3, **options)
+    assert digests(out) == digests(made)
+
+
 def test_same_settings_are_reused_and_changed_text_is_noticed(texts, vocabulary, tmp_path):
   """Mutation: compare names and sizes alone."""
   mine = tmp_path / 'text'

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -133,6 +134,25 @@ def test_a_finished_output_is_kept_and_others_are_not_touched(model, tmp_path, m
   assert output.read_bytes() == before
   run_augment(source, model, str(output), other, overwrite=True)
   assert 0 < len(output.read_bytes()) < len(before)
+
+
+def test_a_call_that_was_killed_while_it_cleared_its_shards_is_over(model, tmp_path, monkeypatch):
+  """Mutation: take any folder of shards for an output that is not finished."""
+  source, _ = write_table(tmp_path)
+  remove = shutil.rmtree
+
+  def killed(folder):
+    (folder / 'settings.json').unlink()
+    raise RuntimeError('killed')
+
+  monkeypatch.setattr(module.shutil, 'rmtree', killed)
+  with pytest.raises(RuntimeError, match='killed'):
+    run_augment(source, model, str(tmp_path / 'out.tsv'), OPTIONS)
+  monkeypatch.setattr(module.shutil, 'rmtree', remove)
+  monkeypatch.setattr(module, 'augment_shard', None)
+  counts = run_augment(source, model, str(tmp_path / 'out.tsv'), OPTIONS)
+  assert counts.written == len((tmp_path / 'out.tsv').read_text().splitlines()) - 1
+  assert sorted(file.name for file in tmp_path.iterdir()) == ['in.tsv', 'out.tsv', 'out.tsv.json']
 
 
 def test_the_beginning_of_another_augmentation_is_not_continued(model, tmp_path, monkeypatch):
