@@ -20,9 +20,9 @@ of 128 tokens; the second term weighs .1 in the stage of widths and 1 in that of
                     evaluates every 50 steps (10 in the last stage), here 50 on small tasks, 500 or 2,000 on large
                     ones: an evaluation runs all cells
   pretrain-*        hidden sizes 128, 256, 512, 768 at 4 and 6 layers of a 6-layer BERT, every cell at every step. The
-                    settings were not published; here those of BERT (mlm), ELECTRA-base (electra) and MiniLMv2 with 32
-                    relation heads, which divide every width (minilm). --config.adapt.sampling=sandwich trains 4 of
-                    the 8 cells per step
+                    settings were not published; here those of BERT (mlm) and ELECTRA-base (electra) on rows of 128
+                    tokens, and MiniLMv2 with 32 relation heads, which divide every width (minilm).
+                    --config.adapt.sampling=sandwich trains 4 of the 8 cells per step
   RoBERTa           its weights must be put into BERT's layout first (see configs/minilm.py); its recipe warms up over
                     6 % of the steps (--config.optimizer.warmup_fraction=.06)
 Hardware: any; bfloat16 (--config.encoder.dtype=bfloat16) on a TPU. The original: one V100. A step costs as much as a
@@ -90,14 +90,15 @@ def task(name: str) -> RunConfig:
 
 
 def pretrained(base: str, encoder: EncoderConfig, steps: int, warmup: int, learning_rate: float, **fields) -> RunConfig:
-  """Elastic pre-training on prepared rows, 256 at a time."""
+  """Elastic pre-training on prepared rows, 256 at a time; BERT and ELECTRA: no bias correction, decay from step 0."""
+  as_bert = {} if base == 'distill' else {'bias_correction': False, 'decay_from': 'start'}
   return RunConfig(
     task='adapt',
     steps=steps,
     batch_size=256,
     encoder=encoder,
     adapt=AdaptConfig(**{**vars(SIZES), 'base': base}),
-    optimizer=OptimizerConfig(learning_rate=learning_rate, warmup_steps=warmup),
+    optimizer=OptimizerConfig(learning_rate=learning_rate, warmup_steps=warmup, **as_bert),
     checkpoint_every=5000,
     log_every=100,
     **fields,
@@ -118,7 +119,7 @@ VARIANTS = {
   ),
   'pretrain-electra': pretrained(
     'electra',
-    EncoderConfig(architecture='electra', num_layers=6),
+    EncoderConfig(architecture='electra', num_layers=6, glorot_projections=True),
     766_000,
     10_000,
     2e-4,

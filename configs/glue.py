@@ -10,7 +10,7 @@ QQP / MNLI matched / QNLI / RTE; accuracy unless said). All are published figure
   electra-large   69.1 / 96.9 / 90.8 / 92.6 / 92.4 / 90.9 / 95.0 / 88.0
   convbert-small  59.4 / 90.2 / 86.7 / 87.8 / 90.3 / 81.4 / 88.3 / 67.4, average 81.4 (authors' answer to reviewers,
                   median of 9 runs; standard errors 1.4 / .4 / .6 / .3 / .2 / .2 / .1 / .8 in this order)
-  convbert-medium-small  average 81.0 (the same answer)
+  convbert-medium-small  average 81.0 (the same answer; of a 14 M variant, see configs/convbert.py)
   convbert-base   69.2 / 94.6 / 90.4 / 90.7 / 92.0 / 88.1 / 93.0 / 83.4 (PaddlePaddle's reproduction); test average 86.4
   bert            58.9 / 93.2 / 87.3 / - / 91.3 / 84.5 / 91.7 / 68.6 (BERT-base in MiniLM's table)
   minilm          6 x 768: 49.2 / 92.0 / 88.4 / - / 91.0 / 84.0 / 91.0 / 71.5; 12 x 384: 58.5 / 93.0 / 89.5 / - / 91.3 /

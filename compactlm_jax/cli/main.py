@@ -243,7 +243,9 @@ def _is_memory(error: BaseException) -> bool:
 def _less_memory(name: str) -> str:
   command = COMMANDS[name]
   if command.configured:
-    return 'lower config.batch_size, raise config.optimizer.accumulate or set config.encoder.remat=True'
+    return (
+      'lower config.batch_size, raise config.optimizer.accumulate or set config.encoder.remat=True (with scan_unroll=1)'
+    )
   sizes = [flag for flag in ('batch_size', 'batch', 'workers') if flag in command.flag_values()]
   return f'lower --{sizes[0]}' if sizes else 'take a smaller input or a machine with more memory'
 

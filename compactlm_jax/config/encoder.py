@@ -61,7 +61,8 @@ class EncoderConfig:
       other layers, as transformers does.
     pad_token_id: id of [PAD]; positions that hold it are not special by themselves, the mask decides.
     dtype: 'float32' or 'bfloat16' for matrix products. Parameters, softmax, LayerNorm and losses stay float32.
-    remat: recompute each layer's activations in the backward pass.
+    remat: recompute each layer's activations in the backward pass. On a CPU this frees memory with `scan_unroll` 1
+      alone: XLA computes unrolled layers there in an order that keeps all activations.
     scan_unroll: layers per iteration of the scan; 0 unrolls all of them.
     heads_per_layer: heads of each layer if they differ (a pruned encoder), 0 to `num_heads`, which then is the size
       that the layers once had; () for `num_heads` in every layer. A layer without heads adds the bias of its
@@ -213,7 +214,8 @@ class EncoderConfig:
   def with_run_options(self, asked: EncoderConfig) -> EncoderConfig:
     """The sizes of this (loaded) encoder with dropout, dtype, remat and the like of the run that was asked for."""
     names = ('hidden_dropout', 'attention_dropout', 'layer_drop', 'glorot_projections', 'dtype', 'remat', 'scan_unroll')
-    return dataclasses.replace(self, **{name: getattr(asked, name) for name in names})
+    sees = self.conv_sees_padding or (asked.conv_sees_padding and self.architecture == 'convbert')
+    return dataclasses.replace(self, conv_sees_padding=sees, **{name: getattr(asked, name) for name in names})
 
 
 Run = tuple[int, int, EncoderConfig]

@@ -124,12 +124,17 @@ class Encoder(nn.Module):
         x_BTD = jnp.where(keep_mask(words, (1, 1, 1), cfg.layer_drop), x_BTD, given_BTD)
       return x_BTD, (x_BTD if all_hidden else None, qkv if capture else None)
 
+    count = len(indices)
+    unroll = cfg.scan_unroll if 0 < 2 * cfg.scan_unroll <= count else count  # a loop that runs once is none
+    # Outside of loops XLA would merge what `remat` computes again with the forward pass.
+    looped = unroll < count and count % unroll == 0
+
     def scan(layer: EncoderLayer, x_BTD):
       return nn.scan(
-        nn.remat(body, prevent_cse=False) if cfg.remat else body,
+        nn.remat(body, prevent_cse=not looped) if cfg.remat else body,
         variable_axes={'params': 0, 'scores': 0},
         split_rngs={'params': True},
-        unroll=min(cfg.scan_unroll, len(indices)) or len(indices),
+        unroll=unroll,
       )(layer, x_BTD, indices)
 
     if part is not None:

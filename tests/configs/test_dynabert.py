@@ -51,6 +51,20 @@ def test_pre_training_covers_the_published_sizes(base):
       check_distill(size, EncoderConfig(), found.distill)
 
 
+def test_pre_training_is_that_of_the_originals():
+  """Mutations: correct the bias of the moments, as AdamW; decay after the warm-up; other projections."""
+  spec = importlib.util.spec_from_file_location('configs_electra', _PATH.with_name('electra.py'))
+  electra = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(electra)
+  published, found = from_config_dict(RunConfig, electra.get_config('base')), run('pretrain-electra')
+  for name in ('optimizer', 'mask', 'electra', 'batch_size', 'steps'):
+    assert getattr(found, name) == getattr(published, name)
+  assert found.encoder.glorot_projections and published.encoder.glorot_projections
+  bert = run('pretrain-mlm').optimizer
+  assert (bert.bias_correction, bert.decay_from, bert.learning_rate) == (False, 'start', 1e-4)
+  assert run('pretrain-minilm').optimizer.bias_correction
+
+
 def test_unknown_variants_are_refused_and_known_ones_named():
   with pytest.raises(ConfigError, match='pretrain-minilm'):
     module.get_config('nothing')

@@ -167,6 +167,19 @@ def test_remat_and_unroll_keep_values_and_gradients(model, change):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, want)
 
 
+@pytest.mark.parametrize('unroll', [0, 1, 2])
+def test_remat_computes_layers_again(model, unroll):
+  """However they are unrolled. Mutation: let XLA merge the recomputation of unrolled layers with the forward pass."""
+  config, params = model
+
+  def flops(remat):
+    changed = dataclasses.replace(config, remat=remat, scan_unroll=unroll)
+    value = jax.jit(jax.grad(lambda params: encode(params, changed, *tokens()).last_BTD.sum()))
+    return value.lower(params).compile().cost_analysis()['flops']
+
+  assert flops(True) > 1.15 * flops(False)
+
+
 def test_jit_equals_eager(model):
   config, params = model
   eager = module.encode(params, config, *tokens()).last_BTD

@@ -13,7 +13,7 @@ import pytest
 from tiny import ENCODER, tiny_config
 
 from compactlm_jax import cli
-from compactlm_jax.config import DataConfig, DistillConfig, MeshConfig, PruneConfig
+from compactlm_jax.config import AdaptConfig, DataConfig, DistillConfig, MeshConfig, PruneConfig
 from compactlm_jax.parallel import make_mesh
 from compactlm_jax.plan.abstract import abstract_step, resolve
 from compactlm_jax.plan.compile import QUICK, compile_program, tpu_devices
@@ -37,6 +37,10 @@ CHANGES = {
   'distill': {'encoder': BERT, 'distill': DistillConfig(relations=('qq', 'vv'), relation_heads=4)},
   'finetune': {'encoder': BERT},
 }
+ADAPT = {
+  'encoder': dataclasses.replace(BERT, num_layers=2),
+  'adapt': AdaptConfig(widths=(0.5, 1.0), depths=(0.5, 1.0)),
+}
 PRUNE = {
   'hard': PruneConfig(initial_density=0.5),
   'l0': PruneConfig(method='l0', regularization=1.0, scores_scale=2.197),
@@ -49,7 +53,8 @@ PRUNE = {
 
 
 def plan_for(task, rows=ROWS, **changes):
-  return resolve(tiny_config(task, batch_size=rows, data=DataConfig(seq_len=LENGTH), **CHANGES[task], **changes))
+  given = {**CHANGES, 'adapt': ADAPT}[task]
+  return resolve(tiny_config(task, batch_size=rows, data=DataConfig(seq_len=LENGTH), **given, **changes))
 
 
 @functools.cache
@@ -127,6 +132,46 @@ def test_memory_per_core_falls_with_fsdp():
   whole, sliced = program('finetune'), program('finetune', mesh=MeshConfig(data=1, fsdp=8))
   assert sliced.memory['arguments'] < 0.4 * whole.memory['arguments']
   assert sliced.memory['aliased'] < 0.4 * whole.memory['aliased']  # what the step updates in place
+
+
+@pytest.mark.parametrize(
+  ('topology', 'task', 'mesh'),
+  [
+    ('v5p-64', 'finetune', MeshConfig(data=4, fsdp=4, model=2)),
+    pytest.param('v3-32', 'distill', MeshConfig(data=4, fsdp=4, model=2), marks=pytest.mark.slow),
+    pytest.param('v4-32', 'electra', MeshConfig(data=2, fsdp=4, model=2), marks=pytest.mark.slow),
+    pytest.param('v5e-64', 'adapt', MeshConfig(data=8, fsdp=4, model=2), marks=pytest.mark.slow),
+  ],
+  ids=lambda value: value if isinstance(value, str) else '',
+)
+def test_slices_and_models_on_larger_topologies(topology, task, mesh):
+  """Memory falls, parameters are gathered, their gradients and the sums of `model` reduced; rows stay where they are.
+
+  Mutations: the mesh of one host; gather batches; parameters whole on each core.
+  """
+  whole, found = (program(task, topology=topology, rows=128, mesh=each) for each in (WHOLE, mesh))
+  assert {each.kind for each in whole.collectives} == {'all-reduce'}
+  assert found.memory['arguments'] < 0.6 * whole.memory['arguments']
+  assert found.memory['aliased'] < 0.6 * whole.memory['aliased']
+  kinds = {each.kind for each in found.collectives}
+  assert {'all-gather', 'all-reduce'} <= kinds <= {'all-gather', 'all-reduce', 'all-to-all', 'collective-permute'}
+  moved = [dims for each in found.collectives for _, dims in each.shapes]
+  assert not any(128 in dims for dims in moved)
+  assert f's32[{128 // (mesh.data * mesh.fsdp)},{LENGTH}]' in entry_parameters(found.hlo)
+
+
+@pytest.mark.slow
+def test_remat_frees_what_the_forward_pass_keeps():
+  """Of unrolled layers too. Mutation: `prevent_cse=False` for those: XLA keeps what it would compute again."""
+  sizes = {'hidden_size': 128, 'head_size': 64, 'intermediate_size': 512, 'embedding_size': 128, 'num_layers': 3}
+
+  def temporaries(remat):
+    encoder = dataclasses.replace(ENCODER, **sizes, max_positions=128, remat=remat)
+    plan = resolve(tiny_config('finetune', batch_size=256, data=DataConfig(seq_len=128), encoder=encoder))
+    step, arguments = abstract_step(plan, make_mesh(WHOLE, tpu_devices(parse_topology('v3-8'))))
+    return compile_program(step, *arguments, effort=QUICK).memory['temporaries']
+
+  assert temporaries(True) < 0.75 * temporaries(False)
 
 
 def abstract_arguments(*args, **kwargs):
