@@ -114,7 +114,7 @@ attempt() { # NUMBER COMMAND ...; sets `code`
   local number=$1
   shift
   TZ=UTC printf -- '--- %(%FT%TZ)T attempt %s: %s\n' -1 "$number" "$*"
-  "$@" </dev/null &
+  "$@" </dev/null 8<&- &
   child=$!
   code=0
   wait "$child" || code=$?
@@ -142,6 +142,10 @@ supervise() { # [COMMAND ...]; without one, what `start` was given
   exec >>"$root/run.log" 2>&1
   rm -f "$root/stop"
   echo $$ >"$root/supervisor.pid"
+  rm -f "$root/silence"
+  mkfifo "$root/silence"
+  exec 8<>"$root/silence" # nothing is ever written to it: a read of it is a pause
+  rm "$root/silence"
   while :; do
     number=$((number + 1))
     attempt "$number" "$@"
@@ -151,11 +155,10 @@ supervise() { # [COMMAND ...]; without one, what `start` was given
       *) break ;;
     esac
     [[ $storage -le 3 ]] || break
-    # In the background, as a trap runs only when the foreground command has ended; a second at a time, as a signal just
-    # before `wait` does not end it.
+    # Not `sleep`: of a Ctrl-C that meets a program, bash may leave it to the program. A second at a time, as a signal just
+    # before `read` does not end it.
     while [[ -z $stopping && $((rest--)) -gt 0 ]]; do
-      sleep 1 &
-      wait $! || true
+      read -r -t 1 -u 8 || true
     done
     [[ -z $stopping ]] || break
   done

@@ -210,7 +210,9 @@ class Host:
     """PATH with everything that worker.sh needs except tmux."""
     tools = self.folder / 'tools'
     tools.mkdir()
-    names = 'bash basename dirname cat ps grep rm mkdir setsid nohup seq sleep date hostname wc tail cut env touch'
+    names = (
+      'bash basename dirname cat ps grep rm mkdir mkfifo setsid nohup seq sleep date hostname wc tail cut env touch'
+    )
     for name in names.split():
       (tools / name).symlink_to(shutil.which(name))
     self.env['PATH'] = str(tools)

@@ -51,12 +51,12 @@ def test_restarts_by_exit_code(host, codes, attempts, end):
 
 def test_pauses_grow_after_storage_errors(host, tmp_path):
   """Mutation: the pause stays what it was."""
-  sleep = tmp_path / 'sleep'
-  sleep.write_text(f'#!/bin/bash\necho "$(wc -l <{host.folder}/exits)" "$1" >> {tmp_path}/pauses\n')
-  sleep.chmod(0o755)
+  reads = tmp_path / 'reads.sh'
+  count = f'echo "$(wc -l <{host.folder}/exits)" >> {tmp_path}/pauses'
+  reads.write_text(f'read() {{ [[ "$*" == "-r -t 1 -u 8" ]] || {{ builtin read "$@"; return; }}; {count}; }}\n')
   (host.folder / 'codes').write_text('74 75 74 74 74')
-  host.worker('supervise', 'compactlm', PATH=f'{tmp_path}:{os.environ["PATH"]}', COMPACTLM_PAUSE='10')
-  after = [int(line.split()[0]) for line in (tmp_path / 'pauses').read_text().splitlines() if line.endswith(' 1')]
+  host.worker('supervise', 'compactlm', BASH_ENV=str(reads), COMPACTLM_PAUSE='10')
+  after = [int(line) for line in (tmp_path / 'pauses').read_text().splitlines()]
   assert [after.count(attempt) for attempt in range(6)] == [0, 10, 10, 20, 40, 0]  # seconds
 
 
