@@ -2,11 +2,11 @@
 
 Usage: python benchmarks/dynabert.py --model=FOLDER --workdir=RUNS (--table=TSV | --glue=FOLDER --task=mrpc) [--seeds=0]
   [--rows=4000] [--epochs=3] [--separate=1x1,0.25x1,1x0.5,0.25x0.5] [--separate_seeds=0,1,2]
-  [--sampling=sandwich]
+  [--sampling=all]
 FOLDER is a BERT-like encoder with its tokenizer; TSV a table with the columns label and text (.gz is read), of which a
-fixed tenth is held out; --glue a folder in GLUE's official layout. Runs and evaluations
-that are over are not repeated. With --sampling=sandwich a step trains the largest sub-network, the smallest and two
-others in place of all.
+fixed tenth is held out; --glue a folder in GLUE's official layout. Runs and evaluations that are over
+are not repeated. With --sampling=sandwich a step trains the largest sub-network, the smallest and two others in place
+of all.
 
 What is compared, all on the same rows with the same learning rate (1e-4, batches of 32):
   as cut       the fine-tuned model (the teacher), leftmost heads and neurons, without further training
@@ -27,7 +27,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from prune import dense, split
+from prune import dense, numbers, split
 
 from compactlm_jax.config import (
   AdaptConfig,
@@ -122,11 +122,6 @@ def run_seed(args: argparse.Namespace, seed: int, add: Callable[[str, dict[str, 
   run_train(whole, str(folder / 'adapted'))
   for stage in STAGES:
     score(stage, folder / 'adapted' if stage == STAGES[-1] else folder / 'adapted' / 'stages' / stage)
-
-
-def numbers(text: str) -> list[int]:
-  """'0,2' -> [0, 2]."""
-  return [int(part) for part in text.split(',') if part]
 
 
 def main() -> None:

@@ -60,6 +60,11 @@ def split(table: pathlib.Path, folder: pathlib.Path) -> tuple[str, str]:
   return str(files[0]), str(files[1])
 
 
+def numbers(text: str) -> list[int]:
+  """'0,2' -> [0, 2]."""
+  return [int(part) for part in text.split(',') if part]
+
+
 def dense(args: argparse.Namespace, train: str, dev: str) -> RunConfig:
   """The run without pruning."""
   return RunConfig(
@@ -116,7 +121,7 @@ def main() -> None:
     parser.error(f'--methods: {", ".join(sorted(unknown))} is unknown; use some of {known}')
   keep_memory()
   workdir = pathlib.Path(args.workdir)
-  seeds = [int(seed) for seed in args.seeds.split(',')]
+  seeds = numbers(args.seeds)
   base = dense(args, *split(pathlib.Path(args.table), workdir / 'data'))
   found: dict[str, list[dict[str, Any]]] = {}
 

@@ -371,9 +371,7 @@ def _read(path: epath.Path, leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
   except (PermissionError, MemoryError) as e:
     raise StorageError(f'{path}: cannot be read ({e}); fix its permissions, or free memory') from e
   except Exception as e:  # Orbax reports damage by many types, often wrapped
-    first: BaseException = e
-    while cause := first.__cause__ or first.__context__:
-      first = cause
+    *_, first = storage.causes(e)
     raise DamagedError(f'state: {type(first).__name__}: {str(first)[:300]}') from e
   for name, leaf in leaves.items():
     x = arrays.get(name)

@@ -195,14 +195,20 @@ def temporary_folder() -> epath.Path:
   return epath.Path(tempfile.gettempdir())
 
 
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+  """An error, what caused it, what caused that."""
+  while error is not None:
+    yield error
+    error = error.__cause__ or error.__context__
+
+
 def own_error(error: BaseException) -> CompactLMError | None:
   """The library's own error for what a bucket or the client of one complained of; None if that is not the reason.
 
   Clients have no common base of errors: gcsfs raises OSError and its own, TensorStore ValueError, ArrayRecord
   RuntimeError, and Orbax wraps them.
   """
-  cause: BaseException | None = error
-  while cause is not None:
+  for cause in causes(error):
     said = str(cause)
     if isinstance(cause, ImportError) and re.search(r'gcsfs|fsspec|google\.cloud|google-cloud', said):
       return ConfigError("paths on gs:// need the extra gcs: pip install 'compactlm-jax[gcs]'")
@@ -216,7 +222,6 @@ def own_error(error: BaseException) -> CompactLMError | None:
         f'{_named(cause, said)}: the bucket cannot be reached; check the network, the name of the bucket and the '
         'credentials, then run the same command again'
       )
-    cause = cause.__cause__ or cause.__context__
   return None
 
 

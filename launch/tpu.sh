@@ -12,7 +12,8 @@
 #   tpu.sh copy     a run directory to or from a bucket             SOURCE TARGET [--on_vm [--worker=all]]
 #
 # Always: --name= --zone= --project= (or LAUNCH_NAME, LAUNCH_ZONE, LAUNCH_PROJECT). --dry_run prints the gcloud commands
-# (of watch: all that it may come to) and runs none. Exit codes: 0 done, 74 the cloud failed, 75 preempted, 78 a flag or a mismatch; watch: the run's own.
+# (of watch: all that it may come to) and runs none. Exit codes: 0 done, 74 the cloud failed, 75 preempted, 78 a flag or
+# a mismatch; watch: the run's own.
 #
 # Runs with bash 3.2 (macOS). No function relies on `set -e`, which is off inside a condition.
 set -euo pipefail

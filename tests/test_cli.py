@@ -219,7 +219,9 @@ def test_memory_of_a_run_has_remedies(capsys, monkeypatch, tmp_path):
   monkeypatch.setattr(jobs, 'run_train', fail)
   assert cli.main(train('distill', tmp_path)) == 78
   said = capsys.readouterr().err
-  assert said.endswith('config.optimizer.accumulate or set config.encoder.remat=True (with scan_unroll=1)\n')
+  assert said.endswith(
+    'lower config.batch_size, raise config.optimizer.accumulate or set config.encoder.remat=True (with scan_unroll=1)\n'
+  )
   assert 'Traceback' not in said and said.count('\n') == 1
 
 

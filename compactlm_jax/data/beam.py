@@ -20,7 +20,7 @@ from compactlm_jax.data import parts, text
 from compactlm_jax.data.parts import Part, Plan, Writer
 from compactlm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from compactlm_jax.errors import CompactLMError, ConfigError, DataError, StorageError
-from compactlm_jax.storage import children, is_remote, own_error, write_whole
+from compactlm_jax.storage import causes, children, is_remote, own_error, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def writer(runner: str, options: str) -> Writer:
       with _progress(plan):
         _run(plan, PipelineOptions(flags))
     except Exception as e:  # each runner wraps what happened on a worker in its own way
-      if _lacks_dataflow(e):
+      if any(isinstance(cause, ImportError) and 'apache_beam[gcp]' in str(cause) for cause in causes(e)):
         raise ConfigError(f"--runner={runner} needs Beam's extra gcp: pip install 'compactlm-jax[dataflow,gcs]'") from e
       if own := own_error(e):
         raise own from e
@@ -100,14 +100,6 @@ def writer(runner: str, options: str) -> Writer:
     _raise_errors(plan)
 
   return write
-
-
-def _lacks_dataflow(error: BaseException | None) -> bool:
-  while error is not None:
-    if isinstance(error, ImportError) and 'apache_beam[gcp]' in str(error):
-      return True
-    error = error.__cause__ or error.__context__
-  return False
 
 
 def _run(plan: Plan, options: PipelineOptions) -> None:

@@ -41,6 +41,15 @@ def _count(config, *parts, under=''):
   return sum(math.prod(shape) for name, shape in leaf_shapes(config, parts).items() if name.startswith(under))
 
 
+@pytest.mark.parametrize(
+  ('width', 'groups', 'millions'), [(384, 4, 14.1), (432, 4, 16.7), (384, 2, 17.6), (432, 2, 21.2)]
+)
+def test_sizes_of_the_ablations_that_configs_infer(width, groups, millions):
+  """With the replaced-token head, as configs/convbert.py says. Mutation: other groups."""
+  config = mixed(heads=8, head_ratio=2, hidden_size=width, embedding_size=128, num_groups=groups)
+  assert round(_count(config, 'encoder', 'rtd_head') / 1e6, 1) == millions
+
+
 @pytest.mark.parametrize('size', CONVBERT)
 def test_convbert_counts(size):
   """Mutation: halve the generator's one head, as transformers does, or group its feed-forward otherwise."""
