@@ -3,7 +3,8 @@
 Recipes: electra-small, electra-base, electra-large, convbert-small, convbert-medium-small, convbert-base, bert, minilm,
 minilm-cpu. Tasks: cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli.
 Claim: with these settings the authors report, on the development sets (CoLA Matthews / SST-2 / MRPC / STS-B Spearman /
-QQP / MNLI matched / QNLI / RTE; accuracy unless said). All are published figures; measured ones are in README.md.
+QQP / MNLI matched / QNLI / RTE; accuracy unless said). All are published figures; measured ones are in
+docs/measurements.md.
   electra-small   57.0 / 91.2 / 88.0 / 87.5 / 89.0 / 81.3 / 88.4 / 66.7 from the released weights, pre-trained on open
                   data 56.8 / 88.3 / 87.4 / 86.8 / 88.3 / 78.9 / 87.9 / 68.5 (google-research/electra, medians)
   electra-base    67.7 / 95.1 / 89.5 / 91.2 / 91.5 / 88.8 / 93.2 / 82.7

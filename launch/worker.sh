@@ -8,7 +8,7 @@
 #   worker.sh status | stop
 #   worker.sh copy SOURCE TARGET      a run directory to or from a bucket
 #
-# Restarts by exit code (README.md of the package): 75 always; 74 at most 3 times, waiting longer each time; others never.
+# Restarts by exit code (docs/guide.md): 75 always; 74 at most 3 times, waiting longer each time; others never.
 # On a pod every worker decides alone, by its own process's code. That agrees because `compactlm train` leaves with 75
 # on all workers together, and a worker that comes back first waits in jax.distributed for the rest (5 minutes by
 # default: every pause here is shorter). Where one crashed and does not come back, `tpu.sh watch` stops the others.
