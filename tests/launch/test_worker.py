@@ -103,6 +103,15 @@ def test_a_supervisor_with_the_process_id_of_the_one_before(host):
   assert host.exits() == [['1', '0']]
 
 
+@pytest.fixture
+def hangups():
+  """Tests under `nohup` ignore them, and with them what they start."""
+  before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+  yield
+  signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures('hangups')
 @pytest.mark.parametrize(
   'number,state', [(signal.SIGTERM, 'lost'), (signal.SIGHUP, 'lost'), (signal.SIGINT, 'exited 75')]
 )
