@@ -322,3 +322,4 @@ def test_non_finite_updates_end_a_run(tmp_path, monkeypatch, capsys):
   ]
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(named_leaves(load_model(tmp_path).params)))
   assert not (tmp_path / 'results.json').exists() and not (tmp_path / 'lock').exists()
+  assert not (tmp_path / 'checkpoints' / '5').exists()

@@ -76,7 +76,7 @@ def test_bad_updates_without_end_stop_the_run(task, tmp_path):
 
   Mutation: `>` in place of `>=` where the reporter counts, or save before it reports.
   """
-  config = config_of(task, steps=20, checkpoint_every=4, mesh=MeshConfig(data=4, fsdp=2))
+  config = config_of(task, steps=20, checkpoint_every=1, mesh=MeshConfig(data=4, fsdp=2))
   job = build_job(config)
   assert config.optimizer.max_bad_steps == 3
   job = dataclasses.replace(job, task=poisoned(job.task), batches=Poisoned(job.batches))
@@ -92,7 +92,7 @@ def test_bad_updates_without_end_stop_the_run(task, tmp_path):
 
 @pytest.mark.parametrize('task', TASKS)
 def test_the_same_configuration_twice(task):
-  """Job, weights and rows made anew: the same losses in hex, the same parameters. Mutation: a key by the clock."""
+  """Job, weights and rows made anew: the same losses in hex, the same parameters. Mutation: weights by the clock."""
   run, config = compiled(task), config_of(task)
   job, mesh, state, frozen, _ = place_job(config, jax.devices()[:4])
   again = dataclasses.replace(run, job=job, mesh=mesh, initial=host(state), frozen=frozen)

@@ -66,7 +66,7 @@ def test_remat_and_unrolling(change, task):
 
 
 def test_draws_are_the_same_on_any_number_of_devices():
-  """Dropout and hidden tokens, to the bit. Mutation: fold the place of a row into its key."""
+  """Dropout and hidden tokens, to the bit. Mutation: draw by `jax.lax.rng_uniform`."""
   rng = np.random.default_rng(0)
   x, ids = rng.standard_normal((16, 24), np.float32), rng.integers(5, 64, (16, 24)).astype(np.int32)
   mask = (np.arange(24) < rng.integers(3, 25, 16)[:, None]).astype(np.int32)

@@ -15,6 +15,7 @@ import json
 import os
 import pickle
 import socket
+import tracemalloc
 
 import pytest
 from foreign import Cases, Change, watched
@@ -85,7 +86,7 @@ def test_a_prepared_dataset_names_no_file_outside(tmp_path):
     assert cases.run(Change('manifest.json', content)) == 'DataError'
 
 
-def test_small_files_that_decompress_to_much_are_refused(tmp_path, monkeypatch):
+def test_small_files_that_decompress_to_much_are_refused(tmp_path, monkeypatch, request):
   """Mutation: read lines, or the whole document, without a limit."""
   monkeypatch.setattr(text, 'MAX_LINE_BYTES', 1 << 16)
   monkeypatch.setattr(squad, 'MAX_BYTES', 1 << 16)
@@ -93,6 +94,8 @@ def test_small_files_that_decompress_to_much_are_refused(tmp_path, monkeypatch):
   (tmp_path / 't.tsv.gz').write_bytes(gzip.compress(TSV) + bomb)
   (tmp_path / 's.json.gz').write_bytes(bomb)
   (tmp_path / 'a.txt.gz').write_bytes(bomb)
+  request.addfinalizer(tracemalloc.stop)
+  tracemalloc.start()
   with pytest.raises(CompactLMError, match=r't\.tsv\.gz: a line of more than .*break it'):
     read_table(tmp_path / 't.tsv.gz')
   with pytest.raises(CompactLMError, match=r's\.json\.gz: holds more than .*JSON lines'):
@@ -100,3 +103,4 @@ def test_small_files_that_decompress_to_much_are_refused(tmp_path, monkeypatch):
   (source,) = text.open_text(os.fspath(tmp_path / 'a.txt.gz'))
   with pytest.raises(CompactLMError, match=r'a\.txt\.gz: a line of more than'):
     list(source.lines(lambda _: None))
+  assert tracemalloc.get_traced_memory()[1] < 1 << 23  # at most: never a whole bomb of 1 << 24

@@ -29,7 +29,7 @@ sys.exit(code)
 
 
 def test_training_and_export_need_no_other_framework_and_warn_of_nothing(tmp_path):
-  """Mutation: `import torch` in jobs/export.py, or a deprecated call (`jax.tree_map`) in train/loop.py."""
+  """Mutation: `import torch` in jobs/export.py, or warnings.warn('old') in train/loop.py."""
   fields = [f'--config.{name}={value}' for name, value in {**FIELDS, 'steps': 2}.items()]
   argv = ['train', f'--workdir={tmp_path}/run', f'{tmp_path}/run', f'--output={tmp_path}/out']
   argv += [f'--config={ROOT}/configs/tiny.py:finetune', *fields]

@@ -23,7 +23,10 @@ def batches(folder, budget=0.0, first=0, count=10):
 
 @pytest.mark.parametrize('name', RECORDS)
 def test_damaged_rows_are_named(name, tmp_path):
-  """File and index, exit 65. Mutation: leave any one of the checks of `Reader` or of `verify_files` out."""
+  """File and index, exit 65. (Token types and the form of records: data/test_records.py.)
+
+  Mutations: leave out a check of ids or lengths in `Reader`, or of existence or sizes in `verify_files`.
+  """
   make, message = RECORDS[name]
   make(tmp_path / 'rows')
   with pytest.raises(DataError, match=message) as refused:

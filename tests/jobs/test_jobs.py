@@ -135,7 +135,7 @@ def test_data_of_another_tokenizer_is_refused(files, tmp_path):
   (tmp_path / 'text.txt').write_text(text(5).replace('river', 'mountain'))
   train_wordpiece(str(tmp_path / 'text.txt'), V, tmp_path / 'tokenizer')
   prepare(str(tmp_path / 'text.txt'), str(tmp_path / 'tokenizer'), str(tmp_path / 'rows'), 16)
-  with pytest.raises(ConfigError, match='tokenizer'):
+  with pytest.raises(ConfigError, match='was made with another tokenizer'):
     build_job(distill(files, data=DataConfig(path=str(tmp_path / 'rows'))))
   named = {'path': str(files / 'rows'), 'tokenizer': str(files / 'tokenizer')}
   build_job(distill(files, data=DataConfig(**named)))

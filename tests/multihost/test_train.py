@@ -79,7 +79,10 @@ def test_processes_that_differ_are_refused_before_anything_is_written(tmp_path):
 
 @pytest.mark.slow
 def test_stopped_and_killed_jobs_end_with_the_same_bits(tmp_path, whole):
-  """SIGTERM to one process, then SIGKILL of each in turn; the same command goes on. Mutation: draw keys by process."""
+  """SIGTERM to one process, then SIGKILL of each in turn; the same command goes on.
+
+  Mutation: draw keys from the steps of this process.
+  """
   run = tmp_path / 'run'
   for number, index, at, codes in [
     (signal.SIGTERM, 1, 4, (75, 75)),
