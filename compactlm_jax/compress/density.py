@@ -8,8 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from compactlm_jax.compress.structure import kernel_shapes
-from compactlm_jax.config import EncoderConfig, runs, stack_names
+from compactlm_jax.compress.structure import covered_kernels, kernel_shapes, score_shapes
+from compactlm_jax.config import EncoderConfig, PruneConfig, runs, stack_names
 from compactlm_jax.tree import named_leaves
 from compactlm_jax.types import Params
 
@@ -48,3 +48,22 @@ def densities(params: Params, encoder: EncoderConfig) -> dict[str, Any]:
     'by_matrix': {name.removesuffix('/kernel'): (counts[name] / size).tolist() for name, size in sizes.items()},
     'by_layer': (layers / whole).tolist(),
   }
+
+
+def covered_density(params: Params, encoder: EncoderConfig, config: PruneConfig) -> float:
+  """The remaining fraction of the weights that a structure masks: what `prune.density` asks for.
+
+  Of an encoder that is not ragged and a structure that masks all of it, the 'density' of `densities`.
+
+  Args:
+    params: a tree with 'encoder', its masks baked.
+    encoder: its configuration.
+    config: whose structure it is.
+  """
+  leaves, nonzero, weights = named_leaves(params), 0, 0
+  for name, shape in score_shapes(encoder, config.structure, config.block).items():
+    for kernel in covered_kernels(encoder, name, shape):
+      leaf = jnp.asarray(leaves[kernel])
+      counts = jnp.sum(leaf != 0, axis=tuple(range(1, leaf.ndim)), dtype=jnp.int32)
+      nonzero, weights = nonzero + int(np.asarray(counts, np.int64).sum()), weights + leaf.size
+  return nonzero / weights

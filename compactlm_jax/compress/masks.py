@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from compactlm_jax.compress.schedule import cubic_schedule, kept
-from compactlm_jax.compress.structure import acting_masks, expand, maskable, score_shapes
+from compactlm_jax.compress.schedule import cubic_schedule, kept, least_density
+from compactlm_jax.compress.structure import acting_masks, expand, maskable, piece_weights, score_shapes
 from compactlm_jax.config import EncoderConfig, PruneConfig
-from compactlm_jax.config.prune import SCORED
+from compactlm_jax.config.prune import PENALISED, SCORED
+from compactlm_jax.errors import ConfigError
 from compactlm_jax.ops.masks import hard_concrete, masked_weight, soft_cuts
 from compactlm_jax.ops.threshold import Cut, global_cut, keep_mask, local_cuts
 from compactlm_jax.tree import named_leaves, nested, overlaid
@@ -52,6 +53,19 @@ class Masks:
   def shapes(self) -> dict[str, tuple[int, ...]]:
     """Name of scores -> their shape [N, ...]."""
     return score_shapes(self.encoder, self.config.structure, self.config.block)
+
+  @property
+  def kinds(self) -> dict[str, list[str]]:
+    """'heads', 'neurons', 'blocks' or 'kernel' -> names of its scores."""
+    kinds: dict[str, list[str]] = {}
+    for name in self.shapes:
+      kinds.setdefault(name.rpartition('/')[2], []).append(name)
+    return kinds
+
+  @property
+  def weights(self) -> dict[str, int]:
+    """Name of scores -> what one of them covers, see `structure.piece_weights`."""
+    return piece_weights(self.encoder, self.shapes)
 
   @property
   def last(self) -> int:
@@ -103,14 +117,33 @@ class Masks:
     return {name: leaves[name] for name in maskable(self.encoder)}
 
   def kept_fraction(self, step: jax.Array | int) -> jax.Array:
-    """Exact share of entries that ranking keeps at a step (floors included)."""
-    sizes = {name: math.prod(shape) for name, shape in self.shapes.items()}
-    if self.config.scope == 'global':
-      groups = [(1, sum(sizes[name] for name in names)) for names in self._kinds()]
-    else:
-      groups = [(shape[0], math.prod(shape[1:])) for shape in self.shapes.values()]
+    """Exact share of the covered weights that ranking keeps at a step (floors included).
+
+    With scope 'global' a piece counts as the mean of its kind, which differs from it in a ragged ConvBERT alone.
+    """
+    weights = self.weights
+    sizes = {name: math.prod(shape) * weights[name] for name, shape in self.shapes.items()}
+    groups = []
+    for names in self.kinds.values():
+      size = sum(math.prod(self.shapes[name]) for name in names)
+      if self.config.scope == 'global':
+        groups.append((sum(sizes[name] for name in names) / size, size))
+      else:
+        groups += [(weights[name] * self.shapes[name][0], math.prod(self.shapes[name][1:])) for name in names]
     counts = [number * kept(self.densities, size).astype(np.float64) for number, size in groups]
     return jnp.asarray(np.sum(counts, axis=0) / sum(sizes.values()), jnp.float32)[step]
+
+  def fraction(self, counts: Mapping[str, jax.Array]) -> jax.Array:
+    """Share of the covered weights that remains.
+
+    Args:
+      counts: int32, how many pieces of each name remain, of all layers together.
+    """
+    weights, sizes = self.weights, {name: math.prod(shape) for name, shape in self.shapes.items()}
+    if set(weights.values()) == {1}:
+      return jnp.asarray(jnp.stack(list(counts.values())).sum() / sum(sizes.values()), jnp.float32)
+    parts = [counts[name].astype(jnp.float32) * weight for name, weight in weights.items()]
+    return jnp.stack(parts).sum() / sum(weights[name] * size for name, size in sizes.items())
 
   def top(self, values: Leaves, step: jax.Array | int, slices: Leaves | None = None) -> Leaves:
     """Masks (0 or 1) of the highest entries at a step, exact counts; `slices` are the values to count, if others."""
@@ -124,7 +157,7 @@ class Masks:
       cuts = local_cuts(slices, keeps)
     else:
       cuts = {}
-      for names in self._kinds():
+      for names in self.kinds.values():
         size = sum(values[name].size for name in names)
         cuts |= global_cut({name: slices[name] for name in names}, jnp.asarray(kept(self.densities, size))[step])
     return {name: keep_mask(leaf, cuts[name]).astype(leaf.dtype) for name, leaf in values.items()}
@@ -149,10 +182,9 @@ class Masks:
     return self.over(values, self.cuts_over(values, self.tau(step), self.config.threshold_on)[0])
 
   def cuts_over(self, slices: Leaves, tau: jax.Array, on: str) -> tuple[dict[str, Cut], jax.Array]:
-    """Cuts that keep what is above a threshold, and never less of a matrix than the floor; and the share they keep."""
+    """Cuts that keep what is above a threshold, and never less of a matrix than the floor; and the share of weights."""
     cuts, kept = soft_cuts(jax.lax.stop_gradient(slices), tau, on=on, floor=self.config.floor)
-    count = jnp.stack([number.sum() for number in kept.values()]).sum()
-    return cuts, jnp.asarray(count / sum(leaf.size for leaf in slices.values()), jnp.float32)
+    return cuts, self.fraction({name: number.sum() for name, number in kept.items()})
 
   def over(self, values: Leaves, cuts: Mapping[str, Cut]) -> Leaves:
     """Masks (0 or 1) of what is above the thresholds of `cuts_over`, which never keep a tie."""
@@ -207,13 +239,6 @@ class Masks:
           leaves[covered] = leaves[covered].astype(self.encoder.dtype)
     return overlaid(without_own(params), nested(leaves))
 
-  def _kinds(self) -> list[list[str]]:
-    """Names that share one global threshold: those of the same kind."""
-    kinds: dict[str, list[str]] = {}
-    for name in self.shapes:
-      kinds.setdefault(name.rpartition('/')[2], []).append(name)
-    return list(kinds.values())
-
 
 def _inputs(shape: tuple[int, ...]) -> int:
   """Of a stack of scores: rows of a kernel (of one group's, if it has groups), or the heads or neurons of a layer."""
@@ -241,14 +266,39 @@ def make_masks(encoder: EncoderConfig, config: PruneConfig, total_steps: int, wa
   """The masks of a run of so many steps.
 
   Raises:
-    ConfigError: a schedule that the run is too short for, or a structure that the encoder's sizes do not allow.
+    ConfigError: a schedule that the run is too short for, a structure that the encoder's sizes do not allow or that
+      masks nothing of it, or a density that keeps nothing.
   """
-  score_shapes(encoder, config.structure, config.block)
+  if not score_shapes(encoder, config.structure, config.block):
+    raise ConfigError(
+      f'config.model: its encoder has nothing left that prune.structure={config.structure!r} masks; use another '
+      'structure, or a model that has something of it'
+    )
+  _check_density(final_masks(encoder, config))
   if config.method == 'post_hoc_magnitude' or (config.method in ('l0', 'rpp') and config.control == 'fixed'):
     return Masks(encoder, config, np.full(total_steps + 1, config.density), np.full(total_steps + 1, config.threshold))
   densities = cubic_schedule(config.initial_density, config.density, total_steps, warmup, config)
   thresholds = cubic_schedule(config.initial_threshold, config.threshold, total_steps, warmup, config)
   return Masks(encoder, config, densities, thresholds)
+
+
+def _check_density(masks: Masks) -> None:
+  """Refuses a final density of which ranking keeps nothing in a layer's matrix, or with scope 'global' in all."""
+  config, shapes = masks.config, masks.shapes
+  if config.method in PENALISED or config.threshold_every > 1:  # a threshold that stays keeps one more
+    return
+  whole = config.scope == 'global'
+  for kind, names in masks.kinds.items():
+    sizes = {name: math.prod(shapes[name][1:]) for name in names}
+    size = sum(shapes[name][0] * sizes[name] for name in names) if whole else min(sizes.values())
+    if not kept(masks.densities, size)[-1]:
+      pieces, where = {'kernel': 'weights'}.get(kind, kind), 'in all' if whole else 'per layer'
+      if kind in ('kernel', 'blocks') and not whole:
+        where = f'of {min(sizes, key=lambda name: sizes[name]).rpartition("/")[0]}'
+      raise ConfigError(
+        f'config.prune.density: {config.density:g} of {size} {pieces} {where} keeps none; use at least '
+        f'{least_density(size):g}' + ('' if whole else ", or prune.scope='global'")
+      )
 
 
 def final_masks(encoder: EncoderConfig, config: PruneConfig) -> Masks:

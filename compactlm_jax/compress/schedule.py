@@ -63,3 +63,12 @@ def kept(densities: np.ndarray, size: int) -> np.ndarray:
     int32 of the same shape.
   """
   return (densities * size).astype(np.int32)
+
+
+def least_density(size: int) -> float:
+  """A density of two digits that keeps one of `size` entries, the lowest such."""
+  unit = 10.0 ** (math.floor(math.log10(1 / size)) - 1)
+  digits = math.ceil(1 / size / unit - 1e-6)
+  while int(float(f'{digits * unit:.2g}') * size) < 1:
+    digits += 1
+  return float(f'{digits * unit:.2g}')

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -170,6 +171,36 @@ def expand(encoder: EncoderConfig, name: str, leaf: Float[Array, 'N ...']) -> di
     if name == f'encoder/{stack}/neurons':
       return _of_neurons(run, prefix, leaf, kernels)
   raise ConfigError(f'scores/{name}: the encoder has nothing of this name to mask; take names from score_shapes')
+
+
+def covered_kernels(encoder: EncoderConfig, name: str, shape: tuple[int, ...]) -> Shapes:
+  """The kernels that pieces of a name cover, every weight of theirs: parameter name -> shape.
+
+  Args:
+    encoder: whose parameters they are.
+    name: a name of `score_shapes`.
+    shape: its shape there.
+
+  Raises:
+    ConfigError: as `expand`.
+  """
+  covered = jax.eval_shape(lambda leaf: expand(encoder, name, leaf), jax.ShapeDtypeStruct(shape, jnp.float32))
+  return {own: tuple(spec.shape) for own, spec in covered.items() if own.endswith('/kernel')}
+
+
+def piece_weights(encoder: EncoderConfig, shapes: Shapes) -> dict[str, int]:
+  """Name of `score_shapes` -> how many weights of kernels one piece covers, in units of what divides all of them.
+
+  Args:
+    encoder: whose parameters they are.
+    shapes: of `score_shapes`.
+  """
+  covered = {
+    name: sum(map(math.prod, covered_kernels(encoder, name, shape).values())) for name, shape in shapes.items()
+  }
+  weights = {name: covered[name] // math.prod(shape) for name, shape in shapes.items()}
+  unit = math.gcd(*weights.values())
+  return {name: weight // unit for name, weight in weights.items()}
 
 
 def acting_masks(encoder: EncoderConfig, name: str, mask: Float[Array, 'N ...'], *, baked: bool) -> dict[str, Array]:

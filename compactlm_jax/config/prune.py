@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 
 from compactlm_jax.config.check import require
 
@@ -24,7 +25,8 @@ class PruneConfig:
       a threshold (sigmoied_threshold, threshold), 'magnitude' the largest weights (automated gradual pruning, Zhu and
       Gupta 2017), 'post_hoc_magnitude' prunes the trained model once, 'l0' trains hard concrete gates (Louizos et al.
       2018), 'rpp' is reweighted proximal pruning (Guo et al. 2019), 'random' keeps entries by chance.
-    density: remaining fraction at the end, of the maskable weights of the encoder, or of its heads, neurons or blocks.
+    density: remaining fraction at the end, of the maskable weights of the encoder, or of its heads, neurons or blocks
+      (of several kinds: of each, and with `control` 'density' of the weights of all together).
     initial_density: where the schedule starts.
     structure: what is kept or removed: 'none' single weights; 'heads', 'neurons' (of the feed-forward, shared by both
       matrices), 'heads+neurons'; 'block' rectangles of `block`; 'block+neurons' rectangles in the attention and neurons
@@ -179,7 +181,8 @@ class PruneConfig:
 
     Not part of the checks of a configuration, whose fields are set one after another.
     """
-    thresholding = self.method == 'soft_movement' and self.threshold_on == 'scores'
+    soft, sigmoid = self.method == 'soft_movement', self.threshold_on == 'sigmoid'
+    thresholding = soft and not sigmoid
     require(
       self.method not in PENALISED or self.penalised or thresholding,
       'prune.density',
@@ -187,9 +190,18 @@ class PruneConfig:
       "prune.control='density', or a weight (configs/prune.py)",
     )
     require(
-      not (thresholding and self.scores_init == 'constant') or self.initial_threshold < self.scores_scale,
+      not (soft and sigmoid) or self.initial_threshold < 1,
       'prune.initial_threshold',
-      f'{self.initial_threshold} is not below the scores, which all begin at prune.scores_scale={self.scores_scale}: '
+      f'{self.initial_threshold}: no sigmoid is above 1, so that nothing would remain; use for example 0',
+    )
+    begun, called = self.scores_scale, 'the scores'
+    if sigmoid:
+      begun = 1 / (1 + math.exp(min(-self.scores_scale, 700.0)))
+      called = f'{begun:g}, the sigmoid of the scores'
+    require(
+      not (soft and self.scores_init == 'constant') or self.initial_threshold < begun,
+      'prune.initial_threshold',
+      f'{self.initial_threshold} is not below {called}, which all begin at prune.scores_scale={self.scores_scale}: '
       'nothing would remain from the first step on; lower it, or draw scores (prune.scores_init)',
     )
 

@@ -8,13 +8,15 @@ dL/dW' * W exactly. Magnitude: W' = W * Top_v(|W|). RPP: a proximal step of a re
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from compactlm_jax.compress.control import Controller, make_controller, solved_strength
-from compactlm_jax.compress.density import densities
+from compactlm_jax.compress.control import MISSED, Controller, make_controller, solved_strength
+from compactlm_jax.compress.density import covered_density, densities
 from compactlm_jax.compress.masks import (
   OWN,
   Leaves,
@@ -33,6 +35,8 @@ from compactlm_jax.losses.prune import l0_penalty, soft_penalty
 from compactlm_jax.ops.masks import prox_reweighted_l1
 from compactlm_jax.tree import named_leaves, nested, overlaid
 from compactlm_jax.types import Group, Metrics, Params, Spread, Task, Trainable
+
+log = logging.getLogger(__name__)
 
 _LOWEST = -1e2
 """A threshold that keeps everything (the original's)."""
@@ -53,7 +57,8 @@ def make_prune_task(
   """`base` with pruning: the same loss and evaluation, on masked weights.
 
   Parameters are those of `base`, with 'scores' beside them (hard and soft movement, L0, random) and 'control' (a
-  cached threshold, the controller's weight). Metrics of a step have the density that it trained with.
+  cached threshold, the controller's weight). Metrics of a step have the density that it trained with, of the weights
+  that are masked.
 
   Args:
     base: a task whose parameters have an 'encoder'.
@@ -64,8 +69,8 @@ def make_prune_task(
     learning_rate: step -> learning rate of the weights (the proximal step is scaled by it).
 
   Raises:
-    ConfigError: a schedule that the run is too short for, a structure that the encoder's sizes do not allow, a penalty
-      without weight, or a base task that removes layers.
+    ConfigError: a schedule that the run is too short for, a structure that the encoder's sizes do not allow, a density
+      that keeps nothing or cannot be reached, a penalty without weight, or a base task that removes layers.
   """
   config.require_weight()
   if base.finished is not None:
@@ -88,7 +93,7 @@ def make_prune_task(
     view=pruning.view,
     after=pruning.after if pruning.follows else None,
     finished=lambda params: bake(params, encoder, config),
-    results=lambda params: densities(params, encoder),
+    results=lambda params: _results(params, encoder, config),
     model={**base.model, 'prune': to_json(config)},
   )
 
@@ -104,6 +109,20 @@ def bake(params: Params, encoder: EncoderConfig, config: PruneConfig) -> Params:
   masks = final_masks(encoder, config)
   final = masks.final(params)
   return without_own(params) if final is None else masks.apply(params, final, straight_through=False, baked=True)
+
+
+def _results(params: Params, encoder: EncoderConfig, config: PruneConfig) -> Mapping[str, Any]:
+  """What remains of a finished model; a controlled run that missed its density says so."""
+  if config.control == 'density':
+    found = covered_density(params, encoder, config)
+    if abs(found - config.density) > MISSED:
+      log.warning(
+        'config.prune.density: %g was asked for, and %.4f of the masked weights remain; set another '
+        'prune.regularization (the weight to begin with), or train for more steps',
+        config.density,
+        found,
+      )
+  return densities(params, encoder)
 
 
 def _trainable(base: Trainable, config: PruneConfig) -> Trainable:
@@ -160,14 +179,15 @@ class _Pruning:
     metrics, weight = {_CONTROL + name: value for name, value in control.items()}, self.weight(control, step)
     if method == 'l0':
       found = masks.gates(values, key)
-      penalty = weight * self._penalty(l0_penalty, values, slices)
-      metrics['density'] = share(masks.gates(slices, None))
+      penalty = self._penalty(l0_penalty, values, slices, control, weight)
+      open_gates = {name: jnp.sum(gate != 0, dtype=jnp.int32) for name, gate in masks.gates(slices, None).items()}
+      metrics['density'] = masks.fraction(open_gates)
     elif method == 'soft_movement':
       cuts, metrics['density'] = masks.cuts_over(slices, masks.tau(step), self.config.threshold_on)
       found = masks.over(values, cuts)
       metrics['threshold'] = masks.tau(step)
       if self.config.penalised:
-        penalty = weight * self._penalty(soft_penalty, values, slices)
+        penalty = self._penalty(soft_penalty, values, slices, control, weight)
     elif self.cached:
       cuts, metrics['density'] = masks.cuts_over(slices, control['threshold'], 'scores')
       found = masks.over(values, cuts)
@@ -179,7 +199,17 @@ class _Pruning:
     read = masks.apply(params, found, straight_through=method in ('hard_movement', 'soft_movement'))
     return read, penalty, jax.lax.stop_gradient(metrics)
 
-  def _penalty(self, function: Callable[..., jax.Array], values: Leaves, slices: Leaves) -> jax.Array:
+  def _penalty(
+    self, function: Callable[..., jax.Array], values: Leaves, slices: Leaves, control: Params, weight: jax.Array
+  ) -> jax.Array:
+    """The penalty at its weight, or each kind of pieces at its own."""
+    if self.controller is None:
+      return weight * self._at_one(function, values, slices)
+    return self.controller.penalty(
+      control, values, lambda own: self._at_one(function, own, {name: slices[name] for name in own})
+    )
+
+  def _at_one(self, function: Callable[..., jax.Array], values: Leaves, slices: Leaves) -> jax.Array:
     """A penalty whose value is added up on slices, while every device makes the gradient of the scores that it holds.
 
     Differentiated through slices, gradients would have to be gathered.

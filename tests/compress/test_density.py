@@ -5,9 +5,10 @@ import json
 import numpy as np
 from ragged import dense, masked, masks_of
 
-from compactlm_jax.compress.density import densities
+from compactlm_jax.compress.density import covered_density, densities
 from compactlm_jax.compress.shrink import shrink
 from compactlm_jax.compress.structure import kernel_shapes
+from compactlm_jax.config import PruneConfig
 from compactlm_jax.tree import named_leaves
 
 
@@ -38,3 +39,13 @@ def test_shrinking_keeps_the_count():
   config, params = dense('bert')
   baked = masked(params, config, masks_of(config, (4, 2, 0), (6, 3, 0)))
   assert densities(*shrink(baked, config)) == densities(baked, config)
+
+
+def test_the_density_that_is_asked_for_is_of_what_is_masked():
+  """Mutation: of all kernels, whatever the structure."""
+  config, params = dense('bert')
+  baked = masked(params, config, masks_of(config, (4, 2, 1), (6, 3, 0)))
+  both = PruneConfig(structure='heads+neurons')
+  assert covered_density(baked, config, both) == densities(baked, config)['density']
+  assert covered_density(baked, config, PruneConfig(structure='heads')) == 7 / 12
+  assert covered_density(baked, config, PruneConfig(structure='neurons')) == 9 / 18

@@ -1,6 +1,7 @@
 """Masks of parameter trees: exact counts, what is ranked, final masks, and the module that masks by itself."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +65,7 @@ def test_counts_are_exact_at_every_step(scope, ties):
 
 def test_what_is_ranked_is_the_score_or_the_mean_magnitude():
   """Signs of scores count. A head's magnitude is the mean |w| of what it covers. Mutations: |S|; a sum for the mean."""
-  hard, sized = make_masks(ENCODER, PruneConfig(), 40, 4), PruneConfig(method='magnitude', structure='heads')
+  hard, sized = make_masks(ENCODER, PruneConfig(), 40, 4), PruneConfig('magnitude', 0.5, structure='heads')
   tree = drawn(hard)
   jax.tree.map(np.testing.assert_array_equal, hard.ranked(tree), named_leaves(tree['scores']))
   plain = make_masks(ENCODER, dataclasses.replace(sized, structure='none'), 40, 4)
@@ -164,3 +165,54 @@ def test_schedules_that_do_not_fit_are_refused():
     make_masks(ENCODER, PruneConfig(), 30, 10)
   with pytest.raises(ConfigError, match='block'):
     make_masks(ENCODER, PruneConfig(structure='block', block=(5, 5)), 100, 10)
+
+
+def test_pieces_count_by_the_weights_that_they_cover():
+  """A head of this encoder covers 512 weights, a neuron 32. Mutation: count pieces."""
+  config = PruneConfig(structure='heads+neurons', density=0.6)
+  masks = make_masks(ENCODER, config, 40, 4)
+  assert sorted(masks.weights.values()) == [1, 16]
+  found = masks.top(named_leaves(drawn(masks)['scores']), masks.last)
+  kept = (2 * 1 * 512 + 2 * 19 * 32) / (2 * 2 * 512 + 2 * 32 * 32)  # one head and 19 neurons of each layer
+  assert float(masks.kept_fraction(masks.last)) == pytest.approx(kept)
+  assert float(masks.fraction({name: mask.sum().astype(int) for name, mask in found.items()})) == pytest.approx(kept)
+  whole = dataclasses.replace(masks, config=dataclasses.replace(config, scope='global'))
+  assert float(whole.kept_fraction(masks.last)) == pytest.approx((2 * 512 + 38 * 32) / 4096)
+
+
+@pytest.mark.parametrize(
+  ('fields', 'message'),
+  [
+    (
+      {'structure': 'heads', 'density': 0.3},
+      r'0\.3 of 2 heads per layer keeps none; use at least 0\.5, or prune.scope',
+    ),
+    ({'structure': 'heads', 'density': 0.2, 'scope': 'global'}, r'0\.2 of 4 heads in all keeps none; .* 0\.25$'),
+    ({'structure': 'heads+neurons', 'density': 0.02, 'method': 'random'}, '0.02 of 2 heads per layer'),
+    (
+      {'structure': 'block', 'block': (8, 8), 'density': 0.2},
+      r'of 4 blocks of encoder/layers/attention/\w+ keeps none',
+    ),
+    ({'density': 1e-9, 'method': 'post_hoc_magnitude'}, r'1e-09 of 256 weights of .* at least 0\.004'),
+  ],
+)
+def test_densities_that_keep_nothing_of_a_layer_are_refused_and_the_advice_is_enough(fields, message):
+  """Mutation: look at all layers together, or at the first kind only."""
+  with pytest.raises(ConfigError, match=message) as caught:
+    make_masks(ENCODER, PruneConfig(**fields), 40, 4)
+  least = float(str(caught.value).split('at least ')[1].split(', or')[0])
+  masks = make_masks(ENCODER, PruneConfig(**{**fields, 'density': least}), 40, 4)
+  with pytest.raises(ConfigError):
+    make_masks(ENCODER, PruneConfig(**{**fields, 'density': 0.9 * least}), 40, 4)
+  final_masks(ENCODER, PruneConfig(**fields))  # what was trained is exported whatever it keeps
+  assert masks.last == 40
+
+
+def test_a_structure_of_which_nothing_is_left_is_refused():
+  """Of a model that lost all its heads and neurons. Mutation: leave it to the first step."""
+  bare = dataclasses.replace(ENCODER, heads_per_layer=(0, 0), neurons_per_layer=(0, 0))
+  for method, structure in (('soft_movement', 'block+neurons'), ('hard_movement', 'none'), ('magnitude', 'heads')):
+    with pytest.raises(ConfigError, match=rf'config.model: .* nothing left that .*structure=.{re.escape(structure)}'):
+      make_masks(bare, PruneConfig(method, structure=structure), 40, 4)
+  half = dataclasses.replace(bare, neurons_per_layer=(0, 32))
+  assert list(make_masks(half, PruneConfig(structure='heads+neurons'), 40, 4).kinds) == ['neurons']

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compactlm_jax.compress.schedule import cubic_schedule, kept, warmup_of
+from compactlm_jax.compress.schedule import cubic_schedule, kept, least_density, warmup_of
 from compactlm_jax.config import OptimizerConfig, PruneConfig
 from compactlm_jax.errors import ConfigError
 
@@ -90,3 +90,12 @@ def test_warmup_of_a_run():
   assert warmup_of(OptimizerConfig(warmup_steps=7), 1000) == 7
   assert warmup_of(OptimizerConfig(warmup_fraction=0.1), 155) == 15
   assert warmup_of(OptimizerConfig(), 155) == 0
+
+
+@settings(max_examples=200, deadline=None)
+@given(size=st.integers(1, 3_000_000))
+def test_the_least_density_keeps_one(size):
+  """And little less keeps none. Mutation: 1 / size as it is (int(1 / 49 * 49) is 0)."""
+  found = least_density(size)
+  assert kept(np.array([found]), size)[0] == 1 and float(f'{found:.2g}') == found
+  assert kept(np.array([found / 1.12]), size)[0] == 0

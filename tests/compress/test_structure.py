@@ -9,7 +9,7 @@ import pytest
 from ragged import ENCODERS, IDS, MASK, dense, masked, run
 
 from compactlm_jax.compress.shrink import shrink
-from compactlm_jax.compress.structure import acting_masks, expand, kernel_shapes, maskable, score_shapes
+from compactlm_jax.compress.structure import acting_masks, expand, kernel_shapes, maskable, piece_weights, score_shapes
 from compactlm_jax.config import EncoderConfig
 from compactlm_jax.errors import ConfigError
 from compactlm_jax.nn.encoder import encode
@@ -241,3 +241,23 @@ def test_structures_that_do_not_fit_are_refused(structure, block, message):
 def test_unknown_names_are_refused():
   with pytest.raises(ConfigError, match='scores/encoder/layers/attention/neurons'):
     expand(EncoderConfig(), 'encoder/layers/attention/neurons', jnp.zeros((12, 3072)))
+
+
+def test_what_a_piece_covers():
+  """BERT-base: a head covers as many weights as 128 neurons; ConvBERT's also its part of the taps.
+
+  Mutation: count biases too.
+  """
+
+  def weights(encoder, structure):
+    found = piece_weights(encoder, score_shapes(encoder, structure, (32, 32)))
+    return {name.rpartition('/')[2]: weight for name, weight in found.items()}
+
+  assert weights(EncoderConfig(), 'heads+neurons') == {'heads': 128, 'neurons': 1}
+  assert weights(EncoderConfig(), 'block+neurons') == {'blocks': 2, 'neurons': 3}
+  assert weights(EncoderConfig(), 'none') == {'kernel': 1} and weights(EncoderConfig(), 'block') == {'blocks': 1}
+  encoder = ENCODERS['convbert']
+  kernels = kernel_shapes(encoder)
+  found = weights(encoder, 'heads+neurons')
+  heads = sum(np.prod(shape[1:]) for name, shape in kernels.items() if '/attention/' in name) / encoder.num_heads
+  assert found['heads'] / found['neurons'] == heads / (2 * encoder.hidden_size)

@@ -42,6 +42,31 @@ def test_what_cannot_work_is_refused(fields, message):
     PruneConfig(**fields)
 
 
+@pytest.mark.parametrize(
+  ('fields', 'message'),
+  [
+    ({'initial_threshold': 2.0}, 'prune.initial_threshold: 2.0: no sigmoid is above 1'),
+    ({'initial_threshold': 1.0, 'scores_init': 'uniform'}, 'no sigmoid is above 1'),
+    ({'initial_threshold': 0.5}, 'prune.initial_threshold: 0.5 is not below 0.5, the sigmoid of the scores'),
+    ({'initial_threshold': 0.95, 'scores_scale': 2.197}, 'is not below 0.899.*prune.scores_scale=2.197'),
+    ({'initial_threshold': 0.1, 'threshold_on': 'scores'}, 'is not below the scores'),
+  ],
+)
+def test_first_thresholds_above_all_scores_are_refused(fields, message):
+  """Nothing would remain from the first step on. Mutation: look at prune.threshold_on='scores' alone."""
+  config = PruneConfig(**{**SOFT, 'regularization': 3.0, **fields})
+  with pytest.raises(ConfigError, match=message):
+    config.require_weight()
+
+
+def test_first_thresholds_below_scores_are_accepted():
+  """Mutations: compare a sigmoid with the scores; refuse drawn scores. Methods without a threshold have none."""
+  for fields in ({'initial_threshold': 0.49}, {'initial_threshold': 0.6, 'scores_init': 'kaiming'}):
+    PruneConfig(**{**SOFT, 'regularization': 3.0, **fields}).require_weight()
+  PruneConfig(**{**SOFT, 'threshold_on': 'scores', 'initial_threshold': 2.0, 'scores_scale': 3.0}).require_weight()
+  PruneConfig(initial_threshold=2.0).require_weight()
+
+
 def test_what_has_a_penalty():
   """Soft movement with lambda 0 is plain thresholding. Mutation: leave the controller out."""
   assert not PruneConfig().penalised and not PruneConfig(method='soft_movement').penalised
