@@ -76,10 +76,11 @@ def _per_layer(config: EncoderConfig) -> list[str]:
 
 def _notes(config: EncoderConfig, heads: Collection[str], described: Mapping[str, Any], generator: str) -> list[str]:
   """What whoever loads the folder with transformers should know."""
-  cls = described['architectures'][0].removeprefix(custom.PREFIX)
+  named = described['architectures'][0]
+  cls = named.removeprefix(custom.PREFIX)
   unread = unread_heads(config, heads, len(described.get('id2label', ())))
   lines = []
-  if config.architecture == 'convbert' and not config.conv_sees_padding:
+  if config.architecture == 'convbert' and not config.conv_sees_padding and named == cls:  # our own file obeys
     lines += [
       'This model was trained with a convolution that ignores padding. transformers lets it read padded positions, so',
       'that its outputs near padding differ; rows without padding agree. compactlm-jax restores the trained mode.',

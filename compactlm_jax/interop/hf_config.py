@@ -242,7 +242,7 @@ def to_hf(
     out |= {'num_attention_heads': 2 * config.num_heads, 'head_ratio': 2}
     out |= {'conv_kernel_size': config.conv_kernel_size, 'num_groups': config.num_groups}
     out |= {'bos_token_id': None, 'eos_token_id': None}  # transformers would assume RoBERTa's 0 and 2
-    if not config.conv_sees_padding:
+    if not (config.conv_sees_padding or code):  # the file of `custom` obeys
       logging.warning(
         'exporting a ConvBERT whose convolution ignores padding: transformers lets it read padded positions, so that '
         'its outputs near padding differ from ours; rows without padding agree'

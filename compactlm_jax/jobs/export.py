@@ -97,14 +97,14 @@ def run_export(
     What was written.
 
   Raises:
-    ConfigError: options that do not go together, a model without zeros in the format 'sparse', or one that the format
-      cannot hold; see also `save_pretrained`.
+    ConfigError: options that do not go together, a model without zeros in the format 'sparse' or with a layout of its
+      own, or one that the format cannot hold; see also `save_pretrained`.
     DataError, NumericsError, StorageError: see `load_model` and `save_pretrained`.
   """
   check_options(format, layout, values)
   dense, generator = load_towers(checkpoint) if is_run(checkpoint) else (load_model(checkpoint), None)
   options: dict[str, Any] = {'format': format, 'layout': layout, 'values': values, 'latency': latency}
-  return export_model(dense, output, generator=generator, name=checkpoint, **options)
+  return export_model(dense, output, generator=generator, name=checkpoint, only_pruned=True, **options)
 
 
 def export_model(
@@ -117,6 +117,7 @@ def export_model(
   latency: bool = False,
   generator: Bundle | None = None,
   name: str = 'the model',
+  only_pruned: bool = False,
 ) -> Export:
   """As `run_export`, of a model that is loaded already.
 
@@ -129,6 +130,8 @@ def export_model(
     latency: see `run_export`.
     generator: of a discriminator, written beside it in the format 'hf'.
     name: of the model, for messages.
+    only_pruned: refuse a layout for a model without zeros, where it would change nothing. Sub-networks have none, and
+      are laid out.
 
   Raises:
     ConfigError, DataError, NumericsError, StorageError: see `run_export`.
@@ -136,11 +139,8 @@ def export_model(
   check_options(format, layout, values)
   zeros = densities(dense.params, dense.config)
   pruned = zeros['nonzero'] < zeros['weights']
-  if format == 'sparse' and not pruned:
-    raise ConfigError(
-      f'--format=sparse: {name} has no zeros in the matrices of its encoder, nothing of it was pruned; '
-      "prune it (task 'prune', configs/prune.py), or use --format=hf"
-    )
+  if not pruned:
+    _check_unpruned(dense, name, format, layout if only_pruned else 'auto')
   written, sizes = dense, None
   if pruned and format != 'sparse' and layout != 'padded':
     params, config = shrink(dense.params, dense.config)
@@ -156,6 +156,20 @@ def export_model(
     save_pretraining(written, generator, output)
   done = Export(written, output, format)
   return _measured(done, _stock(dense), zeros, sizes, latency) if pruned else done
+
+
+def _check_unpruned(dense: Bundle, name: str, format: str, layout: str) -> None:
+  """Raises ConfigError for what a model without zeros cannot have; a folder of a sub-network can be filled up."""
+  if format == 'sparse':
+    flag, remedy = f'--format={format}', 'use --format=hf'
+  elif layout != 'auto' and not (layout == 'padded' and custom.needed(dense.config)):
+    flag, remedy = f'--layout={layout}', 'leave --layout out'
+  else:
+    return
+  raise ConfigError(
+    f'{flag}: {name} has no zeros in the matrices of its encoder, nothing of it was pruned; '
+    f"prune it (task 'prune', configs/prune.py), or {remedy}"
+  )
 
 
 def _is_worth_it(dense: Bundle, smaller: Bundle) -> bool:

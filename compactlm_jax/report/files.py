@@ -8,6 +8,7 @@ from compactlm_jax.errors import ConfigError, StorageError
 from compactlm_jax.report.grid_plot import draw_grid
 from compactlm_jax.report.plot import draw_curves, draw_scores, has_curves
 from compactlm_jax.report.pruning_plot import draw_pruning, draw_schedules, has_pruned, has_schedules
+from compactlm_jax.report.remaining_plot import draw_remaining, has_matrices
 from compactlm_jax.report.runs import Report
 from compactlm_jax.report.tables import as_csv, as_json, as_markdown
 
@@ -32,8 +33,8 @@ def write_report(report: Report, output: str, curves: bool = False) -> tuple[str
     report: what was collected.
     output: FILE.md, .csv, .json or .png; without an ending PREFIX.md, PREFIX.csv, PREFIX.json, PREFIX.png (scores),
       PREFIX-curves.png (where losses were logged), and of pruned runs PREFIX-pruning.png (scores over remaining
-      weights) and PREFIX-pruning-steps.png (schedule and sparsity over steps), of adaptive ones PREFIX-grid.png
-      (sub-networks over depth and width); '' writes nothing.
+      weights), PREFIX-pruning-layers.png (what remains of each layer and matrix) and PREFIX-pruning-steps.png (schedule
+      and sparsity over steps), of adaptive ones PREFIX-grid.png (sub-networks over depth and width); '' writes nothing.
     curves: FILE.png shows learning curves instead of scores.
 
   Returns:
@@ -57,6 +58,7 @@ def write_report(report: Report, output: str, curves: bool = False) -> tuple[str
     figures = {f'{output}.png': draw_scores(report)}
     figures |= {f'{output}-curves.png': draw_curves(report)} if has_curves(report) else {}
     figures |= {f'{output}-pruning.png': draw_pruning(report)} if has_pruned(report) else {}
+    figures |= {f'{output}-pruning-layers.png': draw_remaining(report)} if has_matrices(report) else {}
     figures |= {f'{output}-pruning-steps.png': draw_schedules(report)} if has_schedules(report) else {}
     grids = {group.name: group.grid for group in report.groups if group.grid}
     figures |= {f'{output}-grid.png': draw_grid(grids)} if grids else {}

@@ -151,8 +151,10 @@ def _legend(figure: Any, with_published: bool) -> None:
 
 
 def points_of(lines: Sequence[dict[str, Any]], name: str) -> np.ndarray:
-  """[(step, value), ...] of the lines that have a finite value."""
-  found = np.array([(line['step'], line[name]) for line in lines if name in line], np.float64).reshape(-1, 2)
+  """[(step, value), ...] of the lines that have a finite number there; others are damaged, and left out."""
+  pairs = [(line['step'], line.get(name)) for line in lines]
+  numbers = [pair for pair in pairs if all(type(value) in (int, float) for value in pair)]
+  found = np.array(numbers, np.float64).reshape(-1, 2)
   return found[np.isfinite(found[:, 1])]
 
 

@@ -1,4 +1,4 @@
-"""Pruned runs in a report: which of them lie on one line, what remains of their encoders, and the dense runs beside."""
+"""Pruned runs in a report: which of them lie on one line, what remains of their encoders, and the base lines beside."""
 
 from __future__ import annotations
 
@@ -25,6 +25,9 @@ NAMES = {
   'random': 'random',
 }
 """Methods as they are called in tables and pictures, in the order of their colours."""
+
+_ROUNDING = 1e-3
+"""Of densities in results.json it is far below, other encoders are far above it."""
 
 _SHOWN = 3
 """Settings that a label names at most."""
@@ -85,24 +88,81 @@ class Row:
 
 def is_pruned(group: Group) -> bool:
   """Whether a group pruned, and says what remains."""
-  return group.runs[0].config.task == 'prune' and all(run.remaining is not None for run in group.runs)
+  return group.runs[0].config.task == 'prune' and _says_what_remains(group)
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+  """A fine-tuned group that is smaller than the encoder that others prune, or was trained to be (LayerDrop).
+
+  Attributes:
+    kind: 'LayerDrop', 'fewer layers' or 'smaller model'.
+    group: its runs.
+    remaining: its weights as a fraction of those of the encoder that others prune.
+  """
+
+  kind: str
+  group: Group
+  remaining: float
 
 
 def dense_groups(groups: Sequence[Group]) -> list[Group]:
-  """The fine-tuned models that were not pruned, of the starting models of the pruned ones.
+  """The fine-tuned models of which nothing was left out, of the starting models of the pruned ones.
 
   Args:
     groups: of one subject.
   """
   pruned = [group for group in groups if is_pruned(group)]
-  dense = (group for group in groups if group.runs[0].config.task == 'finetune')
+  dense = (group for group in groups if group.runs[0].config.task == 'finetune' and not _fewer_layers(group))
   return [group for group in dense if any(_same_start(group, other) for other in pruned)]
+
+
+def points_beside(groups: Sequence[Group]) -> list[Point]:
+  """Base lines that are no lines: LayerDrop, and dense models with fewer weights than the encoder that others prune.
+
+  Those of other starting models than the pruned ones are left out unless all of these have as many weights in all:
+  otherwise there is no one number that theirs could be a fraction of. So are runs that do not say how many they have.
+
+  Args:
+    groups: of one subject.
+  """
+  pruned = [group for group in groups if is_pruned(group)]
+  whole = common_weights(groups)
+  found = []
+  for group in (group for group in groups if group.runs[0].config.task == 'finetune'):
+    nonzero, fewer = nonzero_of(group), _fewer_layers(group)
+    if fewer and any(_same_start(group, other) for other in pruned) and _says_what_remains(group):
+      found.append(Point(fewer, group, remaining_of(group)))
+    elif whole and nonzero is not None and nonzero < (1 - _ROUNDING) * whole:
+      found.append(Point(fewer or 'smaller model', group, nonzero / whole))
+  return found
+
+
+def common_weights(groups: Sequence[Group]) -> float | None:
+  """How many weights can be masked in the encoder of every pruned group; None if not known, or not the same."""
+  counts = []
+  for group in filter(is_pruned, groups):
+    nonzero, remaining = nonzero_of(group), remaining_of(group)
+    counts += [nonzero / remaining] if nonzero and remaining else []
+  same = counts and max(counts) - min(counts) <= _ROUNDING * max(counts)
+  return float(np.mean(counts)) if same else None
+
+
+def _fewer_layers(group: Group) -> str:
+  """'LayerDrop' or 'fewer layers' of runs that leave layers out, in training or at its end; else ''."""
+  config = group.runs[0].config
+  return 'LayerDrop' if config.encoder.layer_drop else 'fewer layers' if config.finetune.keep_layers else ''
+
+
+def _says_what_remains(group: Group) -> bool:
+  return all(run.remaining is not None for run in group.runs)
 
 
 def _same_start(one: Group, other: Group) -> bool:
   """Whether both began with the same weights, as far as was recorded; without a model, with the same encoder."""
   a, b = one.runs[0].config, other.runs[0].config
-  if a.model.rstrip('/') != b.model.rstrip('/') or (not a.model and a.encoder != b.encoder):
+  encoders = [dataclasses.replace(config.encoder, layer_drop=0.0) for config in (a, b)]
+  if a.model.rstrip('/') != b.model.rstrip('/') or (not a.model and encoders[0] != encoders[1]):
     return False
   digests = {group.fields['identity.start'] for group in (one, other) if group.fields.get('identity.start')}
   return len(digests) < 2

@@ -13,10 +13,11 @@ from compactlm_jax.report.plot import COLOURS, GREY, MAX_PANELS, new_figure, on_
 from compactlm_jax.report.pruning import (
   NAMES,
   Line,
+  common_weights,
   dense_groups,
   is_pruned,
   lines_of,
-  nonzero_of,
+  points_beside,
   remaining_of,
 )
 from compactlm_jax.report.published import published
@@ -32,6 +33,8 @@ _LOGGED = {
 """Metrics of pruning in metrics.jsonl, and what they are called in a picture."""
 
 _MARKERS = 'osD^vP*X'
+_POINTS = '<>phd8'
+_DARK = '#303030'
 _TICKS = (0.01, 0.03, 0.1, 0.2, 0.5, 1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100)
 _LEAST = 0.01  # per cent; a log scale has no place for encoders that lost everything
 
@@ -50,9 +53,10 @@ def draw_pruning(report: Report) -> Any:
   """Scores over the remaining weights of the encoder, on a log scale, as in the paper's figures.
 
   A line for each method (and structure, teacher and other settings, see `report.pruning.lines_of`): means over seeds
-  with their standard deviations, and a pale dot for each seed. Dashed: the dense runs. The upper scale, where it is
-  known, is the number of weights that are not zero. A row for each subject, panels for its metrics; losses are drawn
-  only where nothing else was measured.
+  with their standard deviations, and a pale dot for each seed. Dashed: the dense runs. Marks of their own: LayerDrop
+  and smaller dense models (`report.pruning.points_beside`). The upper scale, where it is known, is the number of
+  weights that are not zero. A row for each subject, panels for its metrics; losses are drawn only where nothing else
+  was measured.
 
   Args:
     report: with pruned runs (`has_pruned`).
@@ -69,7 +73,7 @@ def draw_pruning(report: Report) -> Any:
     panels += [(subject, groups, lines, metric) for metric in _metrics(groups, lines)]
   columns = min(2, len(panels))
   rows = -(-len(panels) // columns)
-  entries = max(len(lines) + len(dense_groups(groups)) for _, groups, lines, _ in panels)
+  entries = max(len(lines) + len(dense_groups(groups)) + len(points_beside(groups)) for _, groups, lines, _ in panels)
   figure = new_figure((max(8.2, 6.2 * columns + 0.4), 4.6 * rows + 0.22 * -(-entries // 3)))
   axes = list(figure.subplots(rows, columns, squeeze=False).flat)
   for ax, (subject, groups, lines, metric) in zip(axes, panels):
@@ -97,14 +101,15 @@ def draw_schedules(report: Report) -> Any:
     ConfigError: matplotlib is not installed.
   """
   styled = {subject: _styled(lines_of(groups)) for subject, groups in report.subjects().items()}
-  drawn = []
+  drawn: list[tuple[str, str, list[tuple[Line, tuple[str, str, str], Any]]]] = []
   for subject, lines in styled.items():
     for name in _LOGGED:
       curves = [(line, style, on_one_grid(found)) for line, style in lines for found in _of_line(line, name)]
       drawn += [(subject, name, curves)] if curves else []
   columns = min(2, len(drawn))
   rows = -(-len(drawn) // columns)
-  figure = new_figure((max(8.2, 6.2 * columns + 0.4), 3.5 * rows + 0.22 * -(-sum(map(len, styled.values())) // 3)))
+  labels = {line.label: style for _, _, curves in drawn for line, style, _ in curves}
+  figure = new_figure((max(8.2, 6.2 * columns + 0.4), 3.5 * rows + 0.22 * -(-len(labels) // 3)))
   axes = list(figure.subplots(rows, columns, squeeze=False).flat)
   for ax, (subject, name, curves) in zip(axes, drawn):
     _schedule_panel(ax, name, curves)
@@ -112,7 +117,6 @@ def draw_schedules(report: Report) -> Any:
   for ax in axes[len(drawn) :]:
     ax.set_axis_off()
   make = importlib.import_module('matplotlib.lines').Line2D
-  labels = {line.label: style for lines in styled.values() for line, style in lines}
   handles = [make([], [], color=c, linestyle=dash, marker=m, markersize=5) for c, dash, m in labels.values()]
   _legend(figure, handles, list(labels))
   return figure
@@ -144,7 +148,7 @@ def _styled(lines: Sequence[Line]) -> list[tuple[Line, tuple[str, str, str]]]:
 
 
 def _panel(ax: Any, groups: Sequence[Group], lines: Sequence[Line], metric: str) -> None:
-  shares, ratios = [], []
+  shares = []
   for line, (colour, dash, marker) in _styled(lines):
     having = [group for group in line.groups if group.values(metric)]
     if not having:
@@ -160,32 +164,40 @@ def _panel(ax: Any, groups: Sequence[Group], lines: Sequence[Line], metric: str)
       seeds = [(max(100 * (run.remaining or 0.0), _LEAST), run.scores[metric]) for run in runs]
       ax.plot(*zip(*seeds), 'o', color=colour, alpha=0.35, markersize=3.5, markeredgewidth=0)
       shares += [share for share, _ in seeds]
-      nonzero = nonzero_of(group)
-      ratios += [nonzero / (100 * remaining_of(group))] if nonzero else []
   for i, group in enumerate(group for group in dense_groups(groups) if group.values(metric)):
     s = summarize(group.values(metric), metric)
     dashes = (0, (5, 2 + 2 * i))
     ax.axhline(s.mean, color=GREY, linestyle=dashes, linewidth=1.2, label=f'dense: {group.name} (n={s.n})')
     if s.std:
       ax.axhspan(s.mean - s.std, s.mean + s.std, color=GREY, alpha=0.12, linewidth=0)
-  _scale(ax, shares, ratios)
+  shares += _draw_points(ax, groups, metric)
+  _scale(ax, shares, common_weights(groups))
   ax.set_ylabel(metric)
   ax.grid(color='#e0e0e0', linewidth=0.6)
   ax.set_axisbelow(True)
 
 
-def _scale(ax: Any, shares: Sequence[float], ratios: Sequence[float]) -> None:
+def _draw_points(ax: Any, groups: Sequence[Group], metric: str) -> list[float]:
+  """Base lines that have one size each; returns their places in per cent."""
+  having = [point for point in points_beside(groups) if point.group.values(metric)]
+  for i, point in enumerate(having):
+    s = summarize(point.group.values(metric), metric)
+    label, place = f'{point.kind}: {point.group.name} (n={s.n})', max(100 * point.remaining, _LEAST)
+    ax.errorbar([place], [s.mean], yerr=[s.std] if s.std else None, color=_DARK, linestyle='none', capsize=3,
+                marker=_POINTS[i % len(_POINTS)], markersize=7, markeredgewidth=0, label=label)  # fmt: skip
+  return [max(100 * point.remaining, _LEAST) for point in having]
+
+
+def _scale(ax: Any, shares: Sequence[float], weights: float | None) -> None:
   """A log scale of per cent, and above it one of weights if all groups have the same number of them in all."""
   low, high = min([*shares, 50.0]) / 1.3, max([*shares, 50.0]) * 1.3
   _log_axis(ax, 'x', low, high)
   ax.set_xlabel('non-zero weights of the encoder (% of those that can be masked)')
-  # Rounding of densities in results.json is far below a thousandth; other encoders are far above it.
-  if ratios and max(ratios) - min(ratios) <= 1e-3 * max(ratios) and min(ratios) > 0:
-    weights = float(np.mean(ratios))
-    unit, name = (1e6, 'millions') if 100 * weights >= 1e6 else (1e3, 'thousands')
-    ticks = [tick for tick in _ticks(low, high)]
+  if weights:
+    unit, name = (1e6, 'millions') if weights >= 1e6 else (1e3, 'thousands')
+    ticks = _ticks(low, high)
     top = ax.secondary_xaxis('top')
-    top.set_xticks(ticks, [f'{tick * weights / unit:.3g}' for tick in ticks], fontsize=8)
+    top.set_xticks(ticks, [f'{tick / 100 * weights / unit:.3g}' for tick in ticks], fontsize=8)
     top.minorticks_off()
     top.set_xlabel(f'non-zero weights, {name}', fontsize=9)
 

@@ -38,8 +38,10 @@ class Run:
     command: the command line that started it; '' where an older version did not record it.
     config_hash: of its config.json.
     code: version of the package, and digest of its sources.
-    remaining: fraction of the encoder's weights that are not zero, of a run that pruned; else None.
+    remaining: fraction of the encoder's weights that are not zero, layers that were left out counted as zeros; None
+      where it is not known.
     nonzero: how many they are; None where it is not known.
+    by_matrix: kind of matrix -> that fraction in each layer, of a run that pruned; {} otherwise.
     grid: sub-networks of an adaptive run; () otherwise.
   """
 
@@ -54,6 +56,7 @@ class Run:
   code: str
   remaining: float | None = None
   nonzero: int | None = None
+  by_matrix: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
   grid: tuple[GridRow, ...] = ()
 
   @property
@@ -195,6 +198,9 @@ def _read(folder: epath.Path, read_run: ReadRun) -> Run | str:
     remaining, nonzero = (results.get(name) for name in ('density', 'nonzero'))
     remaining = None if remaining is None else float(remaining)
     nonzero = None if nonzero is None else int(nonzero)
+    by_matrix = {str(name): tuple(map(float, own)) for name, own in results.get('by_matrix', {}).items()}
+    if len({len(own) for own in by_matrix.values()}) > 1:
+      raise ValueError('by_matrix has different numbers of layers')
     grid = read_rows(results.get('grid', ()), str(path))
   except FileNotFoundError:
     return 'it is unfinished; start its command again' if not (folder / 'failure.json').exists() else 'it failed'
@@ -219,6 +225,7 @@ def _read(folder: epath.Path, read_run: ReadRun) -> Run | str:
     code=f'{code.get("version", "unknown")} ({code.get("sources", "unknown")})',
     remaining=remaining,
     nonzero=nonzero,
+    by_matrix=by_matrix,
     grid=grid,
   )
 

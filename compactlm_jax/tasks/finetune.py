@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from compactlm_jax.compress.density import densities
 from compactlm_jax.compress.layers import take_layers
 from compactlm_jax.config import EncoderConfig, FinetuneConfig, to_json
 from compactlm_jax.errors import ConfigError
@@ -44,7 +45,6 @@ def make_finetune_task(
   """
   model = SentenceModel(encoder, classes, config)
   shallow, finished = kept_layers(encoder, config)
-  used = dataclasses.replace(model, encoder=shallow)
   if teacher is not None:
     check_teacher(teacher[0], model.width)
 
@@ -63,7 +63,7 @@ def make_finetune_task(
     return masked_mean(losses_B, weights_B), metrics
 
   def evaluate(params: Params, frozen: Any, batch: Batch) -> dict[str, Any]:
-    outputs_BC = used.outputs(params, batch, None)
+    outputs_BC = dataclasses.replace(model, encoder=shallow).outputs(params, batch, None)
     if batch.labels is None:
       return {'outputs': model.scale * outputs_BC}
     loss = masked_sum(model.losses(outputs_BC, batch), batch.weights)
@@ -78,6 +78,7 @@ def make_finetune_task(
     frozen=None if teacher is None else {name: teacher[0][name] for name in ('encoder', 'classifier')},
     trainable=((unused, False), (rf'(?!{unused}).*', True)),
     finished=finished,
+    results=lambda params: remaining(params, shallow, encoder.num_layers),
     model={'encoder': to_json(encoder), 'classes': list(classes), 'finetune': dataclasses.asdict(config)},
   )
 
@@ -102,6 +103,22 @@ def kept_layers(
     return {**params, 'encoder': take_layers(params['encoder'], layers)}
 
   return dataclasses.replace(encoder, num_layers=len(layers)), finished
+
+
+def remaining(params: Params, encoder: EncoderConfig, layers: int) -> dict[str, Any]:
+  """What is left of the encoder, for results.json: layers that were left out count as zeros.
+
+  Args:
+    params: of the finished model.
+    encoder: its configuration.
+    layers: that the encoder had in training.
+
+  Returns:
+    'density', a fraction; 'nonzero' and 'weights', the numbers that it divides (`compress.density.densities`).
+  """
+  found = densities(params, encoder)
+  weights = found['weights'] * layers // encoder.num_layers
+  return {'density': found['nonzero'] / weights, 'nonzero': found['nonzero'], 'weights': weights}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from compactlm_jax.losses.reduce import masked_mean, masked_sum
 from compactlm_jax.losses.span import impossible_loss, span_cross_entropy, span_soft_kl
 from compactlm_jax.nn.encoder import encode, init_encoder
 from compactlm_jax.nn.span import JointSpanHead, SpanHead
-from compactlm_jax.tasks.finetune import kept_layers
+from compactlm_jax.tasks.finetune import kept_layers, remaining
 from compactlm_jax.tasks.mlm import ALL_BUT_POOLER
 from compactlm_jax.types import Batch, Metrics, Params, Task
 
@@ -91,6 +91,7 @@ def make_span_task(
     frozen=None if teacher is None else {name: teacher[0][name] for name in ('encoder', 'span')},
     trainable=ALL_BUT_POOLER,
     finished=finished,
+    results=lambda params: remaining(params, shallow, encoder.num_layers),
     model={'encoder': to_json(encoder), 'span': to_json(span), 'finetune': to_json(config), 'version': version},
   )
 

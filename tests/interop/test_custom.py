@@ -354,6 +354,47 @@ def test_heads_that_do_not_fill_the_hidden_size(kind, fields, tools, hub, tmp_pa
 
 
 @pytest.mark.torch
+@pytest.mark.parametrize(
+  ('head', 'fields'),
+  [
+    ('classifier', PRUNED),
+    ('span', {**PRUNED, 'conv_kernel_size': 5}),
+    ('classifier', dict(neurons_per_layer=(24, 24, 6, 8))),  # heads of the stock number, as of blocks
+    ('classifier', dict(num_heads=1, num_groups=1, conv_kernel_size=9)),
+  ],
+)
+def test_a_convolution_that_ignores_padding_does_so_there(head, fields, tools, hub, tmp_path):
+  """Rows with padding and without, saved there and loaded again. Mutations: mask what makes the kernels alone, or the
+  values alone."""
+  import torch
+
+  fields = {**fields, 'conv_sees_padding': False}
+  bundle, batch = _bundle('convbert', head, **fields), tools.random_batch(np.random.default_rng(1))
+  save_pretrained(bundle, tmp_path / 'm')
+  auto = getattr(hub, AUTO[head])
+  model = _load(auto, tmp_path / 'm', trust_remote_code=True)
+  real = batch[1].astype(bool)
+  hidden, logits = (tensor.detach().numpy() for tensor in _theirs(model.eval(), batch))
+  expected_NBTD, expected = _ours(bundle, batch)
+  np.testing.assert_allclose(hidden[:, real], expected_NBTD[:, real], rtol=0, atol=1e-5)
+  rows = real if head == 'span' else ...
+  np.testing.assert_allclose(logits[rows], expected[rows], rtol=0, atol=1e-5)
+  sees = dataclasses.replace(bundle, config=dataclasses.replace(bundle.config, conv_sees_padding=True))
+  assert np.abs(_ours(sees, batch)[1][rows] - expected[rows]).max() > 1e-3  # padding would be seen
+  short = tuple(array[1:2, :11] for array in batch)  # the same row without padding, and without a mask
+  ids, types = (torch.tensor(short[i], dtype=torch.long) for i in (0, 2))
+  out = model(input_ids=ids, token_type_ids=types, output_attentions=True)
+  alone = torch.stack([out.start_logits, out.end_logits], -1) if head == 'span' else out.logits
+  np.testing.assert_allclose(alone.detach().numpy()[0], logits[1, :11] if head == 'span' else logits[1], atol=1e-5)
+  assert len(out.attentions) == bundle.config.num_layers
+  model.save_pretrained(tmp_path / 'theirs')
+  again = _load(auto, tmp_path / 'theirs', trust_remote_code=True).eval()
+  np.testing.assert_allclose(_theirs(again, batch)[1].detach().numpy(), logits, rtol=0, atol=1e-6)
+  _theirs(model.train(), batch)[1].square().mean().backward()
+  assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.torch
 @pytest.mark.parametrize('kind', KINDS)
 def test_every_class_starts_fresh_from_the_configuration(kind, hub, tmp_path):
   """Without weights: BERT's initial ones in the stated sizes. The auto_map leads to each class.

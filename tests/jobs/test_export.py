@@ -81,8 +81,21 @@ def test_a_model_without_zeros_gives_the_files_it_always_gave(folders, tmp_path,
   assert files(tmp_path / 'out') == files(folders / 'dense')
   assert found.zeros is None and found.latency is None and not measured
   assert as_text(found) == f'{tmp_path}/out: bert, 3 layers, 8 wide' and as_dict(found)['bytes'] is None
-  run_export(str(folders / 'dense'), str(tmp_path / 'padded'), layout='padded')
-  assert files(tmp_path / 'padded') == files(folders / 'dense')
+
+
+def test_a_sub_network_without_zeros_is_laid_out(folders, tmp_path):
+  """As `export --width` does it, and from its folder again: one head of two is filled up. Mutation: refuse every model
+  without zeros."""
+  run_export(str(folders / 'even'), str(tmp_path / 'even'))
+  cell = from_pretrained(tmp_path / 'even')
+  assert cell.config.num_heads == 1
+  for layout in ('shrunk', 'padded'):
+    export.export_model(cell, str(tmp_path / layout), layout=layout)
+  run_export(str(tmp_path / 'even'), str(tmp_path / 'filled'), layout='padded')
+  assert files(tmp_path / 'filled') == files(tmp_path / 'padded')
+  assert from_pretrained(tmp_path / 'filled').config.num_heads == CONFIG.num_heads
+  with pytest.raises(ConfigError, match='--layout=shrunk: .*even has no zeros'):
+    run_export(str(tmp_path / 'even'), str(tmp_path / 'none'), layout='shrunk')
 
 
 @pytest.mark.parametrize('name', ['heads', 'even'])
@@ -149,6 +162,12 @@ def test_onnx_is_smaller_too(folders, tmp_path):
   ('name', 'options', 'message'),
   [
     ('dense', {'format': 'sparse'}, r'--format=sparse: .*dense has no zeros .* nothing of it was pruned; prune it'),
+    (
+      'dense',
+      {'layout': 'shrunk'},
+      '--layout=shrunk: .*dense has no zeros .* or leave --layout out',
+    ),
+    ('dense', {'layout': 'padded'}, '--layout=padded: .*dense has no zeros .* or leave --layout out'),
     ('weights', {'values': 'int8'}, '--values=int8: is for --format=sparse; --format=hf holds float32'),
     ('weights', {'values': 'bfloat16', 'format': 'onnx'}, '--values=bfloat16: is for --format=sparse'),
     ('weights', {'layout': 'padded', 'format': 'onnx'}, '--layout=padded: is for --format=hf'),

@@ -101,6 +101,16 @@ def test_curves_show_median_and_band(tmp_path, report):
   assert corners == {(1, 4), (1, 9), (2, 1), (2, 3)}
 
 
+@pytest.mark.parametrize('value', ['[1]', '"abc"', 'true', '{}', 'null', '"NaN"'])
+def test_what_is_no_loss_is_not_drawn(report, tmp_path, value):
+  """As lines that are torn. Mutations: take whatever the line holds; take booleans for numbers."""
+  log = tmp_path / 'two' / 'metrics.jsonl'
+  log.write_text(log.read_text() + f'{{"step": 4, "loss": {value}}}\n{{"step": true, "loss": 9}}\n')
+  (ax,) = draw_curves(report).axes
+  np.testing.assert_array_equal(ax.lines[0].get_xydata(), [[1, 3], [2, 2], [3, 1]])
+  assert f'{tmp_path}/all-curves.png' in write_report(report, f'{tmp_path}/all')
+
+
 def test_long_curves_are_averaged_over_stretches():
   """1,000 steps, 10 to a stretch, losses equal to their step: the mean is the middle. Mutation: take every tenth."""
   steps = np.arange(1.0, 1001)

@@ -10,9 +10,11 @@ import pytest
 from finished_runs import IDENTITY, finished
 
 from compactlm_jax.config import EncoderConfig, FinetuneConfig, OptimizerConfig, PruneConfig
+from compactlm_jax.errors import ConfigError
 from compactlm_jax.report import as_csv, as_json, as_markdown, collect, write_report
-from compactlm_jax.report.pruning import lines_of, rows_of
+from compactlm_jax.report.pruning import dense_groups, lines_of, points_beside, rows_of
 from compactlm_jax.report.pruning_plot import draw_pruning, draw_schedules, has_pruned, has_schedules
+from compactlm_jax.report.remaining_plot import draw_remaining, has_matrices
 from compactlm_jax.train.rundir import FREE_FIELDS, read_run
 
 SST = {'finetune': FinetuneConfig(benchmark='sst2')}
@@ -37,9 +39,24 @@ def pruned(parent, prune, remaining, accuracies, *, logged=True, nonzero=True, *
   return parent
 
 
-def dense(folder, accuracy=0.9, **fields):
+def dense(folder, accuracy=0.9, share=None, whole=WEIGHTS, **fields):
+  """A fine-tuned run; with `share` it says how much of its `whole` weights is left."""
   folder.mkdir(parents=True)
-  return finished(folder, {'accuracy': accuracy, 'loss': 1 - accuracy}, **SST | fields)
+  finished(folder, {'accuracy': accuracy, 'loss': 1 - accuracy}, **SST | fields)
+  if share is not None:
+    path = folder / 'results.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | {'density': share, 'nonzero': round(share * whole)}))
+  return folder
+
+
+def layers(parent, shares):
+  """Adds what is left of each matrix, a table of fractions [layers, kinds] for each seed, to the runs of `pruned`."""
+  kinds = ('attention/query', 'attention/conv/taps', 'ffn_in')
+  for seed, table in enumerate(shares):
+    path = parent / f'seed-{seed}' / 'results.json'
+    found = dict(zip(kinds, np.array(table, float).T.tolist()))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {'by_matrix': found}))
+  return parent
 
 
 def gather(*folders):
@@ -188,6 +205,88 @@ def test_encoders_of_different_sizes_have_no_common_scale(tmp_path):
   assert not draw_pruning(gather(one, two)).axes[0].child_axes
 
 
+def test_layer_drop_and_smaller_models_are_points(tmp_path):
+  """Over their weights, beside the one dense line. Mutations: LayerDrop as a dense run; a fraction of the smaller
+  model's own weights; points of runs as large as the pruned one."""
+  magnitude = PruneConfig(method='magnitude', density=0.1)
+  drop = {'encoder': EncoderConfig(layer_drop=0.2), 'model': 'big'}
+  keep = FinetuneConfig(benchmark='sst2', keep_layers=(1, 3))
+  report = gather(
+    pruned(tmp_path / 'pruned', magnitude, 0.1, [0.7], model='big'),
+    dense(tmp_path / 'dense', share=1.0, model='big'),
+    dense(tmp_path / 'drop', 0.8, share=0.5, finetune=keep, **drop),
+    dense(tmp_path / 'all', 0.85, share=1.0, **drop),
+    dense(tmp_path / 'kept', 0.82, share=0.5, finetune=keep, model='big'),
+    dense(tmp_path / 'mini', 0.75, share=1.0, whole=WEIGHTS // 5, model='mini'),
+    dense(tmp_path / 'other', 0.7, share=1.0, model='other'),
+    dense(tmp_path / 'older', 0.7, **drop, batch_size=3),
+  )
+  assert [group.name for group in dense_groups(report.groups)] == ['dense']
+  (row,) = (row for row in rows_of(report.groups) if row.metric == 'accuracy')
+  assert row.of_dense == pytest.approx(0.7 / 0.9)
+  (ax,) = draw_pruning(report).axes
+  drawn = {bar.get_label(): bar[0].get_xydata().tolist() for bar in ax.containers if bar[0].get_linestyle() == 'None'}
+  expected = {
+    'LayerDrop: drop (n=1)': [[50, 0.8]],
+    'LayerDrop: all (n=1)': [[100, 0.85]],
+    'fewer layers: kept (n=1)': [[50, 0.82]],
+    'smaller model: mini (n=1)': [[20, 0.75]],
+  }
+  assert drawn == {label: pytest.approx(np.array(place)) for label, place in expected.items()}
+  legend = [text.get_text() for text in draw_pruning(report).legends[0].get_texts()]
+  assert set(legend) == {*drawn, 'magnitude (n=1)', 'dense: dense (n=1)'}
+
+
+def test_smaller_models_need_one_encoder_to_be_smaller_than(tmp_path):
+  """LayerDrop is a part of its own encoder. Mutation: the mean of both."""
+  path = pruned(tmp_path / 'b', PruneConfig(density=0.03), 0.03, [0.6], model='large') / 'seed-0' / 'results.json'
+  path.write_text(json.dumps(json.loads(path.read_text()) | {'nonzero': 60_000}))
+  mini = dense(tmp_path / 'mini', share=1.0, whole=1000, model='mini')
+  drop = dense(tmp_path / 'drop', share=0.5, encoder=EncoderConfig(layer_drop=0.2))
+  one = pruned(tmp_path / 'a', PruneConfig(density=0.1), 0.1, [0.7])
+  found = points_beside(gather(one, tmp_path / 'b', mini, drop).groups)
+  assert [(point.kind, point.group.name, point.remaining) for point in found] == [('LayerDrop', 'drop', 0.5)]
+
+
+def test_what_remains_of_each_layer_and_matrix_is_drawn(tmp_path):
+  """A panel for each pruned group that says it, means over seeds, one scale. Mutations: the last seed; a panel for runs
+  of older versions; layers as columns."""
+  prune = PruneConfig(method='magnitude', density=0.1)
+  high = layers(pruned(tmp_path / 'high', prune, 0.1, [0.7, 0.8]), [np.eye(2, 3), np.zeros((2, 3))])
+  low = layers(pruned(tmp_path / 'low', dataclasses.replace(prune, density=0.03), 0.03, [0.6]), [[[0, 0.03, 0.06]] * 2])
+  old = pruned(tmp_path / 'old', SOFT, 0.1, [0.7])
+  report = gather(high, low, old, dense(tmp_path / 'dense'))
+  figure = draw_remaining(report)
+  panels = [ax for ax in figure.axes if ax.images]
+  assert [ax.get_title(loc='left').split('\n')[0] for ax in panels] == ['low (n=1)', 'high (n=2)']
+  np.testing.assert_allclose(panels[1].images[0].get_array(), 50 * np.eye(2, 3))
+  assert {ax.images[0].get_clim() for ax in panels} == {(0, 50)}
+  assert [text.get_text() for text in panels[0].texts] == ['0', '3.00', '6.00'] * 2
+  assert [label.get_text() for label in panels[0].get_xticklabels()] == ['query', 'conv\ntaps', 'ffn_in']
+  assert 'r-pruning-layers.png' in {w.rpartition('/')[2] for w in write_report(report, f'{tmp_path}/r')}
+  assert not has_matrices(gather(old))
+
+
+def test_no_more_panels_than_can_be_read(tmp_path):
+  """The title says how many there are. Mutation: draw all."""
+  runs = [
+    layers(pruned(tmp_path / f'{i}', PruneConfig(density=i / 10), i / 10, [0.7]), [np.full((3, 3), i / 10)])
+    for i in range(1, 9)
+  ]
+  figure = draw_remaining(gather(*runs))
+  assert sum(bool(ax.images) for ax in figure.axes) == 6 and 'the first 6 of 8' in figure.get_suptitle()
+
+
+@pytest.mark.parametrize(
+  'by_matrix', [[0.1], {'ffn_in': 0.1}, {'ffn_in': [0.1], 'ffn_out': [0.1, 0.2]}, {'ffn_in': ['x']}]
+)
+def test_damaged_matrices_are_named(tmp_path, by_matrix):
+  path = pruned(tmp_path / 'a', SOFT, 0.1, [0.7]) / 'seed-0' / 'results.json'
+  path.write_text(json.dumps(json.loads(path.read_text()) | {'by_matrix': by_matrix}))
+  with pytest.raises(ConfigError, match=r'results\.json is damaged .* delete it'):
+    gather(tmp_path / 'a')
+
+
 def test_an_encoder_that_lost_everything_is_drawn(tmp_path):
   """At the end of the scale. Mutation: take the logarithm of 0."""
   report = gather(pruned(tmp_path / 'a', SOFT, [0.0, 0.0], [0.5, 0.5]))
@@ -209,6 +308,14 @@ def test_schedules_show_the_median_over_steps(report):
   np.testing.assert_array_equal(of_soft[0][:, 0], [2, 4, 6, 8, 10])
   (legend,) = figure.legends
   assert [text.get_text() for text in legend.get_texts()] == ['soft movement', 'magnitude']
+
+
+def test_lines_without_a_curve_stand_in_no_legend(tmp_path):
+  """Post-hoc magnitude logs no density. Mutation: a legend of all lines."""
+  one = pruned(tmp_path / 'a', SOFT, 0.1, [0.7])
+  two = pruned(tmp_path / 'b', PruneConfig(method='post_hoc_magnitude'), 0.1, [0.7], logged=False)
+  figure = draw_schedules(gather(one, two))
+  assert [text.get_text() for text in figure.legends[0].get_texts()] == ['soft movement']
 
 
 def test_runs_without_a_log_have_no_schedule(tmp_path):
