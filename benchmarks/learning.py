@@ -12,7 +12,8 @@ import jax
 
 from compactlm_jax.config import RunConfig, from_config_dict
 from compactlm_jax.data.prepare import prepare
-from compactlm_jax.data.tokenizer import Tokenizer, load_tokenizer, train_wordpiece
+from compactlm_jax.data.tokenizer import Tokenizer, load_tokenizer
+from compactlm_jax.data.wordpiece import train_wordpiece
 from compactlm_jax.jobs import build_job, run_train
 from compactlm_jax.metrics import read_metrics
 

@@ -77,7 +77,7 @@ def main() -> None:
     measure(*args.one, args.workers)
     return
   from compactlm_jax.data.text import file_sha256
-  from compactlm_jax.data.tokenizer import train_wordpiece
+  from compactlm_jax.data.wordpiece import train_wordpiece
 
   root = pathlib.Path(tempfile.mkdtemp(dir=args.folder or None))
   try:

@@ -25,18 +25,18 @@ def parse_json(content: str | bytes) -> Any:
     ValueError: not JSON; nested too deeply, a name that stands twice in an object, NaN or an infinity, a number too
       large for a float, half of a surrogate pair.
   """
-  return _parsed(content, object_pairs_hook=_object, parse_constant=_no_constant, parse_float=_finite)
+  return _parsed(content, parse_constant=_no_constant, parse_float=_finite)
 
 
 def parse_row(content: str | bytes) -> Any:
-  """As `parse_json`, for many short documents: the last of equal names counts, numbers may be NaN and infinities."""
+  """As `parse_json`, but numbers may be NaN and infinities: rows of tables, records of runs."""
   return _parsed(content)
 
 
 def _parsed(content: str | bytes, **hooks: Any) -> Any:
   text = content if isinstance(content, str) else content.decode('utf-8')
   try:
-    value = json.loads(text, parse_int=_whole, **hooks)
+    value = json.loads(text, object_pairs_hook=_object, parse_int=_whole, **hooks)
     if text.count('[') + text.count('{') > _DEPTH:
       _check_depth(value)
     if '\\ud' in text or '\\uD' in text:

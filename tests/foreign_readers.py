@@ -7,11 +7,13 @@ import pathlib
 import tempfile
 
 import numpy as np
+from etils import epath
 from foreign import Files, Reader
 
 from compactlm_jax.config import EncoderConfig, RunConfig, from_config_dict, to_json
 from compactlm_jax.data.glue import read_glue
 from compactlm_jax.data.manifest import Manifest, Shard, read_manifest, verify_files
+from compactlm_jax.data.shards import write_info
 from compactlm_jax.data.squad import read_squad
 from compactlm_jax.data.table import read_table, tokenize_table
 from compactlm_jax.data.text import open_text
@@ -28,6 +30,7 @@ from compactlm_jax.jobs.adapt_best import read_best
 from compactlm_jax.jobs.finished import finished_results
 from compactlm_jax.jobs.grid import scored_rows, seq_len_of
 from compactlm_jax.metrics import read_metrics
+from compactlm_jax.report.plot import points_of
 from compactlm_jax.report.runs import collect
 from compactlm_jax.train.rundir import open_run, read_run
 from compactlm_jax.tree import nested
@@ -132,13 +135,15 @@ def read_tokenizers(folder: pathlib.Path) -> None:
 
 
 def manifest() -> Files:
-  """manifest.json of `prepare` and two shards."""
+  """manifest.json of `prepare`, what TFDS is told, and two shards."""
   rows = b'rows'
   shards = tuple(Shard(f'rows-{i}', 3, len(rows), hashlib.sha256(rows).hexdigest()) for i in range(2))
   content = Manifest({'seq_len': 8, 'tokenizer': 'f' * 64, 'mode': 'documents', 'sources': [{'name': 'a', 'size': 3}]},
                      50, {'rows': 6, 'real_token_fraction': 0.5}, {'train': shards, 'validation': shards[:1]},
                      {'grain': '1'}, {'train': {'rows': 6, 'tokens': 40, 'words': 20}})  # fmt: skip
-  return {'manifest.json': content.dumps().encode(), 'rows-0': rows, 'rows-1': rows}
+  with tempfile.TemporaryDirectory() as folder:
+    write_info(epath.Path(folder), content.splits, content.seq_len, content.vocab_size)
+    return {**_files(folder), 'manifest.json': content.dumps().encode(), 'rows-0': rows, 'rows-1': rows}
 
 
 def read_prepared(folder: pathlib.Path) -> None:
@@ -174,7 +179,7 @@ def read_a_run(folder: pathlib.Path) -> None:
   """Every reader of the records of a run; one that fails does not hide the others."""
   errors: list[CompactLMError] = []
   for read in (
-    lambda: read_metrics(folder),
+    lambda: points_of(read_metrics(folder), 'loss'),
     lambda: read_best(folder),
     lambda: seq_len_of(str(folder)),
     lambda: scored_rows(str(folder)),

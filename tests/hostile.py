@@ -4,6 +4,7 @@ Used by tests/faults/test_hostile.py and benchmarks/fault_damage.py.
 """
 
 import json
+import os
 import pathlib
 import pickle
 import struct
@@ -101,7 +102,21 @@ def _config(**entries):
   return attack
 
 
+def _pipe(name):
+  def attack(folder, canary):
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+
+  return attack
+
+
+def _circle(folder, canary):
+  (folder / 'config.json').unlink()
+  (folder / 'config.json').symlink_to('config.json')
+
+
 DAMAGED, CONVERT = r'model\.safetensors: damaged or truncated .*copy', r'never opened .*Convert it .*save_pretrained'
+SHAPE = r'a has an impossible shape .*copy'
 CASES = {
   'pickle .bin': (_pickled('pytorch_model.bin'), r'pytorch_model\.bin, which is ' + CONVERT),
   'pickle .pt': (_pickled('model.pt'), r'model\.pt, which is ' + CONVERT),
@@ -122,6 +137,11 @@ CASES = {
   'header bomb': (_weights(_header({'a' * (17 << 20): _entry([4], 0, 16)})), DAMAGED),
   'deep header': (_weights(struct.pack('<Q', 1 << 20) + b'[' * (1 << 20)), DAMAGED),
   'absurd shape': (_weights(_header({'a': _entry([1 << 40, 1 << 40], 0, 16)})), DAMAGED),
+  'shape of 2^63 - 1 and 0': (_weights(_header({'a': _entry([0, 2**63 - 1], 0, 0)}, b'')), SHAPE),
+  'shape of 65 dimensions': (_weights(_header({'a': _entry([1] * 65, 0, 4)}, b'\0' * 4)), SHAPE),
+  'config that is a pipe': (_pipe('config.json'), r'config\.json: is no ordinary file; put one there'),
+  'weights that are a pipe': (_pipe('model.safetensors'), r'model\.safetensors: is no ordinary file; put one there'),
+  'links in a circle': (_circle, r'config\.json: cannot be followed .*copy the file itself'),
   'trailing bytes': (_weights(_header({'a': _entry([4], 0, 16)}, b'\0' * 99)), DAMAGED),
   'no JSON': (_weights(struct.pack('<Q', 8) + b'not json'), DAMAGED),
   'extra tensor': (_tensors(lambda t: t.update(extra=np.zeros(3, 'f4'))), r'extra: unexpected .*check config\.json'),

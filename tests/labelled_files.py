@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from compactlm_jax.data.tokenizer import train_wordpiece
+from compactlm_jax.data.wordpiece import train_wordpiece
 from compactlm_jax.interop.bundle import Bundle, save_pretrained
 from compactlm_jax.interop.folder import open_folder
 from compactlm_jax.interop.tokenizer_files import read_tokenizer

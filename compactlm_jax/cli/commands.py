@@ -51,7 +51,7 @@ def _prepare(values: flags.FlagValues) -> str:
 
 
 def _tokenizer(values: flags.FlagValues) -> str:
-  from compactlm_jax.data.tokenizer import train_wordpiece
+  from compactlm_jax.data.wordpiece import train_wordpiece
 
   made = train_wordpiece(values.input, values.vocab_size, values.output, lowercase=values.lowercase)
   return f'{values.output}: {made.vocab_size:,} word pieces'

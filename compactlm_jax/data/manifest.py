@@ -15,12 +15,18 @@ from compactlm_jax.data.tokenizer import Tokenizer
 from compactlm_jax.errors import DataError
 from compactlm_jax.filenames import is_plain
 from compactlm_jax.parse import parse_json
-from compactlm_jax.storage import write_whole
+from compactlm_jax.storage import require_inside, write_whole
 
 FORMAT = 2
 # Format 1 has the same manifest and records that take longer to read (`shards.find_layout`).
 READABLE = (1, 2)
 FILE = 'manifest.json'
+_FEATURES, _INFO = 'features.json', 'dataset_info.json'
+_FIELDS = {'input_ids': ('uint16', 'int32'), 'token_type_ids': ('uint8',), 'length': ('int32',)}
+_CLASSES = tuple(f'tensorflow_datasets.core.features.{name}' for name in ('tensor_feature.Tensor', 'scalar.Scalar'))
+_ALL_FIELDS = 'tensorflow_datasets.core.features.features_dict.FeaturesDict'
+_MOST_BYTES = 64 << 20
+_REMEDY = 'copy the dataset again, or prepare it again with overwrite'
 _WRITERS = ('tokenizers', 'tensorflow-datasets', 'array_record')
 
 
@@ -158,23 +164,61 @@ def _checked(found: Manifest) -> Manifest:
 
 
 def verify_files(folder: Any, manifest: Manifest, *, digests: bool = False) -> None:
-  """Compares the shard files with the manifest.
+  """Compares the shard files, and what TFDS is told of them, with the manifest.
 
   Args:
     folder: the dataset.
     manifest: its manifest.
-    digests: also read every file and compare SHA-256.
+    digests: also read every shard and compare SHA-256.
 
   Raises:
-    DataError: a file is missing, has another size, or another content; named.
+    DataError: a file is missing, a link that leads out of the folder, has another size, or another content; named.
   """
   root = epath.Path(folder)
   for shard in (s for shards in manifest.splits.values() for s in shards):
     path = root / shard.file
-    remedy = 'copy the dataset again, or prepare it again with overwrite'
-    if not path.exists():
-      raise DataError(f'{path}: a shard of the dataset is missing; {remedy}')
-    if (size := int(path.stat().length)) != shard.bytes:
-      raise DataError(f'{path}: {size} bytes, but {shard.bytes} were written; {remedy}')
+    size = _size(path, 'a shard')
+    if size != shard.bytes:
+      raise DataError(f'{path}: {size} bytes, but {shard.bytes} were written; {_REMEDY}')
     if digests and text.file_sha256(path) != shard.sha256:
-      raise DataError(f'{path}: its content changed since it was written (SHA-256 differs); {remedy}')
+      raise DataError(f'{path}: its content changed since it was written (SHA-256 differs); {_REMEDY}')
+  for path in (root / _FEATURES, root / _INFO):
+    if (size := _size(path, 'a file')) > _MOST_BYTES:
+      raise DataError(f'{path}: {size} bytes, more than the {_MOST_BYTES} that are read of such a file; {_REMEDY}')
+  _require_features(root / _FEATURES, manifest.seq_len)
+
+
+def _size(path: epath.Path, what: str) -> int:
+  if not path.exists():
+    raise DataError(f'{path}: {what} of the dataset is missing; {_REMEDY}')
+  require_inside(path, path.parent)
+  return int(path.stat().length)
+
+
+def _require_features(file: epath.Path, seq_len: int) -> None:
+  """That the file says what `shards.row_features` does, in any format.
+
+  TFDS imports the modules that it names, and shapes are made room for.
+  """
+  try:
+    raw = parse_json(file.read_bytes())
+    fields = raw['featuresDict']['features']
+    if set(raw) != {'featuresDict', 'pythonClassName'} or raw['pythonClassName'] != _ALL_FIELDS:
+      raise ValueError('not a dictionary of features')
+    found = {name: _kind(field) for name, field in fields.items()}
+  except (ValueError, KeyError, TypeError, AttributeError) as e:
+    raise DataError(f'{file}: damaged ({e}); {_REMEDY}') from e
+  if unknown := sorted(set(found) - set(_FIELDS)):
+    raise DataError(f'{file}: rows have no field {unknown[0]!r:.60}; {_REMEDY}')
+  for name, dtypes in _FIELDS.items():
+    allowed = [f'{dtype}{[] if name == "length" else [seq_len]}' for dtype in dtypes]
+    if found.get(name) not in allowed:
+      raise DataError(f'{file}: {name} is {found.get(name, "missing")} instead of {" or ".join(allowed)}; {_REMEDY}')
+
+
+def _kind(field: Any) -> str:
+  """Type and shape, as 'uint16[128]'."""
+  tensor = field['tensor']
+  if field['pythonClassName'] not in _CLASSES or tensor.get('encoding', 'none') not in ('none', 'bytes'):
+    raise ValueError(f'a field of another kind: {field!r:.200}')
+  return f'{tensor["dtype"]}[{", ".join(map(str, tensor["shape"].get("dimensions", ())))}]'

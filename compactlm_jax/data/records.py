@@ -15,7 +15,7 @@ from etils import epath
 
 from compactlm_jax.data.manifest import Manifest, Shard
 from compactlm_jax.data.shards import Layout, find_layout
-from compactlm_jax.errors import DataError
+from compactlm_jax.errors import DataError, first_line
 
 Record = dict[str, np.ndarray]
 
@@ -79,8 +79,15 @@ class Reader:
       manifest: of the dataset.
       folder: of the dataset.
       limit: damaged rows that are replaced by the next intact row before the next one raises.
+
+    Raises:
+      DataError: dataset_info.json is damaged.
     """
-    self.data = builder.as_data_source(split)
+    try:
+      self.data = builder.as_data_source(split)
+    except Exception as e:  # TFDS has no common base of its errors
+      why = f'damaged ({first_line(e)}); copy the dataset again, or prepare it again with overwrite'
+      raise DataError(f'{folder / "dataset_info.json"}: {why}') from e
     self.features = builder.info.features
     self.shards: Sequence[Shard] = manifest.splits[split]
     self.size = manifest.rows(split)

@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from compactlm_jax.data.table import numbered_lines
@@ -160,10 +161,14 @@ def _question(record: Any, where: str) -> Question:
 
 def _answers(record: Mapping[str, Any], where: str) -> Iterator[tuple[str, int]]:
   answers: Any = record.get('answers')
-  if record.get('is_impossible'):
+  impossible = _plain(record.get('is_impossible'))
+  if impossible is not None and not isinstance(impossible, bool):
+    raise DataError(f'{where}: is_impossible is {impossible!r:.60}; expected true or false')
+  if impossible:
     answers = []
   elif answers is None and 'answer' in record:
-    answers = [{'text': record['answer'], 'answer_start': record.get('answer_start')}] if record['answer'] else []
+    none = record['answer'] in (None, '', b'')
+    answers = [] if none else [{'text': record['answer'], 'answer_start': record.get('answer_start')}]
   elif isinstance(answers, Mapping) and {'text', 'answer_start'} <= set(answers):
     try:
       pairs = list(zip(answers['text'], answers['answer_start'], strict=True))
@@ -174,13 +179,20 @@ def _answers(record: Mapping[str, Any], where: str) -> Iterator[tuple[str, int]]
     raise DataError(f"{where}: no answers; give 'answers' (an empty list if there is none) or 'answer'")
   for answer in answers:
     try:
-      text, start = answer['text'], int(answer['answer_start'])
-    except (KeyError, TypeError, ValueError, OverflowError) as e:
+      text, start = answer['text'], _plain(answer['answer_start'])
+    except (KeyError, TypeError) as e:
       raise DataError(f'{where}: an answer needs text and answer_start, got {answer!r:.60}') from e
+    if type(start) is not int:
+      raise DataError(f'{where}: answer_start is {start!r:.60}; expected a whole number of characters, from 0')
     text = text.decode() if isinstance(text, bytes) else text
     if not isinstance(text, str) or not text:
       raise DataError(f"{where}: the answer {text!r} is no text; a question without an answer has 'answers': []")
     yield text, start
+
+
+def _plain(value: Any) -> Any:
+  """What datasets hold as scalars of NumPy, as Python's own."""
+  return value.item() if isinstance(value, (np.generic, np.ndarray)) and value.ndim == 0 else value
 
 
 def _read(file: epath.Path) -> str:
@@ -205,7 +217,7 @@ def _json_lines(file: epath.Path) -> Iterator[tuple[str, Any]]:
       try:
         yield f'{file}:{number}', parse_row(line)
       except ValueError as e:
-        raise DataError(f'{file}:{number}: not JSON ({e})') from e
+        raise DataError(f'{file}:{number}: not JSON ({e}); correct the line or remove it') from e
 
 
 def _official(file: epath.Path) -> Iterator[tuple[str, Any]]:

@@ -13,12 +13,11 @@ import numpy as np
 from etils import epath
 
 from compactlm_jax.data.source import Record, RowSource, array_source
-from compactlm_jax.data.text import limited_lines
+from compactlm_jax.data.text import MAX_ROW_BYTES, limited_lines
 from compactlm_jax.data.tokenizer import Tokenizer
 from compactlm_jax.errors import ConfigError, DataError
 from compactlm_jax.parse import parse_row
 
-_BATCH = 1000
 _LARGEST = float(np.finfo(np.float32).max)
 log = logging.getLogger(__name__)
 
@@ -65,7 +64,7 @@ def read_table(
     The table.
 
   Raises:
-    DataError: no rows, not UTF-8, a malformed line, or an empty text; file and line are named.
+    DataError: no rows, not UTF-8, a malformed line, two columns of one name, or an empty text; file and line are named.
     ConfigError: a column is missing, or a label does not occur in `classes`.
   """
   file = epath.Path(path)
@@ -105,7 +104,7 @@ def table_rows(path: Any) -> Iterator[tuple[int, dict[str, Any]]]:
   or there is one column alone and another row follows.
 
   Raises:
-    DataError: no such file, not UTF-8, or a malformed line; file and line are named.
+    DataError: no such file, not UTF-8, a malformed line, or two columns of one name; file and line are named.
     ConfigError: another kind of file.
   """
   file = epath.Path(path)
@@ -154,14 +153,14 @@ def numbered_lines(file: epath.Path) -> Iterator[tuple[int, str]]:
   """The lines of a text file (.gz is decompressed) with their numbers from 1, without byte order mark and line ends.
 
   Raises:
-    DataError: no such file, not UTF-8, a damaged gzip file, or a line without end.
+    DataError: no such file, not UTF-8, a damaged gzip file, or a line of more than MAX_ROW_BYTES.
   """
   if not file.exists():
     raise DataError(f'{file}: no such file')
   with file.open('rb') as raw:
     stream = gzip.GzipFile(fileobj=raw) if file.suffix == '.gz' else raw
     try:
-      for number, line in enumerate(limited_lines(stream, str(file)), 1):
+      for number, line in enumerate(limited_lines(stream, str(file), MAX_ROW_BYTES), 1):
         yield number, line.decode('utf-8-sig' if number == 1 else 'utf-8').rstrip('\r\n')
     except UnicodeDecodeError as e:
       raise DataError(f'{file}:{number}: not UTF-8 at byte {e.start} of the line ({e.reason}); convert it') from e
@@ -177,7 +176,7 @@ def _tsv(file: epath.Path) -> Iterator[tuple[int, dict[str, Any]]]:
     if not line.strip() and (header is None or len(header) == 1 or len(cells) != len(header)):
       continue
     if header is None:
-      header = [c.strip() for c in cells]
+      header = _header(cells, f'{file}:{number}')
     elif len(cells) != len(header):
       raise DataError(f'{file}:{number}: {len(cells)} columns, but the header has {len(header)} ({", ".join(header)})')
     else:
@@ -185,6 +184,14 @@ def _tsv(file: epath.Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield from ((blank, {header[0]: ''}) for blank in range(last + 1, number))
       yield number, dict(zip(header, cells, strict=True))
     last = number
+
+
+def _header(cells: Sequence[str], where: str) -> list[str]:
+  """The names of columns; those without a name, as behind tabs at the end of the line, are nobody's."""
+  header = [c.strip() for c in cells]
+  if twice := next((name for name in header if name and header.count(name) > 1), ''):
+    raise DataError(f'{where}: two columns are named {twice!r}; rename or remove one of them')
+  return header
 
 
 def _jsonl(file: epath.Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -196,7 +203,7 @@ def _jsonl(file: epath.Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
       row = parse_row(line)
     except ValueError as e:
-      raise DataError(f'{file}:{number}: not JSON ({e})') from e
+      raise DataError(f'{file}:{number}: not JSON ({e}); correct the line or remove it') from e
     if not isinstance(row, dict):
       raise DataError(f'{file}:{number}: expected one JSON object per line')
     yield number, row
@@ -216,7 +223,7 @@ def tokenize_table(table: Table, tokenizer: Tokenizer, seq_len: int) -> RowSourc
   Returns:
     The rows, in memory.
   """
-  columns = [_encode(tokenizer, texts) for texts in table.texts]
+  columns = [tokenizer.encode(texts) for texts in table.texts]
   rows = len(table)
   input_ids = np.full((rows, seq_len), tokenizer.pad_id, np.int32)
   token_type_ids = np.zeros((rows, seq_len), np.int32)
@@ -258,10 +265,6 @@ def join_ids(texts: Sequence[Sequence[int]], tokenizer: Tokenizer, seq_len: int)
     ids += [*text[:keep], tokenizer.sep_id]
     segments += [segment] * (keep + 1)
   return ids, segments, sum(kept) < sum(map(len, texts))
-
-
-def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-  return [ids for start in range(0, len(texts), _BATCH) for ids in tokenizer.encode(texts[start : start + _BATCH])]
 
 
 def _keep(lengths: Sequence[int], room: int) -> list[int]:

@@ -11,6 +11,7 @@ import dataclasses
 import gzip
 import hashlib
 import io
+import itertools
 import logging
 import sys
 import time
@@ -24,9 +25,12 @@ from etils import epath
 from compactlm_jax.errors import ConfigError, DataError
 
 MAX_LINE_BYTES = 64 << 20
-"""Far above a book in one line; a longer one is refused."""
+"""Of text for `prepare`: far above a book in one line; a longer one is refused."""
+MAX_ROW_BYTES = 1 << 20
+"""Of a row of a table: a text of which a model reads 512 tokens, and a tokenizer takes 200 times as much memory."""
 
 _BLOCK = 1 << 20
+_PART_CHARS = 1 << 18
 _WILDCARDS = frozenset('*?[')
 _LOG_SECONDS = 30
 
@@ -163,22 +167,42 @@ def _file_lines(path: epath.Path, on_bytes: OnBytes) -> Iterator[str]:
   yield ''
 
 
-def limited_lines(stream: Any, name: str) -> Iterator[bytes]:
+def limited_lines(stream: Any, name: str, most: int = 0) -> Iterator[bytes]:
   """The lines of a binary stream, which may be a small file that decompresses to anything.
 
   Args:
     stream: has `readline`.
     name: of the file, for messages.
+    most: bytes of a line; 0 takes MAX_LINE_BYTES.
 
   Raises:
-    DataError: a line is longer than any text.
+    DataError: a line is longer than that; file and line are named.
   """
+  most = most or MAX_LINE_BYTES
   if not isinstance(stream, io.BufferedIOBase):  # of a bucket: its readline takes no limit
     stream = io.BufferedReader(stream, _BLOCK)
-  while line := stream.readline(MAX_LINE_BYTES + 1):
-    if len(line) > MAX_LINE_BYTES:
-      raise DataError(f'{name}: a line of more than {MAX_LINE_BYTES} bytes; break it into lines, one for each row')
+  for number in itertools.count(1):
+    if not (line := stream.readline(most + 1)):
+      return
+    if len(line) > most:
+      raise DataError(
+        f'{name}:{number}: a line of more than {most} bytes; break it into lines, one for each row, or cut its text'
+      )
     yield line
+
+
+def in_parts(texts: Iterable[str]) -> Iterator[list[str]]:
+  """Lists of texts to encode at once, as an encoding takes 200 bytes for each character: short lists, or one text."""
+  part: list[str] = []
+  chars = 0
+  for each in texts:
+    if part and chars + len(each) > _PART_CHARS:
+      yield part
+      part, chars = [], 0
+    part.append(each)
+    chars += len(each)
+  if part:
+    yield part
 
 
 def _decode(path: epath.Path, raw: Any, on_bytes: OnBytes) -> Iterator[str]:

@@ -1,8 +1,7 @@
-"""Tokenizers: reading a Hugging Face tokenizer folder, and training a WordPiece vocabulary."""
+"""Tokenizers: reading a Hugging Face tokenizer folder. `data.wordpiece` makes one."""
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -13,10 +12,10 @@ from typing import Any
 
 import tokenizers
 from etils import epath
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from compactlm_jax.data import text
-from compactlm_jax.errors import ConfigError, DataError
+from compactlm_jax.errors import ConfigError, first_line
 from compactlm_jax.filenames import TOKENIZER_FILES
 from compactlm_jax.parse import parse_json
 from compactlm_jax.storage import require_inside
@@ -24,11 +23,12 @@ from compactlm_jax.storage import require_inside
 SPECIAL_TOKENS = ('[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]')
 """Special tokens of trained vocabularies, in the order of their ids."""
 
-_ROLES = ('pad', 'unk', 'cls', 'sep', 'mask')
+ROLES = ('pad', 'unk', 'cls', 'sep', 'mask')
+"""What they are for."""
+
 _KEPT = ('PreTrainedTokenizerFast', 'TokenizersBackend', 'ConvBertTokenizer', 'ConvBertTokenizerFast')
 """Values of `tokenizer_class` for which transformers takes the normaliser of tokenizer.json as it is."""
 
-_BATCH = 1000
 _MOST_BYTES = 256 << 20
 
 
@@ -54,7 +54,9 @@ class Tokenizer:
 
   def encode(self, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text, without special tokens; '[SEP]' written in a text is ordinary text."""
-    return [e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+    with _no_panic(self.folder):
+      encode = self.backend.encode_batch_fast
+      return [e.ids for part in text.in_parts(texts) for e in encode(part, add_special_tokens=False)]
 
   def fingerprint(self) -> str:
     """SHA-256 (hex) over vocabulary, normaliser, splitting and special ids: equal iff texts get equal ids."""
@@ -94,6 +96,17 @@ def one_thread_each() -> Iterator[None]:
       os.environ['TOKENIZERS_PARALLELISM'] = before
 
 
+@contextlib.contextmanager
+def _no_panic(where: str) -> Iterator[None]:
+  """Raises ConfigError where the library panics: on a broken normaliser, or a pattern that takes for ever."""
+  try:
+    yield
+  except BaseException as e:  # a PanicException is no Exception, and has no name to import
+    if type(e).__name__ != 'PanicException':
+      raise
+    raise ConfigError(f'{where}: the tokenizers library gives up on it ({first_line(e)}); repair the tokenizer') from e
+
+
 def load_tokenizer(folder: Any) -> Tokenizer:
   """Reads a Hugging Face tokenizer folder: tokenizer.json, or vocab.txt with tokenizer_config.json.
 
@@ -116,9 +129,13 @@ def load_tokenizer(folder: Any) -> Tokenizer:
   config = {**given, **_read_json(path / 'special_tokens_map.json')}
   if (path / 'tokenizer.json').exists():
     try:
-      backend = tokenizers.Tokenizer.from_str((path / 'tokenizer.json').read_text(encoding='utf-8'))
+      with _no_panic(str(path / 'tokenizer.json')):
+        backend = tokenizers.Tokenizer.from_str((path / 'tokenizer.json').read_text(encoding='utf-8'))
+    except ConfigError:
+      raise
     except Exception as e:  # the library raises bare Exception
       raise ConfigError(f'{path / "tokenizer.json"}: cannot be read ({e}); save the tokenizer again') from e
+    _require_same_ids(backend, path / 'tokenizer.json')
     _require_same_normalizer(backend, given, path / 'tokenizer_config.json')
   elif (path / 'vocab.txt').exists():
     backend = _from_vocab(path / 'vocab.txt', config)
@@ -164,10 +181,20 @@ def _read_json(path: epath.Path) -> dict[str, Any]:
   return value
 
 
+def _require_same_ids(backend: tokenizers.Tokenizer, file: epath.Path) -> None:
+  """No added token whose id the library would replace by the next free one."""
+  for entry in parse_json(file.read_bytes()).get('added_tokens') or []:
+    if (found := backend.token_to_id(entry['content'])) != entry['id']:
+      raise ConfigError(
+        f'{file}: the added token {entry["content"]!r:.60} has id {entry["id"]}, but the tokenizers library gives it '
+        f'{found}; ids must go on from the vocabulary without a gap or a second use'
+      )
+
+
 def _special(config: dict[str, Any], where: Any) -> dict[str, str]:
   """Role -> special token; each stands in the files as text or as an object with a content."""
   out = {}
-  for role, default in zip(_ROLES, SPECIAL_TOKENS, strict=True):
+  for role, default in zip(ROLES, SPECIAL_TOKENS, strict=True):
     token = config.get(f'{role}_token') or default
     token = token.get('content') if isinstance(token, dict) else token
     if not isinstance(token, str) or not token:
@@ -229,10 +256,10 @@ def _from_vocab(path: epath.Path, config: dict[str, Any]) -> tokenizers.Tokenize
   except UnicodeDecodeError as e:
     raise ConfigError(f'{path}: not UTF-8 at byte {e.start} ({e.reason}); save the tokenizer again') from e
   tokens = [t.rstrip('\r') for t in (tokens[:-1] if tokens[-1] == '' else tokens)]
-  return _bert({t: i for i, t in enumerate(tokens)}, config)
+  return bert_backend({t: i for i, t in enumerate(tokens)}, config)
 
 
-def _bert(vocab: dict[str, int], config: dict[str, Any]) -> tokenizers.Tokenizer:
+def bert_backend(vocab: dict[str, int], config: dict[str, Any]) -> tokenizers.Tokenizer:
   """BERT's tokenizer of a vocabulary (google-research/bert `tokenization.py`)."""
   special = _special(config, 'tokenizer_config.json')
   missing = [t for t in special.values() if t not in vocab]
@@ -241,7 +268,7 @@ def _bert(vocab: dict[str, int], config: dict[str, Any]) -> tokenizers.Tokenizer
       f'vocab.txt: the special token {missing[0]!r} is not in the vocabulary; set it in tokenizer_config.json'
     )
   backend = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token=special['unk'], max_input_chars_per_word=100))
-  backend.normalizer = _normalizer(_switch(config, 'do_lower_case', True) is not False, config)
+  backend.normalizer = bert_normalizer(_switch(config, 'do_lower_case', True) is not False, config)
   backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
   backend.decoder = decoders.WordPiece(prefix='##')
   cls, sep = special['cls'], special['sep']
@@ -254,110 +281,11 @@ def _bert(vocab: dict[str, int], config: dict[str, Any]) -> tokenizers.Tokenizer
   return backend
 
 
-def _normalizer(lowercase: bool, config: dict[str, Any]) -> normalizers.BertNormalizer:
+def bert_normalizer(lowercase: bool, config: dict[str, Any]) -> normalizers.BertNormalizer:
+  """BERT's normaliser; accents go, unless the configuration says otherwise, where letters are lowered."""
   return normalizers.BertNormalizer(
     clean_text=True,
     handle_chinese_chars=_switch(config, 'tokenize_chinese_chars', True) is not False,
     strip_accents=_switch(config, 'strip_accents', None),
     lowercase=lowercase,
   )
-
-
-def train_wordpiece(
-  inputs: str,
-  vocab_size: int,
-  output: Any,
-  lowercase: bool = True,
-  *,
-  min_frequency: int = 2,
-  max_alphabet: int = 1000,
-  model_max_length: int = 512,
-  overwrite: bool = False,
-) -> Tokenizer:
-  """Trains a WordPiece vocabulary and writes a complete Hugging Face tokenizer folder.
-
-  The same text and settings give the same bytes: the library numbers word-inner characters in the order of a random
-  hash map and breaks ties by number, so they are numbered here first (as extra special tokens of the trainer).
-
-  Args:
-    inputs: as in `prepare`.
-    vocab_size: entries, special tokens included; fewer if the text does not yield them.
-    output: folder to write.
-    lowercase: lower-case and strip accents.
-    min_frequency: occurrences that a merged token needs.
-    max_alphabet: distinct characters kept, the most frequent; words with others become [UNK].
-    model_max_length: written into tokenizer_config.json.
-    overwrite: replace tokenizer files in `output`.
-
-  Returns:
-    The tokenizer, read back from `output`.
-
-  Raises:
-    ConfigError: vocab_size is too small, or `output` already holds a tokenizer.
-    DataError: no text.
-  """
-  target = epath.Path(output)
-  if not overwrite and any((target / name).exists() for name in TOKENIZER_FILES):
-    raise ConfigError(f'{target} already holds a tokenizer; choose another output or set overwrite')
-  if vocab_size < len(SPECIAL_TOKENS) + 4:
-    raise ConfigError(f'vocab_size {vocab_size} is too small; use at least {len(SPECIAL_TOKENS) + 4}')
-  sources = text.open_text(inputs)
-  normalizer = _normalizer(lowercase, {})
-  room = (vocab_size - len(SPECIAL_TOKENS)) // 2
-  alphabet = _alphabet(sources, normalizer, min(max_alphabet, room))
-  trainer = trainers.WordPieceTrainer(
-    vocab_size=vocab_size,
-    min_frequency=min_frequency,
-    special_tokens=[*SPECIAL_TOKENS, *('##' + c for c in alphabet)],
-    initial_alphabet=alphabet,
-    limit_alphabet=len(alphabet),
-    show_progress=False,
-  )
-  scratch = tokenizers.Tokenizer(models.WordPiece(unk_token='[UNK]'))
-  scratch.normalizer = normalizer
-  scratch.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-  scratch.train_from_iterator(_batches(sources, 'count words'), trainer)
-  vocab = scratch.get_vocab(with_added_tokens=True)
-  _write_folder(target, dict(sorted(vocab.items(), key=lambda item: item[1])), lowercase, model_max_length)
-  return load_tokenizer(target)
-
-
-def _batches(sources: Sequence[text.TextSource], what: str) -> Iterator[list[str]]:
-  batch: list[str] = []
-  with text.progress(sources, what) as on_bytes:
-    for source in sources:
-      for line in source.lines(on_bytes):
-        if line:
-          batch.append(line)
-        if len(batch) == _BATCH:
-          yield batch
-          batch = []
-  if batch:
-    yield batch
-
-
-def _alphabet(sources: Sequence[text.TextSource], normalizer: normalizers.BertNormalizer, limit: int) -> list[str]:
-  counts: collections.Counter[str] = collections.Counter()
-  for batch in _batches(sources, 'count characters'):
-    counts.update(normalizer.normalize_str('\n'.join(batch)))
-  chars = sorted((c for c in counts if not c.isspace()), key=lambda c: (-counts[c], c))
-  if not chars:
-    raise DataError(f'input {", ".join(s.name for s in sources)}: no text to train a vocabulary on')
-  return sorted(chars[:limit])
-
-
-def _write_folder(target: epath.Path, vocab: dict[str, int], lowercase: bool, model_max_length: int) -> None:
-  target.mkdir(parents=True, exist_ok=True)
-  special = {f'{role}_token': token for role, token in zip(_ROLES, SPECIAL_TOKENS, strict=True)}
-  config = {
-    'do_lower_case': lowercase,
-    'model_max_length': model_max_length,
-    'strip_accents': None,
-    'tokenize_chinese_chars': True,
-    'tokenizer_class': 'BertTokenizer',
-    **special,
-  }
-  (target / 'vocab.txt').write_bytes(''.join(t + '\n' for t in vocab).encode('utf-8'))
-  (target / 'tokenizer.json').write_bytes(_bert(vocab, config).to_str(pretty=True).encode('utf-8'))
-  for name, value in (('tokenizer_config.json', config), ('special_tokens_map.json', special)):
-    (target / name).write_text(json.dumps(value, indent=2, sort_keys=True) + '\n')

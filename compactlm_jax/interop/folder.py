@@ -190,7 +190,10 @@ def _parse(data: bytes, where: str) -> dict[str, np.ndarray]:
   for name, spec in tensors:
     if spec['dtype'] not in _DTYPES:
       raise DataError(f'{where}: tensor {name} has dtype {spec["dtype"]}, expected float32, float16 or bfloat16')
-    out[name] = np.frombuffer(spec['data'], dtype=_DTYPES[spec['dtype']]).reshape(spec['shape'])
+    try:
+      out[name] = np.frombuffer(spec['data'], dtype=_DTYPES[spec['dtype']]).reshape(spec['shape'])
+    except ValueError as e:  # dimensions that no array has, beside one of 0
+      raise DataError(f'{where}: tensor {name} has an impossible shape ({e}); copy or download it again') from e
   return out
 
 

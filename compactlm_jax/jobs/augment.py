@@ -143,7 +143,7 @@ def run_augment(source: str, model: str, output: str, options: Options, overwrit
     PreemptedError: a signal asked to stop; finished shards are kept.
     StorageError: the output cannot be written.
   """
-  target = _on_disk(output)
+  target = _on_disk(output, source)
   rows = open_rows(source, options.task, options.text_columns)
   bundle = load_masked_model(model)
   vectors = read_vectors(options.vectors) if options.vectors else None
@@ -290,9 +290,9 @@ def _settings(
   }
 
 
-def _on_disk(output: str) -> pathlib.Path:
+def _on_disk(output: str, source: str) -> pathlib.Path:
   """The path of the output, beside which parts are gathered, by renames."""
-  target = output_table(output)
+  target = output_table(output, source)
   if is_remote(target):
     raise ConfigError(f'--output: {output} is in a bucket; write to a disk, and copy the file there when it is whole')
   return pathlib.Path(target)

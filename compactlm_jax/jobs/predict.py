@@ -18,7 +18,7 @@ from compactlm_jax.config import EncoderConfig
 from compactlm_jax.data.source import RowSource
 from compactlm_jax.data.table import join_ids
 from compactlm_jax.data.tokenizer import Tokenizer, load_tokenizer
-from compactlm_jax.errors import ConfigError, DataError
+from compactlm_jax.errors import ConfigError, DataError, NumericsError
 from compactlm_jax.interop.bundle import Bundle
 from compactlm_jax.interop.hf_config import default_labels
 from compactlm_jax.interop.tokenizer_files import TokenizerFiles
@@ -248,6 +248,12 @@ class Reader:
     parts = [{name: value[:kept] for name, value in jax.device_get(part).items()} for part, kept in found]
     inverse = np.argsort(order)
     outputs = {name: np.concatenate([part[name] for part in parts])[inverse] for name in parts[0]}
+    for name, value in outputs.items():
+      if np.issubdtype(value.dtype, np.floating) and not np.isfinite(value).all():
+        raise NumericsError(
+          f'model: its {name} are not finite, of row {int(np.argwhere(~np.isfinite(value))[0, 0])} (from 0) first; its '
+          'weights are damaged, or too large for config.encoder.dtype'
+        )
     return outputs, Usage(rows=len(order), tokens=int(source.lengths.sum()), computed=computed)
 
   def _batch(self, source: RowSource, indices: np.ndarray) -> Batch:
@@ -268,7 +274,10 @@ class Reader:
 def _tokenizer(files: tuple[tuple[str, bytes], ...]) -> Tokenizer:
   with tempfile.TemporaryDirectory() as folder:
     TokenizerFiles(dict(files)).write(folder)
-    return load_tokenizer(folder)
+    try:
+      return load_tokenizer(folder)
+    except ConfigError as e:
+      raise ConfigError(str(e).replace(folder, "the model's folder")) from e
 
 
 def _rows(columns: Sequence[Sequence[str]], tokenizer: Tokenizer, seq_len: int) -> tuple[RowSource, int]:

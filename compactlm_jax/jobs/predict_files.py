@@ -94,7 +94,7 @@ def predict_file(
     DataError: damaged files.
     StorageError: the output cannot be written.
   """
-  target = output_table(output)
+  target = output_table(output, source)
   if bool(question) != bool(context):
     raise ConfigError('--question, --context: name both columns')
   columns = (question, context) if question else tuple(text_columns)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from compactlm_jax.data.tokenizer import train_wordpiece
+from compactlm_jax.data.wordpiece import train_wordpiece
 
 WORDS = (
   'the a small large river house tree runs stands falls under over near and cold warm light blue Café déjà'.split()

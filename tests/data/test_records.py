@@ -132,7 +132,7 @@ def test_wrong_row_length_in_the_features(tmp_path):
   changed = dataclasses.replace(manifest, settings={**manifest.settings, 'seq_len': T + 1})
   (folder / 'manifest.json').write_text(changed.dumps())
   with pytest.raises(DataError, match=r'input_ids is uint16\[8\] instead of uint16\[9\] or int32\[9\]'):
-    open_dataset(folder)[0]
+    open_dataset(folder)
 
 
 def test_budget_replaces_by_a_neighbour_and_stops_beyond(tmp_path):

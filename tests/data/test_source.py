@@ -191,6 +191,63 @@ def test_file_faults(dataset):
   assert wrong == 0
 
 
+def test_no_file_of_a_dataset_is_a_link_out_of_it(dataset, tmp_path):
+  """The folder itself may be one, and files may link within it. Mutation: no `require_inside` in `verify_files`."""
+  (tmp_path / 'link').symlink_to(dataset)
+  shard = dataset / read_manifest(dataset).splits['train'][1].file
+  shard.rename(dataset / 'stored')
+  shard.symlink_to('stored')
+  assert open_dataset(tmp_path / 'link', verify='full')[13]['length'] == T
+  shard.unlink()
+  (dataset / 'stored').rename(shard)
+  for name in (shard.name, 'features.json', 'dataset_info.json'):
+    (dataset / name).rename(tmp_path / name)
+    (dataset / name).symlink_to(tmp_path / name)
+    with pytest.raises(DataError, match=rf'{name}: a link that leads out of the folder, to .*copy the file itself'):
+      open_dataset(tmp_path / 'link')
+    (dataset / name).unlink()
+    with pytest.raises(DataError, match=rf'{name}: a .* of the dataset is missing; copy the dataset again'):
+      open_dataset(dataset)
+    (tmp_path / name).rename(dataset / name)
+
+
+@pytest.mark.parametrize(
+  ('old', 'new', 'message'),
+  [
+    ('"8"', '"99999999999999"', r'input_ids is uint16\[99999999999999\] instead of uint16\[8\] or int32\[8\]; copy'),
+    ('"8"', '"8", "8"', r'input_ids is uint16\[8, 8\] instead'),
+    ('uint16', 'int16', r'input_ids is int16\[8\] instead'),
+    ('"shape": {}', '"shape": {"dimensions": ["8"]}', r'length is int32\[8\] instead of int32\[\]'),
+    ('token_type_ids', 'types', "rows have no field 'types'"),
+    ('"bytes"', '"zlib"', 'damaged .a field of another kind'),
+    ('tensorflow_datasets.core.features.tensor_feature', 'seen_by_tfds', 'damaged .a field of another kind'),
+    ('{', '{"type": "seen_by_tfds.A", "content": {}, ', 'damaged .not a dictionary of features'),
+    ('"featuresDict"', '"tensor"', "damaged .'featuresDict'"),
+    ('}', '', 'damaged'),
+  ],
+)
+def test_features_are_those_of_the_manifest(dataset, monkeypatch, old, new, message):
+  """Mutation: leave it to TFDS, which imports the modules that are named there, and to whoever makes room for it."""
+  (dataset / 'seen_by_tfds.py').write_text(f'open({str(dataset / "canary")!r}, "w")')
+  monkeypatch.syspath_prepend(dataset)
+  file = dataset / 'features.json'
+  content = file.read_text()
+  assert old in content
+  file.write_text(content.replace(old, new, 1))
+  with pytest.raises(DataError, match=f'features.json: {message}'):
+    open_dataset(dataset)
+  assert not (dataset / 'canary').exists()
+
+
+@pytest.mark.parametrize(('old', 'new'), [('{SPLIT}', '{SPLIT'), ('{SPLIT}', '{X}'), ('array_record"', 'riegeli"')])
+def test_a_dataset_that_tfds_cannot_read_is_damaged(dataset, old, new):
+  """Mutation: let its errors through."""
+  file = dataset / 'dataset_info.json'
+  file.write_text(file.read_text().replace(old, new, 1))
+  with pytest.raises(DataError, match='dataset_info.json: damaged .*; copy the|cannot be opened as a TFDS'):
+    open_dataset(dataset)
+
+
 def test_manifest_faults(dataset):
   text = (dataset / 'manifest.json').read_text()
   for damaged, message in (

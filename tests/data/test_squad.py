@@ -102,6 +102,12 @@ def test_the_digest_follows_the_content(tmp_path):
     (official(qa('a', '', 0), context=' \n'), "question 'a' has an empty context; leave it out"),
     (official({'id': 'a', 'question': 'x?', 'answers': [{'text': 'x'}]}), 'an answer needs text and answer_start'),
     (official({'id': 'a', 'question': 'x?', 'answers': [{'text': '', 'answer_start': 0}]}), "the answer '' is no text"),
+    (official(qa('a', 'small river', 4, is_impossible='no')), "is_impossible is 'no'; expected true or false"),
+    (official(qa('a', 'small river', 4, is_impossible=1)), 'is_impossible is 1; expected'),
+    (official(qa('a', 'The', False)), 'answer_start is False; expected a whole number of characters, from 0'),
+    (official(qa('a', 'small river', '4')), "answer_start is '4'; expected"),
+    (official(qa('a', 'small river', 4.0)), 'answer_start is 4.0; expected'),
+    (official({'id': 'a', 'question': 'x?', 'answer': False, 'answer_start': 0}), 'the answer False is no text'),
     (official({'id': 'a', 'question': 'x?'}), "no answers; give 'answers'"),
     (official({'id': 'a', 'question': 'x?', 'answers': {'text': 1, 'answer_start': [0]}}), 'lists of one length'),
     (official({'id': 'a', 'question': 'x?', 'answers': {'text': ['x'], 'answer_start': []}}), 'lists of one length'),
@@ -114,7 +120,9 @@ def test_the_digest_follows_the_content(tmp_path):
   ],
 )  # fmt: skip
 def test_bad_files_name_the_question_and_the_remedy(tmp_path, content, message):
-  """Mutation: compare the answer without its place; keep the last of two questions with one id."""
+  """Mutation: compare the answer without its place; keep the last of two questions with one id; take what Python takes
+  for true, or for a whole number.
+  """
   with pytest.raises(DataError, match=message):
     read_squad(save(tmp_path / 'bad.json', content))
 
@@ -126,6 +134,8 @@ def test_other_bad_input(tmp_path, monkeypatch):
     read_squad(save(tmp_path / 'x.csv', 'a,b'))
   with pytest.raises(DataError, match='x.jsonl:2: not JSON'):
     read_squad(save(tmp_path / 'x.jsonl', json.dumps(qa('a', '', 0, context=CONTEXT)) + '\n{'))
+  with pytest.raises(DataError, match="x.jsonl:1: not JSON .'id' stands twice"):
+    read_squad(save(tmp_path / 'x.jsonl', '{"id": 1, ' + json.dumps(qa('a', '', 0, context=CONTEXT))[1:]))
   with pytest.raises(DataError, match='x.jsonl:1: expected an object'):
     read_squad(save(tmp_path / 'x.jsonl', '3'))
   save(tmp_path / 'x.json.gz', TWO)

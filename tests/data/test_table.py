@@ -1,5 +1,7 @@
+import dataclasses
 import gzip
 import json
+import types
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from compactlm_jax.data import text
 from compactlm_jax.data.batches import eval_batches
 from compactlm_jax.data.table import Table, read_table, table_rows, tokenize_table
+from compactlm_jax.data.text import MAX_ROW_BYTES
 from compactlm_jax.data.tokenizer import load_tokenizer
 from compactlm_jax.errors import ConfigError, DataError
 
@@ -16,8 +20,8 @@ WORDS = 'the a small large river house tree runs stands Café déjà'.split()
 GLUE = Path(__file__).parents[2] / '../shared/data/glue'
 
 
-def save(path, text):
-  data = text.encode() if isinstance(text, str) else text
+def save(path, content):
+  data = content.encode() if isinstance(content, str) else content
   path.write_bytes(gzip.compress(data) if path.suffix == '.gz' else data)
   return path
 
@@ -73,12 +77,47 @@ def test_scores(tmp_path):
     ('t.jsonl', '{"text": null, "label": 1}\n', DataError, "t.jsonl:1: column 'text' is null"),
     ('t.tsv', 'text\tlabel\na\tb\n\t\nc\td\n', DataError, "t.tsv:3: column 'text' is empty; fill it in or remove"),
     ('t.tsv', 'text\na\n\nb\n', ConfigError, "t.tsv:2: no column 'label'; columns are text"),
+    ('t.tsv', 'text\tlabel\tlabel\na\tb\tc\n', DataError, "t.tsv:1: two columns are named 'label'; rename or remove"),
+    ('t.tsv', '\n\ntext\tlabel\ttext \na\tb\tc\n', DataError, "t.tsv:3: two columns are named 'text'"),
+    ('t.jsonl', '{"text": "a", "label": 1, "label": 2}\n', DataError, "t.jsonl:1: not JSON .'label' stands twice.; co"),
     ('t.csv', 'text,label\n', ConfigError, 't.csv: unknown kind of table; use .tsv or .jsonl'),
   ],
 )
 def test_malformed_tables(name, content, error, message, tmp_path):
   with pytest.raises(error, match=message):
     read_table(save(tmp_path / name, content))
+
+
+def test_columns_without_a_name_may_be_many(tmp_path):
+  """As of a sheet with tabs behind its last column. Mutation: refuse them as columns of one name."""
+  table = read_table(save(tmp_path / 't.tsv', 'text\tlabel\t\t\na\tx\t\t\nb\ty\t\t\n'))
+  assert table.texts == (('a', 'b'),) and table.classes == ('x', 'y')
+
+
+@pytest.mark.parametrize('name', ['t.tsv', 't.jsonl', 't.tsv.gz'])
+def test_rows_have_a_limit(name, tmp_path):
+  """A tokenizer takes 200 bytes for each of theirs. Mutation: the limit of `prepare`, 64 MiB."""
+  head, row = ('text\tlabel\n', '{}\tx\n') if 'tsv' in name else ('\n', '{{"text": "{}", "label": "x"}}\n')
+  room = MAX_ROW_BYTES - len(row.format(''))
+  table = read_table(save(tmp_path / name, head + row.format('a' * room)))
+  assert len(table.texts[0][0]) == room
+  with pytest.raises(DataError, match=f'{name}:2: a line of more than 1048576 bytes; break it .* or cut its text'):
+    read_table(save(tmp_path / name, head + row.format('a' * (room + 1))))
+
+
+def test_long_texts_are_encoded_a_few_at_once(vocabulary, monkeypatch):
+  """Mutation: all in one call, whose encodings take 200 bytes for each character."""
+  monkeypatch.setattr(text, '_PART_CHARS', 20)
+  tokenizer, calls = load_tokenizer(vocabulary), []
+
+  def encode(texts, **options):
+    calls.append(texts)
+    return tokenizer.backend.encode_batch_fast(texts, **options)
+
+  counted = dataclasses.replace(tokenizer, backend=types.SimpleNamespace(encode_batch_fast=encode))
+  texts = ['the river', 'a tree', '', 'house ' * 9, 'runs', 'the small river runs']
+  assert counted.encode(texts) == [tokenizer.encode([each])[0] for each in texts]
+  assert calls == [texts[:3], texts[3:4], texts[4:5], texts[5:]] and counted.encode([]) == []
 
 
 def test_empty_texts_are_rows(tmp_path):

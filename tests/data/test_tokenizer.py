@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 
@@ -6,14 +7,15 @@ import pytest
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
-from compactlm_jax.data.tokenizer import SPECIAL_TOKENS, load_tokenizer, train_wordpiece
+from compactlm_jax.data.tokenizer import SPECIAL_TOKENS, load_tokenizer
+from compactlm_jax.data.wordpiece import train_wordpiece
 from compactlm_jax.errors import ConfigError, DataError
 
 TEXTS = ['The cold RIVER runs, near a house!', 'Café déjà [SEP] [MASK] unheard-of', '', '日本 42']
 
 
 def test_training_writes_the_same_bytes_in_every_process(corpus, vocabulary, tmp_path):
-  code = 'import sys; from compactlm_jax.data.tokenizer import train_wordpiece as t; t(sys.argv[1], 120, sys.argv[2])'
+  code = 'import sys; from compactlm_jax.data.wordpiece import train_wordpiece as t; t(sys.argv[1], 120, sys.argv[2])'
   for run in range(3):
     folder = tmp_path / str(run)
     subprocess.run([sys.executable, '-c', code, str(corpus), str(folder)], check=True)
@@ -198,6 +200,42 @@ def test_missing_and_damaged_files(vocabulary, tmp_path):
   (tmp_path / 'tokenizer_config.json').write_text('{"mask_token": "<mask>"}')
   with pytest.raises(ConfigError, match="mask token '<mask>' is not in the vocabulary"):
     load_tokenizer(tmp_path)
+
+
+def changed(vocabulary, folder, **entries):
+  """A copy of the vocabulary whose tokenizer.json has other entries."""
+  shutil.copytree(vocabulary, folder)
+  content = json.loads((folder / 'tokenizer.json').read_text())
+  (folder / 'tokenizer.json').write_text(json.dumps({**content, **entries}))
+  return folder
+
+
+def test_ids_that_the_library_would_change_are_refused(vocabulary, tmp_path):
+  """An id used twice, and one beyond a gap, of a model that has no row for what is read. Mutation: trust the file."""
+  added = json.loads((vocabulary / 'tokenizer.json').read_text())['added_tokens']
+  for number, token in ((5, '!!'), (100_000, '??')):
+    folder = changed(
+      vocabulary, tmp_path / str(number), added_tokens=[*added, {**added[0], 'id': number, 'content': token}]
+    )
+    with pytest.raises(
+      ConfigError, match=rf"the added token '\{token[0]}\{token[0]}' has id {number}, but .* gives it"
+    ):
+      load_tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+  'entries',
+  [
+    {'normalizer': {'type': 'Precompiled', 'precompiled_charsmap': 'AAAA'}},
+    {'normalizer': {'type': 'Replace', 'pattern': {'Regex': '(a+)+$'}, 'content': 'b'}},
+  ],
+  ids=['charsmap', 'pattern'],
+)
+def test_a_panic_of_the_library_is_an_error_like_any_other(vocabulary, tmp_path, entries):
+  """It is no Exception. Mutation: `except Exception`."""
+  folder = changed(vocabulary, tmp_path / 't', **entries)
+  with pytest.raises(ConfigError, match='the tokenizers library gives up on it .*; repair the tokenizer'):
+    load_tokenizer(folder).encode(['a' * 64 + '!'])
 
 
 def test_training_refuses_nonsense(corpus, vocabulary, tmp_path):

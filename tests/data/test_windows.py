@@ -182,7 +182,7 @@ def test_rows_must_hold_a_question(vocabulary):
 @pytest.mark.skipif(not DATA.exists(), reason='shared data is absent')
 def test_half_of_the_real_dev_set(tmp_path):
   """6,078 questions become 6,449 windows of 384 with 8,000 word pieces; each answer's text is found again."""
-  from compactlm_jax.data.tokenizer import train_wordpiece
+  from compactlm_jax.data.wordpiece import train_wordpiece
 
   dev = read_squad(DATA / 'squad_v2_dev_cs224n_half.json.gz', 'dev')
   contexts = list(dict.fromkeys(q.context for q in dev.items))

@@ -7,7 +7,7 @@ import tarfile
 import pytest
 from etils import epath
 
-from compactlm_jax.data.tokenizer import train_wordpiece
+from compactlm_jax.data.wordpiece import train_wordpiece
 from compactlm_jax.demo import assets, main, stages
 from compactlm_jax.errors import DataError, StorageError
 

@@ -13,7 +13,7 @@ from tiny import ENCODER
 from compactlm_jax import cli
 from compactlm_jax.analysis.report import KEYS
 from compactlm_jax.config import Cell, EncoderConfig
-from compactlm_jax.data.tokenizer import train_wordpiece
+from compactlm_jax.data.wordpiece import train_wordpiece
 from compactlm_jax.errors import DataError
 from compactlm_jax.interop.bundle import Bundle, save_pretrained
 from compactlm_jax.interop.folder import open_folder

@@ -9,7 +9,7 @@ import pytest
 from tiny import ENCODER, tiny_config
 
 from compactlm_jax.config import DataConfig, FinetuneConfig, MeshConfig, OptimizerConfig, PruneConfig
-from compactlm_jax.data.tokenizer import train_wordpiece
+from compactlm_jax.data.wordpiece import train_wordpiece
 from compactlm_jax.errors import ConfigError
 from compactlm_jax.interop.bundle import Bundle, save_pretrained
 from compactlm_jax.interop.folder import open_folder
@@ -20,6 +20,7 @@ from compactlm_jax.jobs.finetune import finetune_job
 from compactlm_jax.nn.encoder import init_encoder
 from compactlm_jax.parallel import make_mesh
 from compactlm_jax.train.evaluate import make_evaluate
+from compactlm_jax.tree import named_leaves
 
 V = 120
 MODEL = dataclasses.replace(ENCODER, vocab_size=V, initializer_range=0.2)
@@ -160,6 +161,20 @@ def test_benchmarks_have_no_tables_of_their_own(files):
     build_job(dataclasses.replace(config, data=dataclasses.replace(config.data, train='x.tsv')))
   with pytest.raises(ConfigError, match="config.finetune.benchmark: 'sst-3' is unknown; did you mean sst2"):
     FinetuneConfig(benchmark='sst-3')
+
+
+def test_results_say_what_is_left_of_the_encoder(files, tmp_path):
+  """Of all layers, also of those that are not kept. Mutations: count the kept layers as all; nothing for dense runs."""
+  whole = run_train(own(files, steps=1), str(tmp_path / 'whole'))
+  finetune = FinetuneConfig(dropout=0.0, keep_layers=(2,))
+  dropping = own(files, steps=1, finetune=finetune, encoder=dataclasses.replace(ENCODER, layer_drop=0.2))
+  kept = run_train(dropping, str(tmp_path / 'kept'))
+  leaves = named_leaves(load_model(str(tmp_path / 'whole')).params)
+  kernels = [leaf for name, leaf in leaves.items() if 'encoder/layers' in name and name.endswith('kernel')]
+  weights = sum(leaf.size for leaf in kernels)
+  assert (whole['density'], whole['nonzero'], whole['weights']) == (1.0, weights, weights)
+  assert (kept['density'], kept['nonzero'], kept['weights']) == (0.5, weights // 2, weights)
+  assert load_model(str(tmp_path / 'kept')).config.num_layers == 1
 
 
 @pytest.mark.parametrize('task', ['finetune', 'prune', 'adapt'])

@@ -9,7 +9,7 @@ from tiny import STILL, tiny_config
 
 from compactlm_jax.config import DataConfig, FinetuneConfig
 from compactlm_jax.data.glue_tasks import glue_task
-from compactlm_jax.data.tokenizer import train_wordpiece
+from compactlm_jax.data.wordpiece import train_wordpiece
 from compactlm_jax.errors import ConfigError, DataError
 from compactlm_jax.interop.bundle import Bundle, save_pretrained
 from compactlm_jax.interop.folder import open_folder

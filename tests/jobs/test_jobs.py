@@ -13,7 +13,7 @@ from tiny import ENCODER, tiny_config
 import compactlm_jax as clm
 from compactlm_jax.config import DataConfig, DistillConfig, FinetuneConfig, to_json
 from compactlm_jax.data.prepare import prepare
-from compactlm_jax.data.tokenizer import train_wordpiece
+from compactlm_jax.data.wordpiece import train_wordpiece
 from compactlm_jax.errors import ConfigError, DataError
 from compactlm_jax.interop.bundle import Bundle, save_pretrained
 from compactlm_jax.interop.folder import open_folder

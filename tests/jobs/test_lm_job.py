@@ -10,7 +10,7 @@ import tiny
 from compactlm_jax.config import DataConfig
 from compactlm_jax.data.manifest import read_manifest
 from compactlm_jax.data.prepare import prepare
-from compactlm_jax.data.tokenizer import train_wordpiece
+from compactlm_jax.data.wordpiece import train_wordpiece
 from compactlm_jax.errors import ConfigError
 from compactlm_jax.jobs.commands import build_job, run_train
 

@@ -9,9 +9,10 @@ from predicting import CONFIG, LABELS, SIZES, VOCAB, WORDS, make_bundle, make_te
 
 import compactlm_jax as clm
 from compactlm_jax.config import EncoderConfig
-from compactlm_jax.errors import ConfigError, DataError
+from compactlm_jax.errors import ConfigError, DataError, NumericsError
 from compactlm_jax.jobs import predict as module
 from compactlm_jax.nn.encoder import encode
+from compactlm_jax.tree import named_leaves, nested
 
 CONVBERT = dataclasses.replace(
   EncoderConfig('convbert', num_heads=2, head_size=4, conv_kernel_size=7, conv_sees_padding=True, **SIZES), num_layers=2
@@ -125,6 +126,17 @@ def test_chunks_are_joined_in_order(monkeypatch):
   found = clm.predict(bundle, texts)
   np.testing.assert_allclose(found.outputs, expected.outputs, rtol=0, atol=1e-5)
   assert found.usage.rows == 29
+
+
+def test_outputs_that_are_not_finite_are_no_predictions():
+  """Of one text among others. Mutation: return them."""
+  bundle = make_bundle()
+  leaves = named_leaves(bundle.params)
+  table = leaves['encoder/embeddings/word/embedding'].copy()
+  table[bundle.tokenizer.vocab['w7']] = np.nan
+  params = nested({**leaves, 'encoder/embeddings/word/embedding': table})
+  with pytest.raises(NumericsError, match=r'model: its outputs are not finite, of row 2 \(from 0\) first'):
+    clm.predict(dataclasses.replace(bundle, params=params), ['w1', 'w2 w3', 'w7'])
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,15 @@ def test_what_cannot_be_read_is_refused(model, name, content, options, error, me
   assert not [p.name for p in tmp_path.iterdir() if 'out' in p.name]
 
 
+def test_the_input_is_not_replaced(models, tmp_path):
+  """By whatever name. Mutation: compare names, or nothing."""
+  (tmp_path / 'link.tsv').symlink_to('in.tsv')
+  for name in ('in.tsv', 'link.tsv'):
+    with pytest.raises(ConfigError, match=f'--output: .*{name} is the file that is read; name another'):
+      run(models['classes'], tmp_path, 'in.tsv', 'text\nw1\n', output=name)
+  assert (tmp_path / 'in.tsv').read_text() == 'text\nw1\n'
+
+
 def test_the_command(models, tmp_path, capsys):
   (tmp_path / 'in.tsv').write_text('a\tb\nw1\tw2\n')
   flags = [f'--input={tmp_path / "in.tsv"}', f'--output={tmp_path / "out.tsv"}', '--text_columns=a,b']

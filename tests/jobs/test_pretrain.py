@@ -12,7 +12,7 @@ from tiny import tiny_config
 
 from compactlm_jax.config import DataConfig, ElectraConfig, EncoderConfig, OptimizerConfig
 from compactlm_jax.data.prepare import prepare
-from compactlm_jax.data.tokenizer import train_wordpiece
+from compactlm_jax.data.wordpiece import train_wordpiece
 from compactlm_jax.errors import ConfigError
 from compactlm_jax.jobs import build_job, load_generator, load_model, run_export, run_train
 from compactlm_jax.tree import named_leaves

@@ -12,8 +12,8 @@ from tiny import STILL, tiny_config
 
 from compactlm_jax.config import DataConfig, FinetuneConfig, OptimizerConfig, PruneConfig, SpanConfig
 from compactlm_jax.data.squad import read_squad
-from compactlm_jax.data.tokenizer import train_wordpiece
 from compactlm_jax.data.windows import make_windows
+from compactlm_jax.data.wordpiece import train_wordpiece
 from compactlm_jax.errors import ConfigError, DataError
 from compactlm_jax.interop.bundle import Bundle, from_pretrained, save_pretrained
 from compactlm_jax.interop.folder import open_folder
