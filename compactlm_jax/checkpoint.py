@@ -21,16 +21,13 @@ from types import TracebackType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 from etils import epath
-from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from compactlm_jax import stepdir, storage
 from compactlm_jax.errors import ConfigError, NumericsError, StorageError, first_line
+from compactlm_jax.parallel import all_processes, barrier, host_copies, place_leaf
 from compactlm_jax.stepdir import DamagedError, StepDirectory
 from compactlm_jax.tree import named_leaves, nested, not_finite
 from compactlm_jax.types import Params, TrainState
@@ -103,10 +100,12 @@ class Checkpoints:
     try:
       if jax.process_index() == 0:
         self._directory.mkdir(parents=True, exist_ok=True)
+      self._adopt()
+      if jax.process_index() == 0:
         self._steps.clean()
     except OSError as e:
       raise StorageError(f'{self._directory}: cannot be created or cleaned ({e}); check permissions and quota') from e
-    _barrier('checkpoints:open')
+    barrier('checkpoints:open')
 
   def __enter__(self) -> Checkpoints:
     return self
@@ -208,15 +207,31 @@ class Checkpoints:
         manifest = stepdir.read_manifest(path, candidate)
         stepdir.check_same_leaves(path, manifest['leaves'], named_leaves(abstract_state))
         host = _read(path, manifest['leaves'])
-      if _all_processes(host is not None):
+      if all_processes(host is not None):
         self._set_aside(damaged)
         self._last_good = candidate
-        leaves = [_place(host[name], like) for name, like in named_leaves(abstract_state).items()]
+        leaves = [place_leaf(host[name], like) for name, like in named_leaves(abstract_state).items()]
         return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), stepdir.public_metadata(manifest)
       damaged.append(candidate)
     if damaged:
       raise stepdir.none_intact(self._directory, damaged)
     return None
+
+  def _adopt(self) -> None:
+    """Gives steps that lack only their commit file one, and removes those that do not prove intact."""
+    found = self._steps.uncommitted()
+    if not found:
+      return
+    barrier('checkpoints:uncommitted')
+    if jax.process_index() == 0:
+      for step in found:
+        self._steps.commit(step)
+    barrier('checkpoints:commit')
+    proven = [_proven(self._directory / str(step)) for step in found]  # on all processes: see `_read`
+    for step, intact in zip(found, proven, strict=True):
+      log.warning('step %d had no commit file%s', step, ', but is intact and counts' if intact else ', and is removed')
+      if jax.process_index() == 0 and not intact:
+        self._steps.delete(step, self._event)
 
   def _start(self, step: int, state: TrainState, metadata: Mapping[str, Any], before: Callable[[], None]) -> None:
     self._saving, self._agreed = step, True
@@ -227,11 +242,11 @@ class Checkpoints:
         raise OSError(f'{free} bytes free, {wanted} wanted before a save')
     except Exception as e:  # clients of buckets have errors of their own
       self._error = e
-    if not _all_processes(self._error is None):
+    if not all_processes(self._error is None):
       return  # on all processes
     self._agreed = jax.process_count() == 1
     self._event('start', step)
-    manifest = _Manifest(step, metadata, _host_copies(state), self._event)
+    manifest = _Manifest(step, metadata, host_copies(named_leaves(state)), self._event)
     try:
       with self._context:
         response = ocp.save_checkpointables_async(
@@ -255,15 +270,22 @@ class Checkpoints:
           raise DamagedError('manifest differs from what was written')
         _read(path, written['leaves'])
       except DamagedError as e:
-        self._set_aside([step], barrier=False)
+        self._set_aside([step], together=False)
         raise OSError(f'{path} read back differently: {e}') from e
       self._event('verified', step)
       if jax.process_index() == 0:
-        others = [s for s in self.all_steps() if s != step]
-        for old in others[: max(0, len(others) + 1 - self._keep)]:
-          self._steps.delete(old, self._event)
+        self._retire(step)
     except BaseException as e:  # handed to the next call on the main thread
       self._error = e
+
+  def _retire(self, step: int) -> None:
+    """Deletes older steps than are kept; `step` is saved, whatever becomes of them."""
+    try:
+      others = [s for s in self.all_steps() if s != step]
+      for old in others[: max(0, len(others) + 1 - self._keep)]:
+        self._steps.delete(old, self._event)
+    except OSError as e:
+      log.warning('an old checkpoint could not be deleted (%s); the next save tries again', first_line(e))
 
   def settle(self, *, final: bool = False) -> None:
     """Waits for the save in the background; if it failed, that counts, and is final or left to the next interval."""
@@ -276,7 +298,7 @@ class Checkpoints:
     error, self._error = self._error, None
     if error is not None and not self._agreed:  # the others wait for what this process did not write
       self._failed(step, error, final=True)
-    if _all_processes(error is None):
+    if all_processes(error is None):
       self._failures, self._last_good = 0, step
     else:
       self._failed(step, error or OSError('another process failed'), final=final)
@@ -296,12 +318,12 @@ class Checkpoints:
       ) from error
     log.warning('step %d could not be saved (%s); the next interval tries again', step, reason)
 
-  def _set_aside(self, damaged: Iterable[int], *, barrier: bool = True) -> None:
+  def _set_aside(self, damaged: Iterable[int], *, together: bool = True) -> None:
     if jax.process_index() == 0:
       for step in damaged:
         self._steps.set_aside(step)
-    if barrier:
-      _barrier('checkpoints:set_aside')
+    if together:
+      barrier('checkpoints:set_aside')
 
 
 def load_params(directory: epath.PathLike, step: int | None = None) -> tuple[Params, dict[str, Any]]:
@@ -335,26 +357,19 @@ def load_params(directory: epath.PathLike, step: int | None = None) -> tuple[Par
   raise stepdir.none_intact(folder, steps)
 
 
-def _host_copies(state: Any) -> dict[str, np.ndarray]:
-  """Whole leaves on the host. On CPU these are views; JAX does not reuse a buffer that a view holds."""
-  leaves = named_leaves(state)
-  for x in leaves.values():
-    if x.is_fully_addressable and jax.process_index() == 0:
-      x.copy_to_host_async()
-  out = {}
-  for name, x in leaves.items():
-    if not (x.is_fully_addressable or x.is_fully_replicated):
-      x = jax.jit(lambda a: a, out_shardings=NamedSharding(x.sharding.mesh, P()))(x)
-    if jax.process_index() == 0:
-      out[name] = np.asarray(x if x.is_fully_addressable else x.addressable_data(0))
-  return out
+def _proven(path: epath.Path) -> bool:
+  """Whether all arrays of a step are those that its manifest tells of."""
+  with stepdir.reporting_damage(path):
+    _read(path, stepdir.read_manifest(path, int(path.name))['leaves'])
+    return True
+  return False
 
 
 def _read(path: epath.Path, leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
   """Arrays of a checkpoint, each proven equal to what was saved."""
   like = {
     # NumPy targets make Orbax return NumPy; broadcasting makes them take no memory.
-    name: np.broadcast_to(np.zeros((), jnp.dtype(leaf['dtype'])), tuple(leaf['shape']))
+    name: np.broadcast_to(np.zeros((), np.dtype(leaf['dtype'])), tuple(leaf['shape']))
     for name, leaf in leaves.items()
   }
   context = ocp.Context()
@@ -380,19 +395,3 @@ def _read(path: epath.Path, leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
     if stepdir.sha256(x) != leaf['sha256']:
       raise DamagedError(f'{name}: digest differs')
   return arrays
-
-
-def _place(host: np.ndarray, like: Any) -> jax.Array:
-  if getattr(like, 'sharding', None) is None:
-    return jnp.asarray(host)
-  return jax.make_array_from_callback(host.shape, like.sharding, lambda index: host[index])
-
-
-def _all_processes(flag: bool) -> bool:
-  """True if `flag` is true on every process."""
-  return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.asarray(flag)).all())
-
-
-def _barrier(name: str) -> None:
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(name)

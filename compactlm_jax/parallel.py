@@ -7,10 +7,13 @@ step), 'model' (hidden dimensions).
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -147,6 +150,27 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
   return map_named(place, state)
 
 
+def host_copies(leaves: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
+  """Whole leaves, on process 0 only. On CPU these are views; JAX does not reuse a buffer that a view holds."""
+  for x in leaves.values():
+    if x.is_fully_addressable and jax.process_index() == 0:
+      x.copy_to_host_async()
+  out = {}
+  for name, x in leaves.items():
+    if not (x.is_fully_addressable or x.is_fully_replicated):
+      x = jax.jit(lambda a: a, out_shardings=NamedSharding(x.sharding.mesh, P()))(x)  # type: ignore[attr-defined]
+    if jax.process_index() == 0:
+      out[name] = np.asarray(x if x.is_fully_addressable else x.addressable_data(0))
+  return out
+
+
+def place_leaf(host: np.ndarray, like: Any) -> jax.Array:
+  """A whole leaf, placed as `like` (a jax.ShapeDtypeStruct) says; without a sharding on the default device."""
+  if getattr(like, 'sharding', None) is None:
+    return jnp.asarray(host)
+  return jax.make_array_from_callback(host.shape, like.sharding, lambda index: host[index])
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
   """The same value on every device."""
   return NamedSharding(mesh, P())
@@ -213,3 +237,14 @@ def to_global(mesh: Mesh, batch: Batch) -> Batch:
     return jax.make_array_from_callback((share * ways, *rows.shape[1:]), sharding, block)
 
   return jax.tree.map(place, batch)
+
+
+def all_processes(flag: bool) -> bool:
+  """True if `flag` is true on every process; all must ask."""
+  return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.asarray(flag)).all())
+
+
+def barrier(name: str) -> None:
+  """Waits until all processes have come here."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)

@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -29,6 +30,7 @@ MANIFEST = 'manifest/manifest.json'
 _DELETING = 'DELETING'
 _COMMITTED = 'commit_success.txt'
 _TEMPORARY = '.orbax-checkpoint-tmp'
+_STEP = re.compile('0|[1-9][0-9]*', re.ASCII)
 
 
 class DamagedError(Exception):
@@ -49,18 +51,28 @@ class StepDirectory:
 
   def steps(self) -> list[int]:
     """Committed steps, ascending."""
-    return sorted(int(p.name) for p in children(self.path) if p.name.isdigit() and self._counts(p))
+    return sorted(int(p.name) for p in children(self.path) if _STEP.fullmatch(p.name) and self._counts(p))
 
   def bad(self) -> list[str]:
     """Names of the checkpoints that were set aside."""
     return sorted(p.name for p in children(self.path) if '.bad' in p.name)
 
+  def uncommitted(self) -> list[int]:
+    """Steps that lack nothing but their commit file: of a copy that made none, or of a save stopped at its very end."""
+    found = [p for p in children(self.path) if _STEP.fullmatch(p.name) and not self._counts(p)]
+    return sorted(int(p.name) for p in found if (p / MANIFEST).exists() and not (p / _DELETING).exists())
+
+  def commit(self, step: int) -> None:
+    """Gives a step its commit file, without which Orbax does not read it from a bucket."""
+    (self.path / str(step) / _COMMITTED).write_text('')
+
   def clean(self) -> None:
     """Removes what stopped saves and deletions left. Only for the holder of the lock, with no save under way."""
     for child in children(self.path):
-      if (child / _DELETING).exists():
+      is_step = bool(_STEP.fullmatch(child.name))
+      if is_step and (child / _DELETING).exists():
         self.delete(int(child.name))
-      elif _TEMPORARY in child.name or (child.name.isdigit() and not self._counts(child)):
+      elif _TEMPORARY in child.name or (is_step and not self._counts(child)):
         log.info('removing %s, which a stopped save left', child)
         child.rmtree()
 

@@ -74,24 +74,34 @@ def write_whole(path: epath.PathLike, content: str | bytes) -> None:
     target.write_bytes(data)
     return
   draft = target.parent / f'{target.name}.tmp'
-  draft.write_bytes(data)
-  draft.replace(target)
+  try:
+    draft.write_bytes(data)
+    draft.replace(target)
+  except OSError:
+    draft.unlink(missing_ok=True)
+    raise
 
 
 def require_inside(file: epath.PathLike, folder: epath.PathLike) -> None:
-  """For folders that are not trusted: a file of one must not be a link to somewhere else.
+  """For folders that are not trusted: a file of one, if it is there, must be a file and not a link to somewhere else.
 
   The download cache of Hugging Face may link snapshots/REVISION/FILE to blobs/HASH.
 
   Raises:
-    DataError: the link leads out.
+    DataError: the link leads out, or the file is a pipe or the like, which a reader would wait for.
   """
   if is_remote(file):
     return  # object stores have no links
-  real, home = pathlib.Path(file).resolve(), pathlib.Path(folder).resolve()
+  try:
+    real, home = pathlib.Path(file).resolve(), pathlib.Path(folder).resolve()
+    there = real.exists()
+  except (OSError, RuntimeError) as e:  # links in a circle
+    raise DataError(f'{file}: cannot be followed ({first_line(e)}); copy the file itself there') from e
   blobs = home.parent.parent / 'blobs' if home.parent.name == 'snapshots' else home
   if not (real.is_relative_to(home) or real.is_relative_to(blobs)):
     raise DataError(f'{file}: a link that leads out of the folder, to {real}; copy the file itself there')
+  if there and not real.is_file():
+    raise DataError(f'{file}: is no ordinary file; put one there')
 
 
 @contextlib.contextmanager

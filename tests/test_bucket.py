@@ -17,7 +17,7 @@ from compactlm_jax.config import DataConfig
 from compactlm_jax.data.parts import Spread
 from compactlm_jax.data.prepare import prepare
 from compactlm_jax.data.source import open_dataset
-from compactlm_jax.data.tokenizer import train_wordpiece
+from compactlm_jax.data.wordpiece import train_wordpiece
 from compactlm_jax.errors import DataError, LockedError, PreemptedError, StorageError
 from compactlm_jax.jobs import run_export, run_train
 from compactlm_jax.jobs.evaluate import run_evaluate
@@ -164,6 +164,7 @@ def test_a_step_without_its_commit_file_does_not_count(bucket):
     for step in (1, 2):
       checkpoints.save(step, make_state(step), METADATA, wait=True)
   (directory / '2' / 'commit_success.txt').unlink()
+  (directory / '2' / 'state' / '_METADATA').unlink()
   with Checkpoints(directory, 3) as checkpoints:
     assert checkpoints.all_steps() == [1] == [int(n) for n in names(directory)]
     restored, _ = checkpoints.restore(abstract(make_state(0)))

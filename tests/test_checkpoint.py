@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checkpointing import METADATA, abstract, equal, make_state, place, snapshot, write
+from checkpointing import METADATA, abstract, equal, make_state, place, restore, snapshot, write
 
-from compactlm_jax import checkpoint
+from compactlm_jax import checkpoint, stepdir
 from compactlm_jax.checkpoint import Checkpoints, load_params
 from compactlm_jax.errors import ConfigError, NumericsError
 from compactlm_jax.types import TrainState
@@ -41,7 +41,7 @@ def test_round_trip_with_donation(tmp_path, commit_file):
 
 
 def test_by_the_protocol_of_buckets_a_step_counts_with_its_commit_file_only(tmp_path):
-  """Mutation: go by names in `StepDirectory._counts`."""
+  """What a stopped save left has none, and does not prove intact. Mutation: go by names in `StepDirectory._counts`."""
   with Checkpoints(tmp_path / 'c', 3, commit_file=True) as checkpoints:
     for step in (1, 2):
       checkpoints.save(step, place(make_state(step), 2), METADATA, wait=True)
@@ -49,10 +49,52 @@ def test_by_the_protocol_of_buckets_a_step_counts_with_its_commit_file_only(tmp_
     restored, _ = checkpoints.restore(abstract(make_state(0)))
     assert equal(restored, make_state(2))
   (tmp_path / 'c' / '2' / 'commit_success.txt').unlink()
+  (tmp_path / 'c' / '2' / 'state' / '_METADATA').unlink()
   with Checkpoints(tmp_path / 'c', 3, commit_file=True) as checkpoints:
     assert checkpoints.all_steps() == [1] and not (tmp_path / 'c' / '2').exists()
     restored, metadata = checkpoints.restore(abstract(make_state(0)))
   assert equal(restored, make_state(1)) and metadata['step'] == 1
+
+
+def test_steps_that_lack_only_their_commit_file_count(tmp_path, caplog):
+  """A copy to a bucket without them, or stopped before it made them. Mutation: remove whatever has none."""
+  with Checkpoints(tmp_path / 'c', 3, commit_file=True) as checkpoints:
+    for step in (1, 2):
+      checkpoints.save(step, place(make_state(step), 2), METADATA, wait=True)
+  for step in '12':
+    (tmp_path / 'c' / step / 'commit_success.txt').unlink()
+  with Checkpoints(tmp_path / 'c', 3, commit_file=True) as checkpoints:
+    restored, metadata = checkpoints.restore(abstract(make_state(0)))
+    assert checkpoints.all_steps() == [1, 2]
+  assert equal(restored, make_state(2)) and metadata['step'] == 2
+  assert 'step 2 had no commit file, but is intact and counts' in caplog.text
+
+
+def test_an_old_step_that_cannot_be_deleted_fails_no_save(tmp_path, monkeypatch, caplog):
+  """Mutation: count it as a failure of the save, which is committed and verified by then."""
+
+  def refuse(self, step, event):
+    raise PermissionError(13, 'Permission denied', f'{self.path}/{step}/DELETING')
+
+  with Checkpoints(tmp_path, 2) as checkpoints:
+    with monkeypatch.context() as patched:
+      patched.setattr(stepdir.StepDirectory, 'delete', refuse)
+      for step in range(1, 8):  # more often than failures of saves are suffered
+        checkpoints.save(step, make_state(step), METADATA, wait=True)
+    assert 'an old checkpoint could not be deleted' in caplog.text and checkpoints.all_steps() == list(range(1, 8))
+    checkpoints.save(8, make_state(8), METADATA, wait=True)
+    assert checkpoints.all_steps() == [7, 8]
+
+
+def test_only_numbers_are_steps(tmp_path):
+  """Mutation: `str.isdigit`, which knows digits that `int` does not, and takes 02 for 2."""
+  write(tmp_path, (1,))
+  for name in ('02', '²', '٣', '3.bad'):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / 'DELETING').write_text('')
+  with Checkpoints(tmp_path, 2) as checkpoints:
+    assert checkpoints.all_steps() == [1] and restore(tmp_path)[1]['step'] == 1
+  assert {p.name for p in tmp_path.iterdir()} == {'1', '02', '²', '٣', '3.bad'}
 
 
 def test_a_relative_directory(tmp_path, monkeypatch):
@@ -65,7 +107,7 @@ def test_a_relative_directory(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(('saved', 'read'), [(4, 1), (4, 8), (1, 8), (8, 2)])
 def test_restores_onto_another_device_count(tmp_path, saved, read):
-  """Mutation: return `host` unsliced from the callback in `_place`."""
+  """Mutation: return `host` unsliced from the callback in `place_leaf`."""
   with Checkpoints(tmp_path, 3) as checkpoints:
     checkpoints.save(1, place(make_state(1), saved), METADATA, wait=True)
     like = place(make_state(0), read)

@@ -25,7 +25,7 @@ ALLOWED = {
   'parallel': BASE,
   'distributed': BASE,
   'stepdir': BASE,
-  'checkpoint': BASE | {'stepdir'},
+  'checkpoint': BASE | {'stepdir', 'parallel'},
   'metrics': BASE,
   'nn': BASE | {'ops'},
   'losses': BASE | {'ops'},

@@ -13,7 +13,7 @@ from compactlm_jax.cli.main import main
 from compactlm_jax.data.parts import Spread
 from compactlm_jax.data.prepare import prepare
 from compactlm_jax.data.source import open_dataset
-from compactlm_jax.data.tokenizer import train_wordpiece
+from compactlm_jax.data.wordpiece import train_wordpiece
 from compactlm_jax.errors import ConfigError, LockedError, StorageError
 from compactlm_jax.metrics import MetricsWriter, read_metrics
 from compactlm_jax.train import rundir
@@ -46,6 +46,14 @@ def test_files_appear_whole(place):
   assert (place / 'a').read_text() == 'two' and (place / 'c').read_text() == 'all'
   assert sorted(p.name for p in storage.children(place)) == ['a', 'c']
   assert storage.children(place / 'none') == []
+
+
+def test_what_cannot_take_its_place_leaves_nothing(tmp_path):
+  """A folder stands there. Mutation: no `except` in `write_whole`."""
+  (tmp_path / 'a').mkdir()
+  with pytest.raises(IsADirectoryError):
+    storage.write_whole(tmp_path / 'a', 'text')
+  assert [p.name for p in tmp_path.iterdir()] == ['a']
 
 
 def test_lines_are_added_to_a_file(place, monkeypatch):

@@ -35,7 +35,7 @@ def tiny_config(task='distill', **changes):
     'batch_size': 16,
     'checkpoint_every': 5,
     'log_every': 1,
-    'encoder': ENCODER,
+    'encoder': dataclasses.replace(ENCODER, causal=task == 'lm'),
     'data': DataConfig(seq_len=16, eval_rows=24),
     'optimizer': OptimizerConfig(learning_rate=1e-3, decay='constant'),
     'finetune': FinetuneConfig(dropout=0.0),

@@ -251,7 +251,8 @@ class RunConfig:
       'steps',
       'set steps or epochs to a positive number',
     )
-    require(self.epochs < float('inf'), 'epochs', f'{self.epochs} must be finite')
+    require(self.steps < 2**31, 'steps', f'{self.steps} must be less than 2^31')  # counted in int32
+    require(self.epochs <= 1e6, 'epochs', f'{self.epochs} must be at most a million')
     for name in ('batch_size', 'checkpoint_every', 'log_every', 'keep'):
       require(getattr(self, name) >= 1, name, f'{getattr(self, name)} must be at least 1')
     require(self.eval_every >= 0, 'eval_every', f'{self.eval_every} must not be negative; 0 evaluates at the end only')

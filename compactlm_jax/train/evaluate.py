@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from compactlm_jax.errors import PreemptedError
 from compactlm_jax.parallel import batch_sharding, param_shardings, replicated, to_global
 from compactlm_jax.types import Batch, Files, Params, Score, Task
 
@@ -39,9 +40,9 @@ def make_finished(task: Task, mesh: Mesh) -> Callable[[Params], Params]:
   return lambda params: jax.jit(run, out_shardings=param_shardings(mesh, jax.eval_shape(run, params)))(params)
 
 
-def make_evaluate(task: Task, mesh: Mesh) -> Any:
+def make_evaluate(task: Task, mesh: Mesh, stopped: Callable[[], bool] = lambda: False) -> Any:
   """evaluate(params, frozen, evaluation) -> {metric: value}; compiled once for each shape of batch."""
-  gather = make_gather(task, mesh)
+  gather = make_gather(task, mesh, stopped)
 
   def evaluate(params: Params, frozen: Any, evaluation: Evaluation) -> dict[str, float]:
     means, rows = gather(params, frozen, evaluation.batches())
@@ -58,8 +59,11 @@ def metrics_of(
   return {evaluation.prefix + name: float(value) for name, value in found.items()}
 
 
-def make_gather(task: Task, mesh: Mesh) -> Any:
-  """gather(params, frozen, batches) -> ({metric: mean}, {output: rows in order}); on every host, of all hosts' rows."""
+def make_gather(task: Task, mesh: Mesh, stopped: Callable[[], bool] = lambda: False) -> Any:
+  """gather(params, frozen, batches) -> ({metric: mean}, {output: rows in order}); on every host, of all hosts' rows.
+
+  It raises PreemptedError once `stopped`, which is asked after each batch and must answer alike on all hosts.
+  """
 
   def run(params: Params, frozen: Any, batch: Batch) -> tuple[Mapping[str, Any], jax.Array | None]:
     return task.evaluate(params, frozen, batch), batch.weights
@@ -77,6 +81,8 @@ def make_gather(task: Task, mesh: Mesh) -> Any:
           totals[name] = totals.get(name, np.zeros(2)) + np.array([float(value[0]), float(value[1])])
         else:
           rows.setdefault(name, []).append(value if weights is None else value[weights > 0])
+      if stopped():
+        raise PreemptedError('asked to stop during an evaluation; the same command evaluates again')
     means = {name: float(total / count) if count else float('nan') for name, (total, count) in totals.items()}
     return means, {name: np.concatenate(parts) for name, parts in rows.items()}
 

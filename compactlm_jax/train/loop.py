@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import logging
@@ -34,6 +35,7 @@ from compactlm_jax.types import Batch, Params, Task, TrainState
 
 log = logging.getLogger(__name__)
 
+_Evaluate = Callable[[], tuple[Params, dict[str, float]]]
 _MISSED = 'evaluation_missed'  # in the metadata of a checkpoint: asked to stop, the run left without it
 
 
@@ -98,7 +100,7 @@ def train(
     What results.json holds.
 
   Raises:
-    PreemptedError: a signal asked to stop; the state is saved.
+    PreemptedError: a signal asked to stop; the state is saved, if there is a step of it.
     NumericsError, LockedError, ConfigError, DataError, StorageError: see those classes.
   """
   started, config, total = time.monotonic(), job.config, job.total_steps
@@ -118,11 +120,10 @@ def train(
     writer = stack.enter_context(MetricsWriter(workdir, total, start_step=first))
     reporter = Reporter(job.task, config, learning_rate_schedule(config.optimizer, total), writer, workdir)
     metadata = {'model': dict(job.task.model), 'task': job.task.name, 'identity': dict(job.identity)}
-    evaluated = _evaluator(job, mesh, frozen, metadata, checkpoints)
-    if job.keeper is not None:
-      job.keeper.start(epath.Path(workdir), first)
-    if missed:
-      _make_up(writer, workdir, first, evaluated(state)[1])
+    evaluated = _evaluator(job, mesh, frozen, metadata, checkpoints, lambda: stop.requested(first))
+    _catch_up(job, writer, workdir, first, functools.partial(evaluated, state) if missed else None)
+    if stop.requested(first):
+      raise PreemptedError(f'asked to stop before step {first + 1}; the same command goes on with it')
     watchdog = stack.enter_context(Watchdog())
     for step, batch in watchdog.over(first, itertools.islice(job.batches.prefetch(first), max(0, total - first))):
       state, metrics = trace.run(step, step_fn, state, frozen, to_global(mesh, batch))
@@ -133,7 +134,7 @@ def train(
       due = bool(config.eval_every and done % config.eval_every == 0 and done < total and job.evals)
       if due and not stopping:
         reporter.flush()
-        writer.write(done, _line(evaluated(state)[1]))
+        stopping = not _written(writer, done, functools.partial(evaluated, state))
       if stopping or done == total or done % config.checkpoint_every == 0:
         reporter.flush()
         noted, last = {**metadata, _MISSED: due and stopping}, stopping or done == total
@@ -176,18 +177,38 @@ def _line(scores: Mapping[str, float]) -> dict[str, float]:
   return {f'eval_{name}': value for name, value in scores.items()}
 
 
-def _make_up(writer: MetricsWriter, workdir: str, step: int, scores: Mapping[str, float]) -> None:
-  """The line of an evaluation that a stop came before; a run that was killed after it has it already."""
-  line = _line(scores)
-  if not any(known['step'] == step and line.keys() <= known.keys() for known in read_metrics(workdir)):
-    writer.write(step, line)
+def _catch_up(job: Job, writer: MetricsWriter, workdir: str, step: int, missed: _Evaluate | None) -> None:
+  """Before the first step: the keeper, and the line of an evaluation that a stop came before, if one did.
+
+  A run that was killed after it has that line already.
+  """
+  if job.keeper is not None:
+    job.keeper.start(epath.Path(workdir), step)
+  if missed is not None:
+    line = _line(missed()[1])
+    if not any(known['step'] == step and line.keys() <= known.keys() for known in read_metrics(workdir)):
+      writer.write(step, line)
+
+
+def _written(writer: MetricsWriter, step: int, evaluate: _Evaluate) -> bool:
+  """Whether an evaluation came to its end and has its line; if not, the run was asked to stop."""
+  try:
+    writer.write(step, _line(evaluate()[1]))
+  except PreemptedError:
+    return False
+  return True
 
 
 def _evaluator(
-  job: Job, mesh: Any, frozen: Any, metadata: Mapping[str, Any], checkpoints: Checkpoints
+  job: Job,
+  mesh: Mesh,
+  frozen: Any,
+  metadata: Mapping[str, Any],
+  checkpoints: Checkpoints,
+  stopped: Callable[[], bool],
 ) -> Callable[[TrainState], tuple[Params, dict[str, float]]]:
-  """State -> finished parameters and their metrics, which the keeper gets to see."""
-  evaluate, finished = make_evaluate(job.task, mesh), make_finished(job.task, mesh)
+  """State -> finished parameters and their metrics, which the keeper gets to see; a stop is not kept waiting by it."""
+  evaluate, finished = make_evaluate(job.task, mesh, stopped), make_finished(job.task, mesh)
 
   def evaluated(state: TrainState) -> tuple[Params, dict[str, float]]:
     params = finished(state.params)

@@ -117,8 +117,10 @@ def read_run(workdir: epath.PathLike) -> tuple[RunConfig, dict[str, Any]]:
     raise ConfigError(f'{path} is damaged ({type(e).__name__}: {e}); bring it back from a backup') from e
   if not intact:
     raise ConfigError(f'{path} was edited or damaged: its config does not match its hash. Bring the original back')
-  if not all(isinstance(record.get(name, {}), dict) for name in ('identity', 'code')):
-    raise ConfigError(f'{path} is damaged (identity or code); bring it back from a backup')
+  changes = record.get('changes', [])
+  sound = isinstance(record.get('identity'), dict) and isinstance(record.get('code', {}), dict)
+  if not (sound and isinstance(changes, list) and all(isinstance(change, dict) for change in changes)):
+    raise ConfigError(f'{path} is damaged (identity, code or changes); bring it back from a backup')
   return from_config_dict(RunConfig, record['config']), record
 
 
@@ -334,21 +336,24 @@ def _command(argv: Sequence[str]) -> str:
     start = ['python', '-m', program.parent.name]
   else:
     start = ['python', argv[0]] if program.suffix == '.py' else [program.name]
-  home, parts = os.path.expanduser('~'), []
-  pattern = rf'(?<![\w./-]){re.escape(home)}(?![\w.-])' if len(home) > 1 else '(?!)'  # '~' or '/': there is none
+  parts = []
   for argument in [*start, *argv[1:]]:
     quoted = shlex.quote(argument)
     variable = '$HOME' if quoted == argument else """'"$HOME"'"""
-    parts.append(re.sub(pattern, variable, quoted))
+    parts.append(re.sub(_home(), variable, quoted))
   return ' '.join(parts)
+
+
+def _home() -> str:
+  """A pattern of the home directory, as a path or the beginning of one."""
+  home = os.path.expanduser('~')
+  return rf'(?<![\w./-]){re.escape(home)}(?![\w.-])' if len(home) > 1 else '(?!)'  # '~' or '/': there is none
 
 
 def _versions() -> dict[str, Any]:
   """Code, libraries and flags. Nothing about the user: the home directory is written as '~'."""
   flags = {name: getattr(jax.config, name, None) for name in _FLAGS}
-  flags |= {
-    name: os.environ[name].replace(str(pathlib.Path.home()), '~') for name in _ENVIRONMENT if name in os.environ
-  }
+  flags |= {name: re.sub(_home(), '~', os.environ[name]) for name in _ENVIRONMENT if name in os.environ}
   return {
     **versions(),
     'jax': {

@@ -19,7 +19,7 @@ class StopRequest:
   """
 
   def __init__(self) -> None:
-    self._asked = False
+    self._signals: frozenset[int] = frozenset()
     self._group = group()
     self._previous: dict[int, object] = {}
 
@@ -27,14 +27,14 @@ class StopRequest:
     if threading.current_thread() is threading.main_thread():
       for number in (signal.SIGTERM, signal.SIGINT):
         self._previous[number] = signal.signal(number, self._remember)
-      self._asked |= any(outer._asked for outer in self._outer())
+      self._signals = self._signals.union(*(outer._signals for outer in self._outer()))
     return self
 
   def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
     for number, handler in self._previous.items():
       signal.signal(number, handler)  # type: ignore[arg-type]
     for outer in self._outer():
-      outer._asked |= self._asked
+      outer._signals |= self._signals
     self._previous.clear()
 
   def _outer(self) -> list[StopRequest]:
@@ -42,12 +42,12 @@ class StopRequest:
     return [owner for owner in owners if isinstance(owner, StopRequest)]
 
   def _remember(self, number: int, frame: FrameType | None) -> None:
-    if number == signal.SIGINT and self._asked:
+    if number == signal.SIGINT and number in self._signals:
       raise KeyboardInterrupt
-    self._asked = True
+    self._signals |= {number}
     if self._group is not None:
       self._group.ask_stop()
 
   def requested(self, step: int) -> bool:
     """True once a stop was asked for; with several processes, on any of them, and at the same call on all."""
-    return self._asked if self._group is None else self._group.stop_now()
+    return bool(self._signals) if self._group is None else self._group.stop_now()

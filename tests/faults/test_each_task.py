@@ -121,7 +121,7 @@ def saved(tmp_path_factory):
 
 @pytest.mark.parametrize('task', TASKS)
 def test_leaves_and_rows_are_the_same_on_any_devices(task, saved):
-  """Saved on 4 devices. Mutation: return `host` unsliced from the callback of `_place`."""
+  """Saved on 4 devices. Mutation: return `host` unsliced from the callback of `place_leaf`."""
   folder, state = saved(task)
   batch = compiled(task).job.batches.batch(5)
   for data, fsdp, model in MESHES.values():

@@ -103,9 +103,9 @@ SLOW += [
 @pytest.mark.parametrize(
   ('task', 'moment', 'which', 'steps'),
   [
-    ('distill', in_opening, 1, {1}),
+    ('distill', in_opening, 1, {0}),  # nothing is done yet
     ('distill', in_step, 4, {4}),  # an evaluation is due, and made up for
-    ('distill', in_evaluation, 1, {5}),
+    ('distill', in_evaluation, 1, {4}),  # it is broken off, and made up for
     ('distill', in_save, 'digest', {3, 4, 5, 6}),  # in the background: whatever step it is by then
     ('distill', in_save, 'deleting', set(range(6, STEPS + 1))),
     ('adapt', in_step, 4, {4}),  # the best networks are kept by evaluations
@@ -117,8 +117,8 @@ def test_a_stopped_run_loses_no_step(tmp_path, monkeypatch, uninterrupted, task,
   """Two SIGTERMs; what is on disk is whole, and the same call ends with the same bits.
 
   Mutations: open the run before a stop can be asked for (SIGTERM then ends these tests); ask for a stop only where a
-  save is due; leave without saving; forget the evaluation that a stop came
-  before (adaptive networks would keep another best one).
+  save is due, or only after steps; leave without saving; forget the evaluation that a stop came before (adaptive
+  networks would keep another best one).
   """
   with monkeypatch.context() as hooked:
     moment(hooked, which)
@@ -130,7 +130,8 @@ def test_a_stopped_run_loses_no_step(tmp_path, monkeypatch, uninterrupted, task,
   run = list(runs(tmp_path).values())[0]
   assert saved(run) in steps
   if moment is not in_save or saved(run) < STEPS:
-    assert stopped.exit_code == 75 and f'step {saved(run)} is saved' in str(stopped)
+    said = f'step {saved(run)} is saved' if saved(run) else 'before step 1'
+    assert stopped.exit_code == 75 and said in str(stopped)
   assert not [path for path in tmp_path.rglob('*') if 'tmp' in path.name or path.name in ('lock', 'DELETING')]
   assert (run / 'results.json').exists() == (stopped is None)
   run_train(config(task), str(tmp_path))
@@ -138,13 +139,21 @@ def test_a_stopped_run_loses_no_step(tmp_path, monkeypatch, uninterrupted, task,
 
 
 @pytest.mark.parametrize(
-  ('moment', 'number'),
-  [(in_step, STEPS), (in_evaluation, 3), (in_results, 1)],
-  ids=lambda v: getattr(v, '__name__', ''),
+  ('moment', 'number'), [(in_step, STEPS), (in_evaluation, 3)], ids=lambda v: getattr(v, '__name__', '')
 )
-def test_what_is_over_is_finished(tmp_path, monkeypatch, uninterrupted, moment, number):
-  """SIGTERM in the last step, the last evaluation, at the very end. Mutation: raise after the last step too."""
-  moment(monkeypatch, number)
+def test_the_last_evaluation_is_not_waited_for(tmp_path, monkeypatch, uninterrupted, moment, number):
+  """SIGTERM in the last step or the last evaluation: every step is saved. Mutation: evaluate without a look at it."""
+  with monkeypatch.context() as hooked, pytest.raises(PreemptedError, match='the same command evaluates again'):
+    moment(hooked, number)
+    run_train(config('distill'), str(tmp_path))
+  assert saved(tmp_path) == STEPS and not (tmp_path / 'results.json').exists() and not (tmp_path / 'lock').exists()
+  run_train(config('distill'), str(tmp_path))
+  assert outcome(tmp_path) == uninterrupted('distill')
+
+
+def test_what_is_over_is_finished(tmp_path, monkeypatch, uninterrupted):
+  """SIGTERM while results.json is written. Mutation: raise at the very end too."""
+  in_results(monkeypatch, 1)
   assert run_train(config('distill'), str(tmp_path))['steps'] == STEPS
   assert not (tmp_path / 'lock').exists() and outcome(tmp_path) == uninterrupted('distill')
 

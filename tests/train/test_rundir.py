@@ -281,6 +281,28 @@ def test_damaged_or_edited_config_is_refused(tmp_path, damage):
     pytest.fail('opened')
 
 
+@pytest.mark.parametrize(
+  'entry', [{'identity': None}, {'identity': []}, {'changes': 5}, {'changes': ['x']}, {'code': 1}]
+)
+def test_other_damage_to_a_record_is_refused(tmp_path, entry):
+  """The hash covers the configuration alone. Mutation: take what is there."""
+  trained(tmp_path)
+  path = tmp_path / 'config.json'
+  path.write_text(
+    json.dumps({name: x for name, x in {**json.loads(path.read_text()), **entry}.items() if x is not None})
+  )
+  with pytest.raises(ConfigError, match=r'config.json is damaged .*bring it back'):
+    read_run(tmp_path)
+
+
+def test_a_home_at_the_root_hides_nothing(tmp_path, monkeypatch):
+  """As of a user without one. Mutation: replace '/' wherever it stands."""
+  monkeypatch.setenv('HOME', '/')
+  monkeypatch.setenv('XLA_FLAGS', '--xla_dump_to=/data/dump')
+  trained(tmp_path)
+  assert read_run(tmp_path)[1]['jax']['XLA_FLAGS'] == '--xla_dump_to=/data/dump'
+
+
 def test_config_of_an_older_version_gets_the_defaults_of_new_fields(tmp_path):
   """Mutation: compare the stored JSON instead of the parsed configuration (absent differs from the default)."""
   trained(tmp_path)

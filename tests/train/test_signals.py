@@ -2,6 +2,8 @@
 
 import signal
 
+import pytest
+
 from compactlm_jax.train.signals import StopRequest
 
 
@@ -26,3 +28,13 @@ def test_a_request_is_known_inside_and_outside(tmp_path):
   assert signal.getsignal(signal.SIGTERM) == before
   with StopRequest() as fresh:
     assert not fresh.requested(1)
+
+
+def test_only_a_second_ctrl_c_aborts():
+  """Whatever else was asked before. Mutation: raise KeyboardInterrupt at any signal after the first."""
+  with StopRequest() as run:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+      signal.raise_signal(number)
+    with pytest.raises(KeyboardInterrupt):
+      signal.raise_signal(signal.SIGINT)
+    assert run.requested(1)
