@@ -89,7 +89,7 @@ start() { # COMMAND ...
     return
   fi
   mkdir -p "$root"
-  rm -f "$root/supervisor.pid" "$root/exits"
+  rm -f "$root/exits" # not supervisor.pid: another supervisor may have written it since the look
   printf '%s\n' "$@" >"$root/command" # a file, because tmux would read some characters of an argument as its own
   if command -v tmux >/dev/null; then
     tmux new-session -d -s compactlm bash "$self" supervise
@@ -97,7 +97,7 @@ start() { # COMMAND ...
     setsid nohup bash "$self" supervise </dev/null >/dev/null 2>&1 &
   fi
   for _ in $(seq 100); do
-    [[ -s $root/supervisor.pid || -s $root/exits ]] && echo "started; log: $root/run.log" && return
+    { running || [[ -s $root/exits ]]; } && echo "started; log: $root/run.log" && return
     sleep 0.1
   done
   fail 70 "the supervisor did not start; try: bash $self supervise"
@@ -114,15 +114,19 @@ attempt() { # NUMBER COMMAND ...; sets `code`
   local number=$1
   shift
   TZ=UTC printf -- '--- %(%FT%TZ)T attempt %s: %s\n' -1 "$number" "$*"
-  "$@" </dev/null 8<&- &
-  child=$!
-  code=0
-  wait "$child" || code=$?
-  while kill -0 "$child" 2>/dev/null; do # a signal ends `wait` before the command ends
+  code=75
+  if [[ -z $stopping ]]; then
+    "$@" </dev/null 8<&- &
+    child=$!
+    [[ -z $stopping ]] || kill -TERM "$child" 2>/dev/null || true # `forward` did not know it yet
     code=0
     wait "$child" || code=$?
-  done
-  child=''
+    while kill -0 "$child" 2>/dev/null; do # a signal ends `wait` before the command ends
+      code=0
+      wait "$child" || code=$?
+    done
+    child=''
+  fi
   # Not by `date`: bash drops a Ctrl-C that reaches it while a program in the foreground ends well.
   TZ=UTC printf '%(%FT%TZ)T %s %s\n' -1 "$number" "$code" >>"$root/exits"
   TZ=UTC printf -- '--- %(%FT%TZ)T attempt %s ended with %s\n' -1 "$number" "$code"
@@ -134,18 +138,21 @@ supervise() { # [COMMAND ...]; without one, what `start` was given
   if [[ $# -eq 0 ]]; then
     while IFS= read -r line; do set -- "$@" "$line"; done <"$root/command"
   fi
+  exec 9>"$root/supervisor.lock" # from the look at the process id to the writing of it
+  flock --timeout 60 9 || fail 74 'another supervisor is starting and has not come to an end; try again'
   # After a reboot the file may hold the process id that this one has now.
   if running && [[ $(cat "$root/supervisor.pid") != "$$" ]]; then fail 77 'another command runs; stop it first'; fi
   export PATH="$root/venv/bin:$PATH"
-  trap forward TERM HUP
-  trap 'touch "$root/stop"; forward' INT
-  exec >>"$root/run.log" 2>&1
-  rm -f "$root/stop"
-  echo $$ >"$root/supervisor.pid"
-  rm -f "$root/silence"
+  rm -f "$root/stop" "$root/silence"
   mkfifo "$root/silence"
   exec 8<>"$root/silence" # nothing is ever written to it: a read of it is a pause
   rm "$root/silence"
+  # No programs from here to the first attempt: bash may drop a Ctrl-C that reaches it during one.
+  trap forward TERM HUP
+  trap 'touch "$root/stop"; forward' INT
+  exec >>"$root/run.log" 2>&1
+  echo $$ >"$root/supervisor.pid"
+  exec 9>&-
   while :; do
     number=$((number + 1))
     attempt "$number" "$@"
@@ -164,7 +171,8 @@ supervise() { # [COMMAND ...]; without one, what `start` was given
   done
   # A signal that `stop` did not send is a shutdown: what it ended is `lost`, and goes on when the machine is back. 143:
   # the command had no handler yet, or ended in the very moment of the signal, when bash does not tell its code.
-  [[ -n $stopping && ! -e $root/stop && $code =~ ^(74|75|143)$ ]] || rm -f "$root/supervisor.pid"
+  [[ -n $stopping && ! -e $root/stop && $code =~ ^(74|75|143)$ ]] ||
+    [[ $(cat "$root/supervisor.pid" 2>/dev/null) != "$$" ]] || rm -f "$root/supervisor.pid"
   exit "$code"
 }
 

@@ -68,6 +68,7 @@ def test_a_run_is_started_once_and_stopped(host, tmp_path, tmux):
     host.env['PATH'] = f'{tmp_path}:{os.environ["PATH"]}'
   else:
     host.without_tmux()
+    (host.folder / 'tools' / 'flock').symlink_to(shutil.which('flock'))
   assert host.worker('status').stdout.endswith(' absent\n')
   (host.folder / 'codes').write_text('75 wait 0')
   started = host.worker('start', 'compactlm', 'train', "--a=it's;", '--b=x y;')
@@ -93,6 +94,78 @@ def test_a_second_supervisor_is_refused(host):
   assert (second.returncode, second.stderr) == (77, 'worker.sh: another command runs; stop it first\n')
   assert host.worker('status').stdout.endswith(' running attempt=1\n')
   assert host.worker('stop').stdout.endswith(' exited 75\n') and first.wait(60) == 75
+
+
+def debug(path, condition, action):
+  """For BASH_ENV: does `action` before every line of worker.sh of which `condition` is true."""
+  path.write_text(f"set -T\ntrap 'if [[ -n ${{root-}} && {condition} ]]; then {action}; fi' DEBUG\n")
+  return {'BASH_ENV': str(path)}
+
+
+def shim(folder, name, line):
+  """PATH with a program that does something else first."""
+  path = folder / name
+  folder.mkdir(exist_ok=True)
+  path.write_text(f'#!/bin/bash\n{line}\nexec {shutil.which(name)} "$@"\n')
+  path.chmod(0o755)
+  return f'{folder}:{os.environ["PATH"]}'
+
+
+def test_two_supervisors_at_once(host, tmp_path):
+  """The first has looked and not yet written its process id when the second comes. Mutation: no flock."""
+  (host.folder / 'codes').write_text('wait 0')
+  held, asked, go = (tmp_path / name for name in ('held', 'asked', 'go'))
+  hold = f'touch {held}; until [[ -e {go} ]]; do sleep 0.02; done'
+  holding = debug(tmp_path / 'hold.sh', '$BASH_COMMAND == "echo \\$\\$ "*', hold)
+  asking = {'PATH': shim(tmp_path / 'bin', 'flock', f'touch {asked}')}
+  command = ['bash', WORKER, 'supervise', 'compactlm']
+  first = subprocess.Popen(command, env=host.env | holding)
+  host.wait_for(held)
+  second = subprocess.Popen(command, env=host.env | asking)
+  try:
+    deadline = time.monotonic() + 60
+    while not asked.exists() and not (host.folder / 'waits').exists():
+      assert time.monotonic() < deadline
+      time.sleep(0.02)
+    go.touch()
+    assert second.wait(60) == LockedError.exit_code
+    host.wait_for('waits')
+    assert host.worker('status').stdout.endswith(' running attempt=1\n')
+    assert (host.folder / 'run.log').read_text().count(' attempt 1: ') == 1
+    assert host.worker('stop').stdout.endswith(' exited 75\n') and first.wait(60) == 75
+  finally:
+    go.touch()
+    for started in (first, second):
+      started.terminate()
+      started.wait(60)
+
+
+def test_a_start_beside_a_supervisor(host, tmp_path):
+  """One that came after the look of `start` stays the only one. Mutation: `start` removes supervisor.pid."""
+  (host.folder / 'codes').write_text('wait 0')
+  beside = f'bash {WORKER} supervise compactlm </dev/null >/dev/null 2>&1 &'
+  waits = f'until [[ -e {host.folder}/waits ]]; do sleep 0.02; done'
+  path = shim(tmp_path / 'bin', 'rm', f'if mkdir {tmp_path}/once 2>/dev/null; then {beside} {waits}; fi')
+  tmux = tmp_path / 'bin' / 'tmux'
+  tmux.write_text(f'#!/bin/bash\nshift 4\n("$@"; echo $? >{tmp_path}/code; touch {tmp_path}/end) >/dev/null 2>&1 &\n')
+  tmux.chmod(0o755)
+  assert host.worker('start', 'compactlm', PATH=path).returncode == 0
+  host.wait_for(tmp_path / 'end')
+  assert (tmp_path / 'code').read_text() == f'{LockedError.exit_code}\n'
+  assert host.worker('status').stdout.endswith(' running attempt=1\n')
+  assert host.worker('stop').stdout.endswith(' exited 75\n')
+
+
+def test_a_supervisor_leaves_the_process_id_of_another(host):
+  """As of a machine with the same home. Mutation: remove supervisor.pid whatever it holds."""
+  (host.folder / 'codes').write_text('wait 0')
+  first = subprocess.Popen(['bash', WORKER, 'supervise', 'compactlm'], env=host.env)
+  host.wait_for('waits')
+  (host.folder / 'supervisor.pid').write_text('999999999\n')
+  (host.folder / 'stop').touch()
+  first.terminate()
+  assert first.wait(60) == 75
+  assert (host.folder / 'supervisor.pid').read_text() == '999999999\n'
 
 
 def test_a_supervisor_with_the_process_id_of_the_one_before(host):
@@ -127,6 +200,32 @@ def test_a_signal_during_a_pause(host, number, state):
   assert started.wait(60) == 75
   assert host.exits() == [['1', '75']]
   assert host.worker('status').stdout.endswith(f' {state}\n')
+
+
+def signalled(host, path, number, when):
+  """Supervises a run, and sends the signal before the first line of worker.sh of which `when` is true."""
+  (host.folder / 'codes').write_text('0')
+  hook = debug(path, f'-z ${{sent-}} && {when}', f'sent=yes; kill -{number} $$')
+  return host.worker('supervise', 'compactlm', **hook).returncode
+
+
+@pytest.mark.usefixtures('hangups')
+@pytest.mark.parametrize('number,state', [('TERM', 'lost'), ('HUP', 'lost'), ('INT', 'exited 75')])
+def test_a_signal_before_the_first_attempt(host, tmp_path, number, state):
+  """As in a pause, from the moment that the process id is known. Mutation: `attempt` does not look before it starts."""
+  assert signalled(host, tmp_path / 'hook.sh', number, '-s $root/supervisor.pid') == 75
+  assert host.exits() == [['1', '75']]
+  assert host.worker('status').stdout.endswith(f' {state}\n')
+  assert 'words:' not in (host.folder / 'run.log').read_text()
+
+
+def test_a_signal_before_the_command_is_known(host, tmp_path):
+  """Between the fork and the note of its process id. Mutation: `attempt` does not look after `child=$!`."""
+  code = signalled(host, tmp_path / 'hook.sh', 'TERM', '$BASH_COMMAND == "child=\\$!"')
+  assert code in (75, 143)  # 143: it has no handler yet
+  assert host.exits() == [['1', str(code)]]
+  assert host.worker('status').stdout.endswith(' lost\n')
+  assert (host.folder / 'codes').read_text() == '0'
 
 
 @pytest.mark.parametrize('code,state', [(75, 'lost'), (143, 'lost'), (70, 'exited 70'), (0, 'exited 0')])
