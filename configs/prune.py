@@ -32,7 +32,7 @@ Command: compactlm train --config=configs/prune.py:squad-soft --config.model=BER
   --config.data.path=SQUAD --workdir=RUN
 Command: compactlm train --config=configs/prune.py:table --config.model=FOLDER --config.data.train=train.tsv \
   --config.data.dev=dev.tsv --config.data.text_columns=text --config.data.label_column=label --workdir=RUN \
-  --config.prune.method=hard_movement --config.prune.density=.1
+  --config.prune.method=soft_movement --config.prune.control=density --config.prune.density=.1
 """
 
 import dataclasses

@@ -122,8 +122,8 @@ def train(
     metadata = {'model': dict(job.task.model), 'task': job.task.name, 'identity': dict(job.identity)}
     evaluated = _evaluator(job, mesh, frozen, metadata, checkpoints, lambda: stop.requested(first))
     _catch_up(job, writer, workdir, first, functools.partial(evaluated, state) if missed else None)
-    if stop.requested(first):
-      raise PreemptedError(f'asked to stop before step {first + 1}; the same command goes on with it')
+    if first < total and stop.requested(first):
+      raise PreemptedError(f'asked to stop before step {first + 1}; the same command continues')
     watchdog = stack.enter_context(Watchdog())
     for step, batch in watchdog.over(first, itertools.islice(job.batches.prefetch(first), max(0, total - first))):
       state, metrics = trace.run(step, step_fn, state, frozen, to_global(mesh, batch))
