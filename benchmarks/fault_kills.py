@@ -110,9 +110,12 @@ def sizes_of(workdir: pathlib.Path) -> dict[str, int]:
 
 
 def disk(workdir: pathlib.Path, alone: Alone) -> float:
-  """How many checkpoints take as much disk as those of a run, in the stage that has the most."""
+  """How many checkpoints take as much disk as those of a run, in the stage that has the most.
+
+  The lower of two looks: a save that is renamed during one is counted under both names.
+  """
   folders = {name: run / 'checkpoints' for name, run in runs.runs(workdir).items()}
-  return max(bytes_in(folder) / alone.sizes[name] for name, folder in folders.items())
+  return min(max(bytes_in(folder) / alone.sizes[name] for name, folder in folders.items()) for _ in range(2))
 
 
 def go_on(process: runs.processes.Process, workdir: pathlib.Path, before: list[tuple[str, int]], steps: int) -> None:
