@@ -210,6 +210,8 @@ class Checkpoints:
       if all_processes(host is not None):
         self._set_aside(damaged)
         self._last_good = candidate
+        if step is None and jax.process_index() == 0:
+          self._retire(candidate)  # a run that was killed after its last save saves no more
         leaves = [place_leaf(host[name], like) for name, like in named_leaves(abstract_state).items()]
         return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), stepdir.public_metadata(manifest)
       damaged.append(candidate)

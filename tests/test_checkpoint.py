@@ -86,6 +86,17 @@ def test_an_old_step_that_cannot_be_deleted_fails_no_save(tmp_path, monkeypatch,
     assert checkpoints.all_steps() == [7, 8]
 
 
+def test_steps_that_a_kill_left_go_when_the_newest_has_proved_intact(tmp_path):
+  """A run killed at the end of its last save saves no more. Mutation: delete older steps after saves only."""
+  write(tmp_path, (1, 2, 3))
+  with Checkpoints(tmp_path, 2) as checkpoints:
+    assert checkpoints.all_steps() == [1, 2, 3]  # nothing is known of the newest
+    checkpoints.restore(abstract(make_state(0)), 1)
+    assert checkpoints.all_steps() == [1, 2, 3]
+    checkpoints.restore(abstract(make_state(0)))
+    assert checkpoints.all_steps() == [2, 3]
+
+
 def test_only_numbers_are_steps(tmp_path):
   """Mutation: `str.isdigit`, which knows digits that `int` does not, and takes 02 for 2."""
   write(tmp_path, (1,))
