@@ -73,13 +73,8 @@ def write_whole(path: epath.PathLike, content: str | bytes) -> None:
   if is_remote(target):
     target.write_bytes(data)
     return
-  draft = target.parent / f'{target.name}.tmp'
-  try:
+  with whole_file(target) as draft:
     draft.write_bytes(data)
-    draft.replace(target)
-  except OSError:
-    draft.unlink(missing_ok=True)
-    raise
 
 
 def require_inside(file: epath.PathLike, folder: epath.PathLike) -> None:

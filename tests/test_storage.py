@@ -49,7 +49,7 @@ def test_files_appear_whole(place):
 
 
 def test_what_cannot_take_its_place_leaves_nothing(tmp_path):
-  """A folder stands there. Mutation: no `except` in `write_whole`."""
+  """A folder stands there. Mutation: no `finally` in `whole_file`."""
   (tmp_path / 'a').mkdir()
   with pytest.raises(IsADirectoryError):
     storage.write_whole(tmp_path / 'a', 'text')

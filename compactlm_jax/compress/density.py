@@ -37,8 +37,7 @@ def densities(params: Params, encoder: EncoderConfig) -> dict[str, Any]:
     for name in sizes:
       leaf = leaves.get(f'encoder/{own}/{name}')
       if leaf is not None:
-        axes = tuple(range(1, leaf.ndim))
-        counts[name][start:stop] = np.asarray(jnp.sum(jnp.asarray(leaf) != 0, axis=axes, dtype=jnp.int32))
+        counts[name][start:stop] = _nonzero(leaf)
   whole = sum(sizes.values())
   layers = sum(counts.values(), np.zeros(encoder.num_layers))
   return {
@@ -63,7 +62,11 @@ def covered_density(params: Params, encoder: EncoderConfig, config: PruneConfig)
   leaves, nonzero, weights = named_leaves(params), 0, 0
   for name, shape in score_shapes(encoder, config.structure, config.block).items():
     for kernel in covered_kernels(encoder, name, shape):
-      leaf = jnp.asarray(leaves[kernel])
-      counts = jnp.sum(leaf != 0, axis=tuple(range(1, leaf.ndim)), dtype=jnp.int32)
-      nonzero, weights = nonzero + int(np.asarray(counts, np.int64).sum()), weights + leaf.size
+      nonzero, weights = nonzero + int(_nonzero(leaves[kernel]).sum()), weights + leaves[kernel].size
   return nonzero / weights
+
+
+def _nonzero(leaf: Any) -> np.ndarray:
+  """How many weights of each layer are not zero, counted where the leaf lies."""
+  counts = jnp.sum(jnp.asarray(leaf) != 0, axis=tuple(range(1, leaf.ndim)), dtype=jnp.int32)
+  return np.asarray(counts, np.int64)

@@ -128,13 +128,11 @@ def load_tokenizer(folder: Any) -> Tokenizer:
   given = _read_json(path / 'tokenizer_config.json')
   config = {**given, **_read_json(path / 'special_tokens_map.json')}
   if (path / 'tokenizer.json').exists():
-    try:
-      with _no_panic(str(path / 'tokenizer.json')):
+    with _no_panic(str(path / 'tokenizer.json')):
+      try:
         backend = tokenizers.Tokenizer.from_str((path / 'tokenizer.json').read_text(encoding='utf-8'))
-    except ConfigError:
-      raise
-    except Exception as e:  # the library raises bare Exception
-      raise ConfigError(f'{path / "tokenizer.json"}: cannot be read ({e}); save the tokenizer again') from e
+      except Exception as e:  # the library raises bare Exception
+        raise ConfigError(f'{path / "tokenizer.json"}: cannot be read ({e}); save the tokenizer again') from e
     _require_same_ids(backend, path / 'tokenizer.json')
     _require_same_normalizer(backend, given, path / 'tokenizer_config.json')
   elif (path / 'vocab.txt').exists():
@@ -183,7 +181,7 @@ def _read_json(path: epath.Path) -> dict[str, Any]:
 
 def _require_same_ids(backend: tokenizers.Tokenizer, file: epath.Path) -> None:
   """No added token whose id the library would replace by the next free one."""
-  for entry in parse_json(file.read_bytes()).get('added_tokens') or []:
+  for entry in _read_json(file).get('added_tokens') or []:
     if (found := backend.token_to_id(entry['content'])) != entry['id']:
       raise ConfigError(
         f'{file}: the added token {entry["content"]!r:.60} has id {entry["id"]}, but the tokenizers library gives it '

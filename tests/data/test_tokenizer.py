@@ -223,6 +223,15 @@ def test_ids_that_the_library_would_change_are_refused(vocabulary, tmp_path):
       load_tokenizer(folder)
 
 
+def test_names_that_stand_twice_are_refused(vocabulary, tmp_path):
+  """The library takes the last. Mutation: let the ValueError of the strict reader through."""
+  folder = changed(vocabulary, tmp_path / 't')
+  text = (folder / 'tokenizer.json').read_text()
+  (folder / 'tokenizer.json').write_text('{"added_tokens": [], ' + text[1:])
+  with pytest.raises(ConfigError, match=r'tokenizer\.json: not JSON .*; save the tokenizer again'):
+    load_tokenizer(folder)
+
+
 @pytest.mark.parametrize(
   'entries',
   [
