@@ -1,11 +1,13 @@
 """Injects faults by the hundred and prints what became of them: the slow tier of the fault matrix, as a Markdown table.
 
 Sections: `kills` (SIGKILL at random moments, all tasks), `long` (2,000 steps of every task, alone and under kills:
-memory, open files, disk) and `damage` (see fault_damage.py). Figures also go to benchmarks/results/faults.json, by the
-command that makes them again; those of commands that are not run stay. The exit code is 1, and nothing from that
-section on is kept, if a run differs or needs repair, or memory, open files or disk grow.
+memory, open files, disk), `damage` (see fault_damage.py) and `fuzz` (see fuzz.py). Figures also go to
+benchmarks/results/faults.json, by the command that makes them again; those of commands that are not run stay. The exit
+code is 1, and nothing from that section on is kept, if a run differs or needs repair, or memory, open files or disk
+grow.
 
-Usage: python benchmarks/faults.py [--only=kills,long,damage] [--seed=0] [--kills=50] [--steps=2000] [--tasks=NAME,...]
+Usage: python benchmarks/faults.py [--only=kills,long,damage,fuzz] [--seed=0] [--kills=50] [--steps=2000]
+  [--tasks=NAME,...] [--cases=100000]
 Takes hours on two cores; `--only=kills --kills=10` takes minutes.
 """
 
@@ -26,6 +28,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # the code that the 
 
 import fault_damage
 import fault_kills
+import fuzz
 
 RESULTS = pathlib.Path(__file__).parent / 'results' / 'faults.json'
 
@@ -37,17 +40,19 @@ def sections(args: argparse.Namespace) -> dict[str, Callable[[int], fault_kills.
     'kills': functools.partial(fault_kills.kill_figures, **options),
     'long': functools.partial(fault_kills.long_figures, steps=args.steps, **options),
     'damage': lambda seed: (fault_damage.figures(seed), []),
+    'fuzz': functools.partial(fuzz.figures, cases=args.cases),
   }
 
 
 def options_of(args: argparse.Namespace, name: str) -> list[str]:
   """The flags of a section that are not the usual ones, to be given again."""
   flags = [f'--only={name}', f'--seed={args.seed}']
-  flags += [f'--kills={args.kills}'] if name != 'damage' and args.kills != 50 else []
   flags += [f'--steps={args.steps}'] if name == 'long' and args.steps != 2000 else []
-  return flags + (
-    [f'--tasks={args.tasks}'] if name != 'damage' and args.tasks != ','.join(fault_kills.runs.TASKS) else []
-  )
+  flags += [f'--cases={args.cases}'] if name == 'fuzz' and args.cases != 100_000 else []
+  if name in ('kills', 'long'):
+    flags += [f'--kills={args.kills}'] if args.kills != 50 else []
+    flags += [f'--tasks={args.tasks}'] if args.tasks != ','.join(fault_kills.runs.TASKS) else []
+  return flags
 
 
 def table(record: dict[str, dict]) -> str:
@@ -60,10 +65,11 @@ def table(record: dict[str, dict]) -> str:
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--only', default='kills,long,damage')
+  parser.add_argument('--only', default='kills,long,damage,fuzz')
   parser.add_argument('--seed', type=int, default=0)
   parser.add_argument('--kills', type=int, default=50)
   parser.add_argument('--steps', type=int, default=2000)
+  parser.add_argument('--cases', type=int, default=100_000)
   parser.add_argument('--tasks', default=','.join(fault_kills.runs.TASKS))
   args = parser.parse_args()
   known = sections(args)

@@ -20,6 +20,7 @@ import resource
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / 'tests'))
@@ -58,6 +59,41 @@ def read_cases(reader: foreign.Reader, numbers: range, seed: int) -> tuple[colle
   return results, longest, slowest
 
 
+def read_all(
+  cases: int, seed: int, only: Sequence[str] = (), index: int = 0, shards: int = 1
+) -> collections.Counter[str]:
+  """Results by name, of all readers or some; prints a line for each."""
+  totals: collections.Counter[str] = collections.Counter()
+  readers = [r for r in READERS if not only or r.name in only]
+  print('| reader | cases | read | refused, by class | longest case |\n|---|---:|---:|---|---:|')
+  for reader in readers:
+    numbers = range(index, -(-cases // len(readers)), shards)
+    results, longest, number = read_cases(reader, numbers, seed)
+    totals += results
+    refused = ', '.join(f'{name} {count}' for name, count in sorted(results.items()) if name != 'read')
+    took = f'{1000 * longest:.0f} ms (number {number})'
+    print(f'| {reader.name} | {len(numbers)} | {results["read"]} | {refused} | {took} |', flush=True)
+  return totals
+
+
+def summary(totals: collections.Counter[str]) -> str:
+  """One line: cases, how many broke the rules, memory."""
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+  return f'{sum(totals.values())} cases, {totals[OTHER]} broke the rules; peak memory {peak:.0f} MB'
+
+
+def figures(seed: int, cases: int) -> tuple[list[tuple[str, str]], list[str]]:
+  """Section `fuzz` of faults.py: figures and problems."""
+  level = logging.root.manager.disable
+  logging.disable(logging.CRITICAL)
+  try:
+    totals = read_all(cases, seed)
+  finally:
+    logging.disable(level)
+  broken = [f'{totals[OTHER]} cases broke the rules'] if totals[OTHER] else []
+  return [(f'damaged files read or refused by {len(READERS)} readers', summary(totals))], broken
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--cases', type=int, default=100_000)
@@ -73,18 +109,8 @@ def main() -> None:
     print(read_cases(reader, range(int(number), int(number) + 1), args.seed)[0])
     return
   index, shards = map(int, args.shard.split('/'))
-  readers = [r for r in READERS if not args.readers or r.name in args.readers.split(',')]
-  totals: collections.Counter[str] = collections.Counter()
-  print('| reader | cases | read | refused, by class | longest case |\n|---|---:|---:|---|---:|')
-  for reader in readers:
-    numbers = range(index, -(-args.cases // len(readers)), shards)
-    results, longest, number = read_cases(reader, numbers, args.seed)
-    totals += results
-    refused = ', '.join(f'{name} {count}' for name, count in sorted(results.items()) if name != 'read')
-    took = f'{1000 * longest:.0f} ms (number {number})'
-    print(f'| {reader.name} | {len(numbers)} | {results["read"]} | {refused} | {took} |', flush=True)
-  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-  print(f'{sum(totals.values())} cases, {totals[OTHER]} broke the rules: {dict(totals)}; peak memory {peak:.0f} MB')
+  totals = read_all(args.cases, args.seed, args.readers.split(',') if args.readers else (), index, shards)
+  print(f'{summary(totals)}: {dict(totals)}')
   sys.exit(bool(totals[OTHER]))
 
 

@@ -25,6 +25,7 @@ from compactlm_jax.data.rows import Counts, make_examples
 from compactlm_jax.data.tokenizer import Tokenizer
 from compactlm_jax.errors import CompactLMError, ConfigError, DataError, StorageError
 from compactlm_jax.filenames import TOKENIZER_FILES
+from compactlm_jax.parse import parse_json
 from compactlm_jax.storage import absolute, children, is_remote, write_whole
 
 log = logging.getLogger(__name__)
@@ -101,7 +102,7 @@ class Plan:
   @property
   def key(self) -> str:
     """Names the settings in the marks of parts."""
-    return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
+    return _digest(self.settings)
 
   def describes(self, settings: Mapping[str, Any]) -> bool:
     """Whether a manifest with these settings is of this plan; the files are compared too, unless in a bucket."""
@@ -215,8 +216,15 @@ def _write(plan: Plan, part: Part, tokenizer: Tokenizer, workers: int, on_bytes:
     raise DataError(f'part {part.index} of {len(plan.parts)}: {e}; fewer --parts put more files together') from e
   if held:
     write_whole(folder / _held(part), b''.join(held))
-  mark = {'key': plan.key, 'sources': digests, 'counts': dataclasses.asdict(counts), 'contents': contents}
-  write_whole(folder / _mark(part), json.dumps({**mark, 'shard': dataclasses.asdict(found[0])}))
+  mark = {
+    'key': plan.key,
+    'sources': digests,
+    'counts': dataclasses.asdict(counts),
+    'contents': contents,
+    'shard': dataclasses.asdict(found[0]),
+    'held': hashlib.sha256(b''.join(held)).hexdigest(),
+  }
+  write_whole(folder / _mark(part), json.dumps({**mark, 'sha256': _digest(mark)}))
 
 
 def finish(plan: Plan, tokenizer: Tokenizer) -> Manifest:
@@ -287,15 +295,21 @@ def _held_out(plan: Plan, layout: shards.Layout) -> Shard:
 
 
 def _read_mark(plan: Plan, part: Part) -> dict[str, Any] | None:
-  """What there is to say about a part; None if it is not done, with these settings."""
+  """What there is to say about a part; None if it is not done, with these settings, or not as it was written."""
   file = epath.Path(plan.folder) / _mark(part)
   try:
-    mark = json.loads(file.read_text())
-    shard = Shard(**mark['shard'])
-    files = [file.parent / shard.file, *([file.parent / _held(part)] if part.holdout_rows else [])]
-    return mark if mark['key'] == plan.key and all(each.exists() for each in files) else None
-  except (FileNotFoundError, ValueError, KeyError, TypeError):
+    mark = parse_json(file.read_bytes())
+    if mark.pop('sha256') != _digest(mark) or mark['key'] != plan.key:
+      return None
+    held = (file.parent / _held(part)).read_bytes() if part.holdout_rows else b''
+    whole = (file.parent / mark['shard']['file']).exists() and hashlib.sha256(held).hexdigest() == mark['held']
+    return mark if whole else None
+  except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
     return None
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+  return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _mark(part: Part) -> str:

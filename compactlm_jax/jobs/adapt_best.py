@@ -82,6 +82,11 @@ class BestCells:
     if not self.keep:
       return
     if step:
+      if not (workdir / RECORD).exists():
+        raise StorageError(
+          f'{workdir / RECORD} is gone, so that nobody knows how good the networks in {BEST} are; bring it back, or '
+          f'write {{}} to it to keep what comes from now on'
+        )
       self._record = read_best(workdir)
       return
     if self.before:
@@ -132,8 +137,6 @@ class BestCells:
     (workdir / RECORD).unlink(missing_ok=True)
     if best.exists():
       best.rmtree()
-    if not self._record:
-      return
     try:
       for name in self._record:
         if name != ALL:
@@ -148,8 +151,9 @@ class BestCells:
     except (OSError, DamagedError) as e:
       raise StorageError(
         f'{source}: what the stage before kept could not be copied ({first_line(e)}); free space, bring it back, or '
-        f'remove {RECORD} and the folder {BEST} there to do without'
+        f'write {{}} to {RECORD} there to do without'
       ) from e
+    write_whole(workdir / RECORD, json.dumps(self._record, indent=2) + '\n')
 
   def _is_better(self, name: str, value: float) -> bool:
     before = self._record.get(name, {}).get('value')
@@ -181,11 +185,18 @@ def read_best(workdir: epath.PathLike) -> dict[str, dict[str, Any]]:
   path = epath.Path(workdir) / RECORD
   try:
     found = parse_row(path.read_bytes()) if path.exists() else {}
-    if not isinstance(found, dict) or not all(isinstance(entry, dict) for entry in found.values()):
+    if not isinstance(found, dict) or not all(map(_is_entry, found.values())):
       raise ValueError('it is no record of networks')
     return found
   except (OSError, ValueError) as e:
-    raise StorageError(f'{path}: cannot be read ({e}); remove it and the folder {BEST} to keep anew') from e
+    raise StorageError(f'{path}: cannot be read ({e}); bring it back, or write {{}} to it to keep anew') from e
+
+
+def _is_entry(entry: object) -> bool:
+  if not isinstance(entry, dict) or type(entry.get('step')) is not int or not isinstance(entry.get('stage', ''), str):
+    return False
+  value = entry.get('value')
+  return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _whole(params: Params) -> Params:

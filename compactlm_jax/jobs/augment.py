@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -245,14 +246,14 @@ def _augment_shards(
   with StopRequest() as stop, bar:
     for shard, chunk in enumerate(_chunks(rows)):
       file = parts / f'{shard:06d}'
-      if file.exists():
-        counts = _read_counts(file)
-      else:
+      counts = _read_counts(file) if file.exists() else None
+      if counts is None:
         if stop.requested(0):
           raise PreemptedError(f'asked to stop after {total.rows:,} of {rows.count:,} rows; the same command continues')
         made, counts = augment_shard(chunk, shard * SHARD_ROWS, rows, finder, options, stop_words)
-        body = json.dumps(dataclasses.asdict(counts)) + '\n' + ''.join(map(writer.line, made))
-        _write_whole(file, body)
+        body = ''.join(map(writer.line, made))
+        head = {'counts': dataclasses.asdict(counts), 'sha256': _digest(body.encode())}
+        _write_whole(file, json.dumps(head) + '\n' + body)
       total += counts
       bar.update(len(chunk))
       if bar.disable and time.monotonic() - last > _LOG_SECONDS:
@@ -303,11 +304,12 @@ def _finished(target: pathlib.Path, settings: dict[str, Any]) -> Counts | None:
   if not target.exists() or not report.exists() or (parts / 'settings.json').exists():
     return None
   found = _read_json(report)
-  if found.get('settings') != settings:
+  counts = _counts(found.get('counts'))
+  if found.get('settings') != settings or counts is None:
     return None
   if parts.exists():
     shutil.rmtree(parts)  # a call that was killed while it removed them
-  return Counts(**found['counts'])
+  return counts
 
 
 def _parts_folder(target: pathlib.Path, settings: dict[str, Any], overwrite: bool) -> pathlib.Path:
@@ -348,9 +350,26 @@ def _write_whole(file: pathlib.Path, content: str) -> None:
     draft.write_bytes(content.encode())
 
 
-def _read_counts(file: pathlib.Path) -> Counts:
-  with file.open(encoding='utf-8') as part:
-    return Counts(**json.loads(part.readline()))
+def _read_counts(file: pathlib.Path) -> Counts | None:
+  """What was done for a shard; None if it is not as it was written, so that it has to be made again."""
+  head, _, body = file.read_bytes().partition(b'\n')
+  with contextlib.suppress(ValueError, TypeError, KeyError):
+    found = parse_json(head)
+    if found['sha256'] == _digest(body):
+      return _counts(found['counts'])
+  log.warning('%s is damaged and made again', file)
+  return None
+
+
+def _counts(found: object) -> Counts | None:
+  names = [field.name for field in dataclasses.fields(Counts)]
+  if not isinstance(found, dict) or sorted(found) != sorted(names):
+    return None
+  return Counts(**found) if all(type(count) is int for count in found.values()) else None
+
+
+def _digest(content: bytes) -> str:
+  return hashlib.sha256(content).hexdigest()
 
 
 def _read_json(file: pathlib.Path) -> dict[str, Any]:

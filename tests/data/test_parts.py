@@ -25,6 +25,12 @@ def digests(folder):
   return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
+def flip(file, offset):
+  content = bytearray(file.read_bytes())
+  content[offset] ^= 1
+  file.write_bytes(content)
+
+
 def rows(folder, split):
   found = tfds.builder_from_directory(str(folder)).as_data_source(split)
   return [tuple(r['input_ids'][: r['length']].tolist()) for r in found]
@@ -154,7 +160,9 @@ def test_after_a_kill_only_the_rest_is_done(texts, vocabulary, made, tmp_path, m
 
 
 def test_a_last_phase_that_fails_is_done_again(texts, vocabulary, made, tmp_path, monkeypatch):
-  """Mutations: remove held-out rows before the manifest is there; trust a mark whose held-out rows are gone."""
+  """Mutations: remove held-out rows before the manifest is there; trust a mark whose held-out rows are gone or damaged,
+  or a damaged mark.
+  """
   options = {'holdout_rows': 10, 'spread': Spread(3)}
   calls, write = [], parts.write_manifest
 
@@ -165,12 +173,16 @@ def test_a_last_phase_that_fails_is_done_again(texts, vocabulary, made, tmp_path
     return write(*a)
 
   monkeypatch.setattr(parts, 'write_manifest', once)
-  for out in (tmp_path / 'out', tmp_path / 'other'):
+  for out in (tmp_path / 'out', tmp_path / 'other', tmp_path / 'flipped'):
     calls.clear()
     with pytest.raises(StorageError, match='cannot be written .*No space left'):
       prepare(texts, str(vocabulary), out, T, 'pairs', seed=3, **options)
     if out.name == 'other':
       (tmp_path / '.other.parts' / 'part-00000.held').unlink()
+    if out.name == 'flipped':
+      flip(tmp_path / '.flipped.parts' / 'part-00000.held', 20)
+      mark = tmp_path / '.flipped.parts' / 'part-00001.json'
+      flip(mark, mark.read_bytes().index(b'"counts"') + 20)
     prepare(texts, str(vocabulary), out, T, 'pairs', seed=3, **options)
     assert digests(out) == digests(made)
 

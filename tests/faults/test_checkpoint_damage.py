@@ -22,12 +22,20 @@ def two_steps(tmp_path_factory):
   return directory
 
 
-def check_damage(two_steps, work, name, how, offset):
+@pytest.fixture(scope='module')
+def two_of_a_bucket(tmp_path_factory):
+  """The same, with commit files."""
+  directory = tmp_path_factory.mktemp('bucket')
+  write(directory, (1, 2), commit_file=True)
+  return directory
+
+
+def check_damage(two_steps, work, name, how, offset, **kwargs):
   """Restores a damaged copy; True if the damage was detected."""
   shutil.rmtree(work, ignore_errors=True)
   shutil.copytree(two_steps, work)
   inflict(work, name, how, offset)
-  restored, metadata = restore(work)
+  restored, metadata = restore(work, **kwargs)
   step = int(metadata['step'])
   assert equal(restored, make_state(step)), f'{name} {how} {offset}: silently wrong'
   assert metadata == {**METADATA, 'step': step}
@@ -39,20 +47,23 @@ def is_data(name):
   return '/d/' in str(name)
 
 
-def test_damage_to_the_newest_step_is_detected_sample(two_steps, tmp_path):
+def test_damage_to_the_newest_step_is_detected_sample(two_steps, two_of_a_bucket, tmp_path):
   """Mutation: drop the comparison of `sha256` in `_read` (a flipped weight restores silently)."""
   cases = [c for i, c in enumerate(damages(two_steps, 2)) if i % 6 == 0 or (is_data(c[0]) and c[1] == 'flip')]
   found = [check_damage(two_steps, tmp_path / 'w', *case) for case in cases]
   assert sum(found) >= 3
-  shown = {str(name) for name, how, _ in cases if how == 'flip' and is_data(name)}
-  assert shown
+  assert {str(name) for name, how, _ in cases if how == 'flip' and is_data(name)}
+  for name, how, offset in list(damages(two_of_a_bucket, 2))[::12]:
+    check_damage(two_of_a_bucket, tmp_path / 'w', name, how, offset, commit_file=True)
 
 
 @pytest.mark.slow
-def test_damage_to_the_newest_step_is_detected_everywhere(two_steps, tmp_path):
-  """Mutation: as in the sample. Prints the figure of the README."""
-  cases = list(damages(two_steps, 2))
-  found = [check_damage(two_steps, tmp_path / 'w', *case) for case in cases]
+@pytest.mark.parametrize('commit_file', [False, True])
+def test_damage_to_the_newest_step_is_detected_everywhere(two_steps, two_of_a_bucket, tmp_path, commit_file):
+  """Mutation: as in the sample."""
+  steps = two_of_a_bucket if commit_file else two_steps
+  cases = list(damages(steps, 2))
+  found = [check_damage(steps, tmp_path / 'w', *case, commit_file=commit_file) for case in cases]
   print(f'\n{len(cases)} damages: {sum(found)} detected, {len(cases) - sum(found)} harmless, 0 silently wrong')
 
 

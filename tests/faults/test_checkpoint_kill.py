@@ -19,7 +19,10 @@ import jax
 from checkpointing import METADATA, make_state, place
 from compactlm_jax.checkpoint import Checkpoints
 
+started = []
+
 def event(name, step):
+  started.extend([step] if name == 'start' else [])
   if (name, step) == (point, 3):
     os.kill(os.getpid(), signal.SIGKILL)
   if (name, step) == ('deleting', 1) and point == 'half deleted':
@@ -35,12 +38,22 @@ if point == 'commit':
       os.kill(os.getpid(), signal.SIGKILL)
     await real_commit(path, **kwargs)
   execution.atomicity.on_commit_callback = commit
+if point == 'between shards':  # after two arrays, or parts of them, before the others
+  from orbax.checkpoint._src.serialization import serialization
+  write, arrays = serialization.async_serialize_from_host, []
+  async def dying(*args, **kwargs):
+    arrays.append(started[-1] == 3)
+    if sum(arrays) == 3:
+      os.kill(os.getpid(), signal.SIGKILL)
+    await write(*args, **kwargs)
+  serialization.async_serialize_from_host = dying
 with Checkpoints(directory, 2, commit_file=commit_file, on_event=event) as checkpoints:
   for step in (1, 2, 3):
     checkpoints.save(step, place(make_state(step), 2), METADATA, wait=True)
 """
 
-KILL_POINTS = [('digest', 2), ('manifest', 2), ('commit', 2), ('committed', 3), ('verified', 3), ('half deleted', 3)]
+KILL_POINTS = [('between shards', 2), ('digest', 2), ('manifest', 2), ('commit', 2), ('committed', 3), ('verified', 3),
+               ('half deleted', 3)]  # fmt: skip
 QUICK = ('digest', 'commit', 'half deleted')  # of the commit by a file; the others differ less from a rename
 
 

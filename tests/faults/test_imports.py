@@ -4,7 +4,9 @@ import os
 import subprocess
 import sys
 
+import pytest
 from every_task import ROOT
+from faulted_runs import OWN, TASKS
 from processes import FIELDS
 
 CODE = """
@@ -28,11 +30,16 @@ sys.exit(code)
 """
 
 
-def test_training_and_export_need_no_other_framework_and_warn_of_nothing(tmp_path):
+OTHERS = [task for task in TASKS if task not in ('finetune', 'lm')]  # of lm, a causal ConvBERT, there is no export
+
+
+@pytest.mark.parametrize('task', ['finetune', *(pytest.param(task, marks=pytest.mark.slow) for task in OTHERS)])
+def test_training_and_export_need_no_other_framework_and_warn_of_nothing(tmp_path, task):
   """Mutation: `import torch` in jobs/export.py, or warnings.warn('old') in train/loop.py."""
-  fields = [f'--config.{name}={value}' for name, value in {**FIELDS, 'steps': 2}.items()]
+  given = {**FIELDS, **OWN.get(task, {}), 'steps': 2, 'encoder.head_size': 4}
+  fields = [f'--config.{name}={value}' for name, value in given.items()]
   argv = ['train', f'--workdir={tmp_path}/run', f'{tmp_path}/run', f'--output={tmp_path}/out']
-  argv += [f'--config={ROOT}/configs/tiny.py:finetune', *fields]
+  argv += [f'--config={ROOT}/configs/tiny.py:{task}', *fields]
   env = {**os.environ, 'JAX_NUM_CPU_DEVICES': '1'}
   done = subprocess.run([sys.executable, '-c', CODE, *argv], cwd=ROOT, env=env, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr[-3000:]

@@ -75,7 +75,10 @@ def test_killed_runs_end_with_the_same_bits(tmp_path, uninterrupted, cache, task
 
 
 def test_a_stopped_run_saves_and_continues_with_the_same_bits(tmp_path, uninterrupted, cache):
-  """SIGTERM: exit 75 at that step; meanwhile a second run is refused. Mutation: leave without saving, or no lock."""
+  """SIGTERM: exit 75 at that step; meanwhile a second run is refused. In ten seconds.
+
+  Mutations: leave without saving, or no lock; look at signals after evaluations only.
+  """
   first = start(tmp_path, 'distill', cache)
   assert wait_for(first, tmp_path, 6), first.text()[-3000:]
   first.popen.send_signal(signal.SIGSTOP)  # holds the directory for as long as the second needs
@@ -85,7 +88,9 @@ def test_a_stopped_run_saves_and_continues_with_the_same_bits(tmp_path, uninterr
   assert 'Traceback' not in refused
   first.popen.send_signal(signal.SIGTERM)
   first.popen.send_signal(signal.SIGCONT)
+  asked = time.monotonic()
   said = finish(first, 75)
+  assert time.monotonic() - asked < 10
   done = read_metrics(tmp_path)[-1]['step']
   assert 6 <= done < STEPS and f'step {done} is saved' in said and 'Traceback' not in said
   assert (tmp_path / 'checkpoints' / str(done)).is_dir() and not (tmp_path / 'results.json').exists()

@@ -42,6 +42,7 @@ def keeper(metric='accuracy', higher=True, **fields):
 
 def offered(best, workdir, scores, weights=0):
   """Evaluations of step 1, 2, ... of (full, half) in a fresh run; returns best.json."""
+  workdir.mkdir(parents=True, exist_ok=True)
   best.start(workdir, 0)
   for step, (full, half) in enumerate(scores, 1):
     found = {best.metric: full, f'{best.metric}@{HALF}': half}
@@ -75,11 +76,13 @@ def test_losses_are_better_when_lower_and_a_fresh_run_starts_with_nothing(tmp_pa
     name: {'value': value, 'step': 1} for name, value in ((ALL, 14.0), ('1x1', 7.0), (HALF, 7.0))
   }
   assert float(load_params(tmp_path / 'best')[0]['classifier']['kernel'][0, 0]) == 10
-  (workdir / 'best.json').write_text('{')
-  with pytest.raises(StorageError, match='best.json'):
-    read_best(workdir)
+  for content in ('{', '{"all": 1}', '{"all": {"value": "0.5", "step": 1}}', '{"all": {"value": NaN, "step": 1}}'):
+    (workdir / 'best.json').write_text(content)
+    with pytest.raises(StorageError, match='best.json'):
+      read_best(workdir)
   off = keeper(keep=False)
-  assert not offered(off, epath.Path(tmp_path / 'off'), [(0.5, 0.5)]) and not (tmp_path / 'off').exists()
+  assert not offered(off, epath.Path(tmp_path / 'off'), [(0.5, 0.5)])
+  assert not list((tmp_path / 'off').iterdir())
 
 
 FIRST = (0.5, 0.3)
@@ -195,6 +198,17 @@ def test_killed_while_it_takes_over_it_does_so_again(stage, tmp_path, monkeypatc
     assert not read_best(killed)
   assert offered(keeper(before=str(stage)), killed, [(0.1, 0.9)], weights=5) == expected
   assert contents(killed) == contents(tmp_path / 'whole')
+
+
+def test_a_record_that_is_gone_is_no_fresh_start(tmp_path):
+  """Else a worse network would take the place of the best one. Mutation: take a missing record for an empty one."""
+  workdir = epath.Path(tmp_path)
+  keeper().start(workdir, 0)
+  keeper().start(workdir, 1)  # killed before its first evaluation
+  offered(keeper(), workdir, [FIRST])
+  (workdir / 'best.json').unlink()
+  with pytest.raises(StorageError, match='best.json is gone'):
+    keeper().start(workdir, 1)
 
 
 def test_what_the_stage_before_kept_must_be_there(stage, tmp_path):

@@ -136,6 +136,30 @@ def test_a_finished_output_is_kept_and_others_are_not_touched(model, tmp_path, m
   assert 0 < len(output.read_bytes()) < len(before)
 
 
+@pytest.mark.parametrize(('old', 'new'), [(b'\n', b'\nx'), (b'"rows"', b'"rats"'), (b'{', b'['), (b'', b'')])
+def test_damaged_shards_are_made_again(model, tmp_path, monkeypatch, old, new):
+  """Mutation: trust whatever the folder of shards holds."""
+  source, _ = write_table(tmp_path)
+  whole = run_augment(source, model, str(tmp_path / 'whole.tsv'), OPTIONS)
+  with monkeypatch.context() as patch, pytest.raises(RuntimeError, match='killed'):
+    patch.setattr(module, '_join', lambda *args: (_ for _ in ()).throw(RuntimeError('killed')))
+    run_augment(source, model, str(tmp_path / 'out.tsv'), OPTIONS)
+  shard = next(tmp_path.glob('.out*/000000'))
+  shard.write_bytes(shard.read_bytes().replace(old, new, 1) if old else b'')
+  assert run_augment(source, model, str(tmp_path / 'out.tsv'), OPTIONS) == whole
+  assert (tmp_path / 'out.tsv').read_bytes() == (tmp_path / 'whole.tsv').read_bytes()
+
+
+def test_a_report_that_is_damaged_is_not_believed(model, tmp_path):
+  """Mutation: make counts of whatever stands there."""
+  source, _ = write_table(tmp_path)
+  run_augment(source, model, str(tmp_path / 'out.tsv'), OPTIONS)
+  report = tmp_path / 'out.tsv.json'
+  report.write_text(report.read_text().replace('"rows":', '"rats":'))
+  with pytest.raises(ConfigError, match='exists and was made in another way'):
+    run_augment(source, model, str(tmp_path / 'out.tsv'), OPTIONS)
+
+
 def test_a_call_that_was_killed_while_it_cleared_its_shards_is_over(model, tmp_path, monkeypatch):
   """Mutation: take any folder of shards for an output that is not finished."""
   source, _ = write_table(tmp_path)

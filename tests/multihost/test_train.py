@@ -125,6 +125,25 @@ def test_another_number_of_processes_goes_on(tmp_path, whole, before, after):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('task', ['electra', 'mlm', 'lm', 'distill', 'prune', 'adapt'])
+def test_every_task_goes_on_in_two_processes_of_two_devices(tmp_path, task):
+  """Stopped on four devices of one process; the next 20 losses within 1e-5. Mutation: restore the own rows only."""
+  fields = {'encoder.head_size': 4, 'adapt.depths': '1', 'adapt.importance_batches': 2, 'adapt.stages': 'depth'}
+  fields = {name: value for name, value in fields.items() if task == 'adapt' or 'adapt' not in name}
+  processes.run(tmp_path / 'whole', 1, devices=4, variant=task, fields=fields)
+  run = tmp_path / 'run'
+  job = processes.start(run, 1, devices=4, variant=task, fields=fields)
+  processes.wait_for(job, run, 3)
+  job[0].popen.send_signal(signal.SIGTERM)
+  processes.finish(job, 75)
+  stopped = processes.losses(run)[-1][0]
+  said = processes.run(run, 2, devices=4, variant=task, fields=fields)
+  assert f'resuming at step {stopped} ' in said[0]
+  assert stopped <= 40
+  close(processes.losses(run)[: stopped + 20], processes.losses(tmp_path / 'whole')[: stopped + 20])
+
+
+@pytest.mark.slow
 def test_four_processes_pre_train_as_one(tmp_path):
   """Replaced-token detection, and parameters in slices over the hosts. Mutation: gather no leaf before a save."""
   fields = {'steps': 6, 'checkpoint_every': 3, 'encoder.head_size': 4}
