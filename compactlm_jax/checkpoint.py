@@ -382,6 +382,7 @@ def _read(path: epath.Path, leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
     context.multiprocessing.active_processes = {jax.process_index()}
     context.multiprocessing.primary_host = jax.process_index()
     context.multiprocessing.barrier_sync_key_prefix = f'read{jax.process_index()}'
+  stepdir.hush_late_reads()
   try:
     with context:
       arrays = named_leaves(ocp.load_checkpointables(path, {'state': nested(like)})['state'])

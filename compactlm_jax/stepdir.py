@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -109,6 +110,24 @@ def reporting_damage(path: epath.Path) -> Iterator[None]:
     yield
   except DamagedError as e:
     log.error('checkpoint %s is damaged: %s', path, e)
+
+
+def hush_late_reads() -> None:
+  """Silences, from now on, the reads that Orbax abandons when one of them fails.
+
+  Orbax closes its event loop under them; each then complains of that on stderr, by a traceback without a name, from a
+  thread that nobody waits for. The failure itself is raised and reported.
+  """
+  before = sys.unraisablehook
+  if getattr(before, 'hushes_late_reads', False):
+    return
+
+  def hook(unraisable: sys.UnraisableHookArgs) -> None:
+    if not (isinstance(unraisable.exc_value, RuntimeError) and 'Event loop is closed' in str(unraisable.exc_value)):
+      before(unraisable)
+
+  hook.hushes_late_reads = True  # type: ignore[attr-defined]
+  sys.unraisablehook = hook
 
 
 def public_metadata(manifest: Mapping[str, Any]) -> dict[str, Any]:

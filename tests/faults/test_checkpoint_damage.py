@@ -1,6 +1,8 @@
 """Damaged checkpoints and full disks: detected, named, and answered by the step before."""
 
 import shutil
+import sys
+import types
 
 import pytest
 from checkpointing import METADATA, abstract, equal, flip_weight, make_state, restore, snapshot, write
@@ -9,9 +11,6 @@ from damaging import FullDisk, damages, inflict
 from compactlm_jax import checkpoint
 from compactlm_jax.checkpoint import Checkpoints, load_params
 from compactlm_jax.errors import ConfigError, StorageError
-
-# Where several leaves fail at once, Orbax closes its event loop under the other reads, which then complain unheard.
-pytestmark = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 
 
 @pytest.fixture(scope='module')
@@ -84,6 +83,18 @@ def test_a_flipped_weight_is_named_and_the_older_step_restored(two_steps, tmp_pa
     flip_weight(work, 2)
     restored, _ = checkpoints.restore(abstract(write_again))
   assert equal(restored, make_state(1)) and (work / '2.bad2').is_dir()
+
+
+def test_reads_that_orbax_abandons_are_not_heard(two_steps, monkeypatch):
+  """Where several leaves fail at once, it closes its event loop under the other reads. Mutation: drop the hook."""
+  heard = []
+  monkeypatch.setattr(sys, 'unraisablehook', lambda unraisable: heard.append(unraisable.exc_value))
+  for _ in range(2):
+    restore(two_steps)
+  chained = sys.unraisablehook
+  for error in (RuntimeError('Event loop is closed'), RuntimeError('other'), ValueError('Event loop is closed')):
+    chained(types.SimpleNamespace(exc_value=error))
+  assert [str(error) for error in heard] == ['other', 'Event loop is closed']
 
 
 def test_metadata_is_protected_as_well(two_steps, tmp_path):
