@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 
 from compactlm_jax.data.glue_tasks import TASKS, GlueSplit, GlueTask, glue_split
-from compactlm_jax.data.table import Table, numbered_lines
+from compactlm_jax.data.table import Table, header_of, numbered_lines
 from compactlm_jax.data.text import hf_records, tfds_records
 from compactlm_jax.errors import ConfigError, DataError, NumericsError
 
@@ -151,7 +151,7 @@ def _file_rows(task: GlueTask, part: GlueSplit, file: epath.Path) -> Iterator[_R
 
 
 def _columns(task: GlueTask, labelled: bool, file: epath.Path, cells: Sequence[str]) -> list[str]:
-  columns = [c.strip() for c in cells]
+  columns = header_of(cells, str(file))
   for name in (*task.texts, *((task.label,) if labelled else ())):
     if name not in columns:
       raise DataError(f'{file}: no column {name!r}; columns are {", ".join(columns)}. Is it the file of {task.folder}?')

@@ -176,7 +176,7 @@ def _tsv(file: epath.Path) -> Iterator[tuple[int, dict[str, Any]]]:
     if not line.strip() and (header is None or len(header) == 1 or len(cells) != len(header)):
       continue
     if header is None:
-      header = _header(cells, f'{file}:{number}')
+      header = header_of(cells, f'{file}:{number}')
     elif len(cells) != len(header):
       raise DataError(f'{file}:{number}: {len(cells)} columns, but the header has {len(header)} ({", ".join(header)})')
     else:
@@ -186,8 +186,16 @@ def _tsv(file: epath.Path) -> Iterator[tuple[int, dict[str, Any]]]:
     last = number
 
 
-def _header(cells: Sequence[str], where: str) -> list[str]:
-  """The names of columns; those without a name, as behind tabs at the end of the line, are nobody's."""
+def header_of(cells: Sequence[str], where: str) -> list[str]:
+  """The names of columns; those without a name, as behind tabs at the end of the line, are nobody's.
+
+  Args:
+    cells: of the first line.
+    where: the file, for the message.
+
+  Raises:
+    DataError: two have one name.
+  """
   header = [c.strip() for c in cells]
   if twice := next((name for name in header if name and header.count(name) > 1), ''):
     raise DataError(f'{where}: two columns are named {twice!r}; rename or remove one of them')

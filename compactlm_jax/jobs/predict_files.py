@@ -36,6 +36,10 @@ Answer = dict[str, Any]
 """Column -> value of a row of the output; None is an empty cell."""
 
 
+_CHUNK_CHARS = 1 << 24
+"""Characters that are in memory at a time, with one row more: rows may be as long as a megabyte."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Answerer:
   """What turns rows into answers.
@@ -121,7 +125,7 @@ def _write(target: epath.Path, rows: Iterator[Row], answerer: Answerer) -> str:
   started, usage, empty, written = time.monotonic(), Usage(), 0, 0
   try:
     with whole_file(target) as draft, draft.open('w', encoding='utf-8') as file, _bar() as bar:
-      while chunk := list(itertools.islice(rows, CHUNK)):
+      for chunk in _chunks(rows):
         readable = [answerer.readable(text.strip() for text in texts) for _, texts in chunk]
         full = list(itertools.compress(chunk, readable))
         answers, used = answerer.answer(full) if full else ([], Usage())
@@ -135,6 +139,20 @@ def _write(target: epath.Path, rows: Iterator[Row], answerer: Answerer) -> str:
   except OSError as e:
     raise StorageError(f'{target}: cannot be written ({e.strerror or e}); nothing was left there') from e
   return _summary(target, written, empty, usage, time.monotonic() - started)
+
+
+def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
+  """CHUNK rows at a time, or as many as have _CHUNK_CHARS."""
+  chunk: list[Row] = []
+  chars = 0
+  for row in rows:
+    chunk.append(row)
+    chars += sum(map(len, row[1]))
+    if len(chunk) == CHUNK or chars >= _CHUNK_CHARS:
+      yield chunk
+      chunk, chars = [], 0
+  if chunk:
+    yield chunk
 
 
 def _summary(target: epath.Path, written: int, empty: int, usage: Usage, seconds: float) -> str:

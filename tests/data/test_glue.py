@@ -166,6 +166,7 @@ RTE = HEADERS['rte'][0] + '\n'
       'index\tsentence1\tsentence2\n0\ta\tb\n',
       "tsv: no column 'label'; columns are index, sentence1, sentence2",
     ),
+    ('rte', 'index\tsentence1\tsentence2\tlabel\tlabel\n', "two columns are named 'label'"),
     ('rte', HEADERS['qnli'][0] + '\n0\ta\tb\tentailment\n', "tsv: no column 'sentence1'.*the file of RTE"),
     ('rte', RTE, 'tsv: no rows'),
     ('rte', '', 'tsv: no rows'),

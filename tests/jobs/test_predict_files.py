@@ -55,6 +55,13 @@ def test_every_kind_of_file_gives_the_predictions_of_the_function(name, models, 
   assert sorted(p.name for p in tmp_path.iterdir()) == sorted([name, 'out.tsv'])
 
 
+def test_few_long_rows_are_in_memory_at_a_time():
+  """Mutations: count rows only; drop what is left at the end."""
+  rows = [('', ('a' * size,)) for size in (1, 9 << 20, 9 << 20, 1, 20 << 20, 5)]
+  assert [len(chunk) for chunk in module._chunks(iter(rows))] == [3, 2, 1]
+  assert [len(chunk) for chunk in module._chunks(iter(rows[:1] * 5000))] == [4096, 904]
+
+
 @pytest.mark.parametrize('name', ['in.txt.tsv', 'in.txt.jsonl', 'in.tsv.txt.gz'])
 def test_the_last_ending_is_the_kind_of_a_file(name, models, tmp_path):
   """Mutation: look at two endings (the header becomes a row)."""
