@@ -1,7 +1,10 @@
-"""JSON that this library did not write, or that may be damaged since: one reader, so that all of it fails alike."""
+"""JSON that this library did not write, or that may be damaged since: one reader, so that all of it fails alike; and
+the digest that proves it.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from typing import Any
@@ -31,6 +34,11 @@ def parse_json(content: str | bytes) -> Any:
 def parse_row(content: str | bytes) -> Any:
   """As `parse_json`, but numbers may be NaN and infinities: rows of tables, records of runs."""
   return _parsed(content)
+
+
+def json_digest(content: Any) -> str:
+  """SHA-256 (hex) of a JSON-able value; the order of names in objects does not matter."""
+  return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _parsed(content: str | bytes, **hooks: Any) -> Any:

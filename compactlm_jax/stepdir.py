@@ -22,7 +22,7 @@ import numpy as np
 from etils import epath
 
 from compactlm_jax.errors import ConfigError, StorageError
-from compactlm_jax.parse import parse_json
+from compactlm_jax.parse import json_digest, parse_json
 from compactlm_jax.storage import children, copy_folder
 
 log = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ def build_manifest(step: int, metadata: Mapping[str, Any], host: Mapping[str, np
   """
   leaves = {name: {'shape': list(x.shape), 'dtype': x.dtype.name, 'sha256': sha256(x)} for name, x in host.items()}
   body = json.loads(json.dumps({'format': 1, 'step': step, 'metadata': dict(metadata), 'leaves': leaves}))
-  return {**body, 'sha256': _sha256_json(body)}
+  return {**body, 'sha256': json_digest(body)}
 
 
 def read_manifest(path: epath.Path, step: int) -> dict[str, Any]:
@@ -166,7 +166,7 @@ def read_manifest(path: epath.Path, step: int) -> dict[str, Any]:
   try:
     manifest = parse_json((path / MANIFEST).read_bytes())
     body = {k: v for k, v in manifest.items() if k != 'sha256'}
-    if manifest['sha256'] != _sha256_json(body):
+    if manifest['sha256'] != json_digest(body):
       raise DamagedError(f'{MANIFEST}: digest differs')
     if body['step'] != step or body['format'] != 1:
       raise DamagedError(f'{MANIFEST}: is of step {body["step"]}, format {body["format"]}')
@@ -186,7 +186,7 @@ def copy_step(source: epath.Path, target: epath.Path) -> None:
   manifest = read_manifest(source, int(source.name))
   copy_folder(source, target)
   body = {**{k: v for k, v in manifest.items() if k != 'sha256'}, 'step': int(target.name)}
-  (target / MANIFEST).write_text(json.dumps({**body, 'sha256': _sha256_json(body)}))
+  (target / MANIFEST).write_text(json.dumps({**body, 'sha256': json_digest(body)}))
 
 
 def check_same_leaves(path: epath.Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -213,7 +213,3 @@ def check_same_leaves(path: epath.Path, saved: Mapping[str, Any], wanted: Mappin
 def sha256(x: np.ndarray) -> str:
   """Digest of the bytes of an array."""
   return hashlib.sha256(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data).hexdigest()
-
-
-def _sha256_json(body: Mapping[str, Any]) -> str:
-  return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

@@ -25,7 +25,7 @@ from compactlm_jax.data.rows import Counts, make_examples
 from compactlm_jax.data.tokenizer import Tokenizer
 from compactlm_jax.errors import CompactLMError, ConfigError, DataError, StorageError
 from compactlm_jax.filenames import TOKENIZER_FILES
-from compactlm_jax.parse import parse_json
+from compactlm_jax.parse import json_digest, parse_json
 from compactlm_jax.storage import absolute, children, is_remote, write_whole
 
 log = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ class Plan:
   @property
   def key(self) -> str:
     """Names the settings in the marks of parts."""
-    return _digest(self.settings)
+    return json_digest(self.settings)
 
   def describes(self, settings: Mapping[str, Any]) -> bool:
     """Whether a manifest with these settings is of this plan; the files are compared too, unless in a bucket."""
@@ -224,7 +224,7 @@ def _write(plan: Plan, part: Part, tokenizer: Tokenizer, workers: int, on_bytes:
     'shard': dataclasses.asdict(found[0]),
     'held': hashlib.sha256(b''.join(held)).hexdigest(),
   }
-  write_whole(folder / _mark(part), json.dumps({**mark, 'sha256': _digest(mark)}))
+  write_whole(folder / _mark(part), json.dumps({**mark, 'sha256': json_digest(mark)}))
 
 
 def finish(plan: Plan, tokenizer: Tokenizer) -> Manifest:
@@ -299,17 +299,13 @@ def _read_mark(plan: Plan, part: Part) -> dict[str, Any] | None:
   file = epath.Path(plan.folder) / _mark(part)
   try:
     mark = parse_json(file.read_bytes())
-    if mark.pop('sha256') != _digest(mark) or mark['key'] != plan.key:
+    if mark.pop('sha256') != json_digest(mark) or mark['key'] != plan.key:
       return None
     held = (file.parent / _held(part)).read_bytes() if part.holdout_rows else b''
     whole = (file.parent / mark['shard']['file']).exists() and hashlib.sha256(held).hexdigest() == mark['held']
     return mark if whole else None
   except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
     return None
-
-
-def _digest(content: Mapping[str, Any]) -> str:
-  return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _mark(part: Part) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from compactlm_jax.data import text
 from compactlm_jax.errors import ConfigError, first_line
 from compactlm_jax.filenames import TOKENIZER_FILES
-from compactlm_jax.parse import parse_json
+from compactlm_jax.parse import json_digest, parse_json
 from compactlm_jax.storage import require_inside
 
 SPECIAL_TOKENS = ('[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]')
@@ -71,7 +70,7 @@ class Tokenizer:
       'pre_tokenizer': state['pre_tokenizer'],
       'special': [self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id],
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+    return json_digest(parts)
 
   def save(self, folder: Any) -> None:
     """Copies the original tokenizer files into `folder`, which is made if need be."""

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from compactlm_jax import storage
+from compactlm_jax.parse import json_digest
 from compactlm_jax.plan.program import Collective, Overflow, Program
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ def cache_key(config: Mapping[str, Any], topology: str, **more: Any) -> str:
     'sources': sources.hexdigest(),
     **more,
   }
-  return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+  return json_digest(content)
 
 
 def load(key: str) -> Program | Overflow | None:

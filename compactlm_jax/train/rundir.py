@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import hashlib
 import json
 import logging
 import os
@@ -24,7 +23,7 @@ from etils import epath
 from compactlm_jax.config import RunConfig, from_config_dict, to_json
 from compactlm_jax.distributed import group
 from compactlm_jax.errors import CompactLMError, ConfigError, LockedError, StorageError
-from compactlm_jax.parse import parse_json
+from compactlm_jax.parse import json_digest, parse_json
 from compactlm_jax.stepdir import StepDirectory
 from compactlm_jax.storage import free_bytes, is_remote, own_error, write_whole
 from compactlm_jax.train.agree import agree_on_run, flat, on_first_process, share_directory, versions
@@ -367,7 +366,7 @@ def _versions() -> dict[str, Any]:
 
 
 def _hash(config: Mapping[str, Any]) -> str:
-  return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+  return json_digest(config)[:16]
 
 
 def _now() -> str:
