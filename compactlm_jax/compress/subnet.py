@@ -36,8 +36,8 @@ def kept_layers(num_layers: int, depth: float) -> tuple[int, ...]:
   """Numbers, from 0, of the layers of a sub-network: floor(i / depth) for i < round(depth * layers), as published.
 
   12 layers at .75 keep 0, 1, 2, 4, 5, 6, 8, 9, 10; the last layer goes at every depth below 1, unless the count is
-  rounded up. The share is read as the nearest fraction of small numbers (.6667 is 2/3) and all else is exact; a half is
-  rounded to the even number.
+  rounded up. The numbers take the share as the nearest fraction of small numbers (.6667 is 2/3) and are exact; the
+  count takes it as it is, and rounds a half to the even number.
 
   Args:
     num_layers: layers of the full network.
@@ -51,10 +51,10 @@ def kept_layers(num_layers: int, depth: float) -> tuple[int, ...]:
       f'config.adapt.depths: {depth:g} of {num_layers} layers: a sub-network cannot have more layers than there are, '
       'nor none; use shares in (0, 1]'
     )
-  share = Fraction(depth).limit_denominator(max(100, 2 * num_layers))
-  count = round(share * num_layers)
+  count = round(depth * num_layers)
   if not count:
     raise ConfigError(f'config.adapt.depths: {depth:g} of {num_layers} layers is none; use a larger share')
+  share = Fraction(depth).limit_denominator(max(100, 2 * num_layers))  # off by < .5 / num_layers, and not 0
   return tuple(i * share.denominator // share.numerator for i in range(count))
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from ragged import ENCODERS, SMALL, assert_same, masked, masks_of, outputs, random_tree
 
@@ -61,15 +61,17 @@ def test_kept_layers_of_the_published_depths(layers, depth, kept):
 
 @settings(deadline=None)
 @given(st.integers(1, 60), st.integers(1, 1000))
+@example(1, 501)
+@example(3, 167)
 def test_kept_layers_start_with_the_first_and_rise(layers, thousandths):
-  """Mutation: round the share up, or one layer more: the last number then is `layers`."""
+  """Mutation: round the share up, or one layer more: the last number then is `layers`; count 501/1000 as 1/2."""
   depth = thousandths / 1000
   if not round(depth * layers):
     with pytest.raises(ConfigError, match='adapt.depths'):
       kept_layers(layers, depth)
     return
   kept = kept_layers(layers, depth)
-  assert kept[0] == 0 and kept[-1] < layers
+  assert len(kept) == round(depth * layers) and kept[0] == 0 and kept[-1] < layers
   assert all(a < b for a, b in zip(kept, kept[1:]))
 
 

@@ -54,7 +54,8 @@ def test_what_should_not_be_ends_the_script_with_1(change, problem, tmp_path, mo
     **{'kills': 4, 'redone': [1], 'finished': 2, 'equal': 2, 'replayed': 9, 'left': 2.0, **change}
   )
   monkeypatch.setattr(sys, 'path', [*sys.path])
-  monkeypatch.setitem(sys.modules, 'fault_damage', types.SimpleNamespace(figures=None))
+  for section in ('fault_damage', 'fuzz'):
+    monkeypatch.setitem(sys.modules, section, types.SimpleNamespace(figures=print))
   faults = load('faults')
   monkeypatch.setattr(faults, 'RESULTS', tmp_path / 'faults.json')
   monkeypatch.setattr(

@@ -177,14 +177,18 @@ def test_a_supervisor_with_the_process_id_of_the_one_before(host):
 
 
 @pytest.fixture
-def hangups():
-  """Tests under `nohup` ignore them, and with them what they start."""
-  before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+def ordinary_signals():
+  """Tests under `nohup` or in the background ignore a hang-up or Ctrl-C, and with them what they start."""
+  numbers = (signal.SIGHUP, signal.SIGINT)
+  before = [signal.getsignal(number) for number in numbers]
+  for number, handler in zip(numbers, (signal.SIG_DFL, signal.default_int_handler)):
+    signal.signal(number, handler)
   yield
-  signal.signal(signal.SIGHUP, before)
+  for number, handler in zip(numbers, before):
+    signal.signal(number, handler)
 
 
-@pytest.mark.usefixtures('hangups')
+@pytest.mark.usefixtures('ordinary_signals')
 @pytest.mark.parametrize(
   'number,state', [(signal.SIGTERM, 'lost'), (signal.SIGHUP, 'lost'), (signal.SIGINT, 'exited 75')]
 )
@@ -209,7 +213,7 @@ def signalled(host, path, number, when):
   return host.worker('supervise', 'compactlm', **hook).returncode
 
 
-@pytest.mark.usefixtures('hangups')
+@pytest.mark.usefixtures('ordinary_signals')
 @pytest.mark.parametrize('number,state', [('TERM', 'lost'), ('HUP', 'lost'), ('INT', 'exited 75')])
 def test_a_signal_before_the_first_attempt(host, tmp_path, number, state):
   """As in a pause, from the moment that the process id is known. Mutation: `attempt` does not look before it starts."""
