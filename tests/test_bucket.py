@@ -19,6 +19,7 @@ from compactlm_jax.data.prepare import prepare
 from compactlm_jax.data.source import open_dataset
 from compactlm_jax.data.wordpiece import train_wordpiece
 from compactlm_jax.errors import DataError, LockedError, PreemptedError, StorageError
+from compactlm_jax.interop.writing import write_export
 from compactlm_jax.jobs import run_export, run_train
 from compactlm_jax.jobs.evaluate import run_evaluate
 from compactlm_jax.metrics import read_metrics
@@ -137,7 +138,9 @@ def test_a_run_in_a_bucket_is_the_run_on_a_disk(data, tmp_path, monkeypatch):
 
   evaluated = run_evaluate(config, str(run), output=str(data / 'scores'))
   assert json.loads((data / 'scores' / 'results.json').read_text())['metrics'] == evaluated['metrics']
+  write_export({'model.sparse.safetensors': b'of an earlier export'}, data / 'exported')
   run_export(str(run), str(data / 'exported'), latency=False)
+  assert 'model.sparse.safetensors' not in names(data / 'exported')
   bundle = clm.from_pretrained(data / 'exported')
   assert bundle.tokenizer is not None
   ours, theirs = (params['encoder']['embeddings']['word'] for params in (bundle.params, load_params(run)[0]))

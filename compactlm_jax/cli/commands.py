@@ -30,10 +30,11 @@ def _demo(values: flags.FlagValues) -> str:
 def _prepare(values: flags.FlagValues) -> str:
   from compactlm_jax.data.parts import Spread
   from compactlm_jax.data.prepare import prepare
+  from compactlm_jax.jobs.models import tokenizer_folder
 
   manifest = prepare(
     values.input,
-    values.tokenizer,
+    str(tokenizer_folder(values.tokenizer)),
     values.output,
     values.seq_len,
     values.mode,
@@ -53,7 +54,7 @@ def _prepare(values: flags.FlagValues) -> str:
 def _tokenizer(values: flags.FlagValues) -> str:
   from compactlm_jax.data.wordpiece import train_wordpiece
 
-  made = train_wordpiece(values.input, values.vocab_size, values.output, lowercase=values.lowercase)
+  made = train_wordpiece(values.input, values.vocab_size, values.output, values.lowercase, overwrite=values.overwrite)
   return f'{values.output}: {made.vocab_size:,} word pieces'
 
 
@@ -247,6 +248,7 @@ COMMANDS = {
       number('vocab_size', None, 'Word pieces, special tokens included.'),
       text('output', None, 'Folder to write.'),
       lambda values: flags.DEFINE_bool('lowercase', True, 'Lower-case and strip accents.', flag_values=values),
+      switch('overwrite', 'Replace another tokenizer.'),
     ),
     ('input', 'vocab_size', 'output'),
     _tokenizer,

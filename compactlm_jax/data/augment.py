@@ -110,7 +110,7 @@ def find_words(
     A Text for each.
   """
   found = []
-  for text, encoding in zip(texts, tokenizer.backend.encode_batch(list(texts), add_special_tokens=False), strict=True):
+  for text, encoding in zip(texts, tokenizer.encodings(texts), strict=True):
     pieces = zip(encoding.word_ids, encoding.offsets, range(len(encoding.ids)), strict=True)
     words = []
     for _, group in itertools.groupby(pieces, key=lambda piece: piece[0]):

@@ -74,7 +74,7 @@ def _tokenized(
   """Token ids of each line in order, the first of each word marked; None after each document."""
 
   def encode(chunk: list[str]) -> list[list[int] | None]:
-    encodings = iter(tokenizer.backend.encode_batch([line for line in chunk if line], add_special_tokens=False))
+    encodings = tokenizer.encodings(line for line in chunk if line)
     return [_marked(line, next(encodings)) if line else None for line in chunk]
 
   # The encoder runs outside the interpreter lock, so threads are enough, and nothing is forked or pickled.

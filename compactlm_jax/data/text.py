@@ -238,7 +238,7 @@ def record_lines(texts: Iterable[Any], name: str, on_bytes: OnBytes) -> Iterator
       except UnicodeDecodeError as e:
         raise DataError(f'{name}: record {index} is not UTF-8 at byte offset {e.start}') from e
     elif isinstance(text, str):
-      on_bytes(len(text))
+      on_bytes(len(text.encode('utf-8', 'surrogatepass')))
     else:
       raise DataError(f'{name}: record {index} holds {type(text).__name__} instead of text; is it damaged?')
     for line in text.split('\n'):

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import tokenizers
@@ -57,10 +57,17 @@ class Tokenizer:
       encode = self.backend.encode_batch_fast
       return [e.ids for part in text.in_parts(texts) for e in encode(part, add_special_tokens=False)]
 
+  def encodings(self, texts: Iterable[str]) -> Iterator[tokenizers.Encoding]:
+    """As `encode`, with the offsets and the words of the tokens."""
+    for part in text.in_parts(texts):
+      with _no_panic(self.folder):
+        found = self.backend.encode_batch(part, add_special_tokens=False)
+      yield from found
+
   def fingerprint(self) -> str:
     """SHA-256 (hex) over vocabulary, normaliser, splitting and special ids: equal iff texts get equal ids."""
     state = json.loads(self.backend.to_str())
-    # Vocabulary.txt and tokenizer.json of one tokenizer must agree, so only what changes ids is digested.
+    # vocab.txt and tokenizer.json of one tokenizer must agree, so only what changes ids is digested.
     model = {k: v for k, v in state['model'].items() if k not in ('vocab', 'merges')}
     parts = {
       'vocab': sorted((i, t) for t, i in self.backend.get_vocab(with_added_tokens=True).items()),

@@ -14,8 +14,6 @@ from compactlm_jax.data.squad import Question, Questions
 from compactlm_jax.data.tokenizer import Tokenizer
 from compactlm_jax.errors import ConfigError
 
-_BATCH = 1000
-
 log = logging.getLogger(__name__)
 
 
@@ -227,10 +225,9 @@ def _distinct(texts: Sequence[str]) -> tuple[list[str], np.ndarray]:
 
 def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[list[list[int]], list[np.ndarray]]:
   ids, offsets = [], []
-  for start in range(0, len(texts), _BATCH):
-    for found in tokenizer.backend.encode_batch(list(texts[start : start + _BATCH]), add_special_tokens=False):
-      ids.append(found.ids)
-      offsets.append(np.asarray(found.offsets, np.int32).reshape(-1, 2))
+  for found in tokenizer.encodings(texts):
+    ids.append(found.ids)
+    offsets.append(np.asarray(found.offsets, np.int32).reshape(-1, 2))
   return ids, offsets
 
 

@@ -22,6 +22,7 @@ from compactlm_jax.data.tokenizer import (
 )
 from compactlm_jax.errors import ConfigError, DataError
 from compactlm_jax.filenames import TOKENIZER_FILES
+from compactlm_jax.storage import write_whole
 
 _BATCH = 1000
 
@@ -50,18 +51,16 @@ def train_wordpiece(
     min_frequency: occurrences that a merged token needs.
     max_alphabet: distinct characters kept, the most frequent; words with others become [UNK].
     model_max_length: written into tokenizer_config.json.
-    overwrite: replace tokenizer files in `output`.
+    overwrite: replace the files of another tokenizer in `output`.
 
   Returns:
     The tokenizer, read back from `output`.
 
   Raises:
-    ConfigError: vocab_size is too small, or `output` already holds a tokenizer.
+    ConfigError: vocab_size is too small, or `output` holds another tokenizer than the one that this call makes.
     DataError: no text.
   """
   target = epath.Path(output)
-  if not overwrite and any((target / name).exists() for name in TOKENIZER_FILES):
-    raise ConfigError(f'{target} already holds a tokenizer; choose another output or set overwrite')
   if vocab_size < len(SPECIAL_TOKENS) + 4:
     raise ConfigError(f'vocab_size {vocab_size} is too small; use at least {len(SPECIAL_TOKENS) + 4}')
   sources = text.open_text(inputs)
@@ -81,7 +80,8 @@ def train_wordpiece(
   scratch.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
   scratch.train_from_iterator(_batches(sources, 'count words'), trainer)
   vocab = scratch.get_vocab(with_added_tokens=True)
-  _write_folder(target, dict(sorted(vocab.items(), key=lambda item: item[1])), lowercase, model_max_length)
+  files = _files(dict(sorted(vocab.items(), key=lambda item: item[1])), lowercase, model_max_length)
+  _write(files, target, overwrite)
   return load_tokenizer(target)
 
 
@@ -109,8 +109,19 @@ def _alphabet(sources: Sequence[text.TextSource], normalizer: normalizers.BertNo
   return sorted(chars[:limit])
 
 
-def _write_folder(target: epath.Path, vocab: dict[str, int], lowercase: bool, model_max_length: int) -> None:
+def _write(files: dict[str, bytes], target: epath.Path, overwrite: bool) -> None:
+  for name in () if overwrite else TOKENIZER_FILES:
+    if (target / name).exists() and (target / name).read_bytes() != files.get(name):
+      raise ConfigError(f'{target} holds another tokenizer ({name} differs); choose another output or set overwrite')
   target.mkdir(parents=True, exist_ok=True)
+  for name in set(TOKENIZER_FILES) - set(files):
+    (target / name).unlink(missing_ok=True)
+  for name, content in files.items():
+    write_whole(target / name, content)
+
+
+def _files(vocab: dict[str, int], lowercase: bool, model_max_length: int) -> dict[str, bytes]:
+  """In the order in which they are written: settings first, so that no half of a folder is read with others."""
   special = {f'{role}_token': token for role, token in zip(ROLES, SPECIAL_TOKENS, strict=True)}
   config = {
     'do_lower_case': lowercase,
@@ -120,7 +131,9 @@ def _write_folder(target: epath.Path, vocab: dict[str, int], lowercase: bool, mo
     'tokenizer_class': 'BertTokenizer',
     **special,
   }
-  (target / 'vocab.txt').write_bytes(''.join(t + '\n' for t in vocab).encode('utf-8'))
-  (target / 'tokenizer.json').write_bytes(bert_backend(vocab, config).to_str(pretty=True).encode('utf-8'))
-  for name, value in (('tokenizer_config.json', config), ('special_tokens_map.json', special)):
-    (target / name).write_text(json.dumps(value, indent=2, sort_keys=True) + '\n')
+  settings = {'tokenizer_config.json': config, 'special_tokens_map.json': special}
+  return {
+    **{name: (json.dumps(value, indent=2, sort_keys=True) + '\n').encode() for name, value in settings.items()},
+    'tokenizer.json': bert_backend(vocab, config).to_str(pretty=True).encode(),
+    'vocab.txt': ''.join(t + '\n' for t in vocab).encode(),
+  }

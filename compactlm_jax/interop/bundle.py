@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import safetensors.numpy
-from absl import logging
 from etils import epath
 
 from compactlm_jax.compress.shrink import padded
@@ -25,6 +25,8 @@ from compactlm_jax.interop.tokenizer_files import TokenizerFiles, matched, read_
 from compactlm_jax.interop.writing import json_bytes, write_export
 from compactlm_jax.tree import named_leaves
 from compactlm_jax.types import Params
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +130,7 @@ def export_files(
   if names.is_joint(named_leaves(bundle.params)):
     heads[heads.index('span')] = 'joint span'  # no class of transformers reads it
   if bundle.tokenizer is None:
-    logging.warning('%s: exported without a tokenizer; whoever loads it must bring the right one', folder)
+    log.warning('%s: exported without a tokenizer; whoever loads it must bring the right one', folder)
   config = matched(config, bundle.tokenizer)
   classes = bundle.params['classifier']['bias'].shape[-1] if 'classifier' in heads else 0
   code = layout == 'auto' and custom.needed(config)
@@ -152,9 +154,9 @@ def export_files(
 def _warn(folder: epath.PathLike, unread: list[str], code: bool) -> None:
   """Says what transformers does not read of a folder, and what it needs."""
   if unread:
-    logging.warning('%s: transformers will ignore %s; from_pretrained reads it back', folder, ', '.join(unread))
+    log.warning('%s: transformers will ignore %s; from_pretrained reads it back', folder, ', '.join(unread))
   if code:
-    logging.warning(
+    log.warning(
       '%s: transformers needs trust_remote_code=True to run %s, which is written there: its classes have no layers of '
       "these sizes (layout='padded' fills them up with zeros, for the stock classes)",
       folder,

@@ -104,6 +104,19 @@ def open_folder(path: epath.PathLike) -> Folder:
   """Opens a folder and reads our manifest, if it has one (another program's manifest.json is left alone).
 
   Raises:
+    DataError: no such folder, a damaged manifest of ours, or a file that it lists is missing.
+  """
+  folder = as_listed(path)
+  for name in folder.digests or ():
+    if not folder.has(name):
+      raise DataError(f'{folder.path / name}: listed in {MANIFEST} but missing; the folder is incomplete')
+  return folder
+
+
+def as_listed(path: epath.PathLike) -> Folder:
+  """As `open_folder`, of which files may be missing.
+
+  Raises:
     DataError: no such folder, or a damaged manifest of ours.
   """
   folder = Folder(epath.Path(path))
@@ -122,8 +135,6 @@ def open_folder(path: epath.PathLike) -> Folder:
       raise DataError(f'{folder.path / MANIFEST}: damaged; {name!r} has no sha256')
     if not is_plain(name):
       raise DataError(f'{folder.path / MANIFEST}: {name!r} is not a plain file name')
-    if not folder.has(name):
-      raise DataError(f'{folder.path / name}: listed in {MANIFEST} but missing; the folder is incomplete')
   folders = manifest.get('folders', [])
   if not isinstance(folders, list) or not all(is_plain(name) for name in folders):
     raise DataError(f'{folder.path / MANIFEST}: damaged; folders {folders!r} is not a list of plain names')

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping
 from typing import Any
-
-from absl import logging
 
 from compactlm_jax.config import EncoderConfig, from_config_dict, to_json
 from compactlm_jax.errors import ConfigError
 from compactlm_jax.interop import custom, first_token
 from compactlm_jax.interop.names import reads_pooler
+
+log = logging.getLogger(__name__)
 
 OUR_KEY = 'compactlm'
 """Key of config.json for what transformers has no word for; transformers keeps and ignores it."""
@@ -61,7 +62,7 @@ _LOCAL = ('conv_sees_padding', 'dtype', 'remat', 'scan_unroll')
 _REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
   ('position_embedding_type', ('absolute',), 'relative positions are not implemented'),
   ('add_cross_attention', (False,), 'cross-attention is not implemented'),
-  ('pruned_heads', ({}, []), 'layers of unequal head counts cannot be stacked; export uniform widths instead'),
+  ('pruned_heads', ({}, []), 'heads pruned by transformers are not read; prune the whole model here'),
   ('quantization_config', (), 'quantised weights are not read; save the model in float32'),
 )
 """(key, values that are fine, reason)."""
@@ -243,7 +244,7 @@ def to_hf(
     out |= {'conv_kernel_size': config.conv_kernel_size, 'num_groups': config.num_groups}
     out |= {'bos_token_id': None, 'eos_token_id': None}  # transformers would assume RoBERTa's 0 and 2
     if not (config.conv_sees_padding or code):  # the file of `custom` obeys
-      logging.warning(
+      log.warning(
         'exporting a ConvBERT whose convolution ignores padding: transformers lets it read padded positions, so that '
         'its outputs near padding differ from ours; rows without padding agree'
       )

@@ -10,6 +10,7 @@ Documented additions of ours, which transformers ignores on load:
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
@@ -17,7 +18,6 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
-from absl import logging
 
 from compactlm_jax.config import EncoderConfig, runs, stack_names
 from compactlm_jax.errors import ConfigError, DataError, NumericsError
@@ -26,6 +26,8 @@ from compactlm_jax.interop.rows import COLUMN, COPY, DEPTHWISE, POINTWISE, Row, 
 from compactlm_jax.nn.span import HIDDEN
 from compactlm_jax.tree import named_leaves, nested
 from compactlm_jax.types import Params
+
+log = logging.getLogger(__name__)
 
 _SPAN = 'compactlm_span'
 HEADS = ('mlm_head', 'rtd_head', 'classifier', 'span')
@@ -300,7 +302,7 @@ def import_tensors(tensors: Mapping[str, np.ndarray], config: EncoderConfig) -> 
         '(an untied decoder cannot be expressed; tie the weights and save again)'
       )
   if halves:
-    logging.warning('cast %d half-precision tensors to float32', halves)
+    log.warning('cast %d half-precision tensors to float32', halves)
   parts = {'encoder'} | {path.split('/')[0] for path, _ in found}
   return _stack([row for row in rows if row.part in parts], found, config)
 
@@ -327,7 +329,7 @@ def _unused(name: str, config: EncoderConfig) -> bool:
   if name.removeprefix(f'{config.architecture}.') in ('embeddings.position_ids', 'embeddings.token_type_ids'):
     return True
   if config.architecture == 'bert' and name in ('cls.seq_relationship.weight', 'cls.seq_relationship.bias'):
-    logging.warning('left out %s: the next-sentence head has no place in our tree', name)
+    log.warning('left out %s: the next-sentence head has no place in our tree', name)
     return True
   return False
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import Any
 
-from absl import logging
 from etils import epath
 
 from compactlm_jax.config import EncoderConfig
@@ -17,6 +17,8 @@ from compactlm_jax.interop.tokenizer_files import matched
 from compactlm_jax.interop.writing import json_bytes, write_export
 from compactlm_jax.tree import named_leaves
 from compactlm_jax.types import Params
+
+log = logging.getLogger(__name__)
 
 MAX_BYTES = (1 << 31) - (1 << 24)
 """Most weights in one file: protobuf ends at 2 GiB, and nodes and names take room too."""
@@ -47,11 +49,11 @@ def export_onnx(bundle: Bundle, folder: epath.PathLike) -> None:
     StorageError: the disk is full or not writable.
   """
   if bundle.tokenizer is None:
-    logging.warning('%s: exported without a tokenizer; whoever runs it must bring the right one', folder)
+    log.warning('%s: exported without a tokenizer; whoever runs it must bring the right one', folder)
   config, heads = matched(bundle.config, bundle.tokenizer), [name for name in _HEADS if name in bundle.params]
   left = sorted(set(bundle.params) & set(names.HEADS) - set(heads))
   if left:
-    logging.warning('%s: left out of the graph: %s; the default format keeps it', folder, ', '.join(left))
+    log.warning('%s: left out of the graph: %s; the default format keeps it', folder, ', '.join(left))
   model = onnx_model(bundle)
   outputs = {output.name: _shape(output) for output in model.graph.output}
   described = _described(config, bundle, heads) | {'onnx': {'file': ONNX, 'outputs': outputs}}

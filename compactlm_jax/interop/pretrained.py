@@ -8,11 +8,11 @@ whole encoder.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
-from absl import logging
 from etils import epath
 
 from compactlm_jax.config import SHARED_EMBEDDINGS, EncoderConfig
@@ -22,6 +22,8 @@ from compactlm_jax.interop.names import leaf_shapes
 from compactlm_jax.interop.writing import write_export
 from compactlm_jax.tree import named_leaves, nested
 from compactlm_jax.types import Params
+
+log = logging.getLogger(__name__)
 
 GENERATOR = 'generator'
 """Folder of the generator in an exported discriminator, and its part of the parameter tree."""
@@ -92,7 +94,7 @@ def electra_start(
     own = _taken(named_leaves(discriminator.params), expected, 'discriminator')
     differing = [name for name in given if name in own and not np.array_equal(given[name], own[name])]
     if differing:
-      logging.warning(
+      log.warning(
         "%s differs between generator and discriminator, which share it (electra.sharing='%s'); the discriminator's "
         "is used (sharing='none' keeps both)",
         differing[0] + (f' (and {len(differing) - 1} more)' if differing[1:] else ''),
@@ -150,7 +152,7 @@ def _taken(own: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]], what
         'its weights and its configuration are of two models'
       )
   if left := _prefixes(own, taken):
-    logging.info('the %s given also holds %s, which this run has no place for', what, ', '.join(left))
+    log.info('the %s given also holds %s, which this run has no place for', what, ', '.join(left))
   return taken
 
 
@@ -175,7 +177,7 @@ def _check_sizes(theirs: EncoderConfig, ours: EncoderConfig, encoder: EncoderCon
   for field in _MODES:
     given, asked = getattr(theirs, field), getattr(ours, field)
     if given != asked:
-      logging.warning('the %s given has %s %s and continues with %s', what, field, given, asked)
+      log.warning('the %s given has %s %s and continues with %s', what, field, given, asked)
 
 
 def _plain_remedy(field: str, given: Any) -> tuple[str, str]:

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 import safetensors.numpy
-from absl import logging
 from etils import epath
 
 from compactlm_jax.errors import ConfigError
@@ -97,9 +96,7 @@ def save_sparse(bundle: Bundle, folder: epath.PathLike, values: str = 'float32')
     kinds.setdefault(kind(name, bundle.config), []).append(size)
   by_kind = {name: _sum(parts) for name, parts in kinds.items()}
   layers = _sum(size for name, size in by_kind.items() if '{i}' in name)
-  report = SizeReport(len(files[SPARSE_WEIGHTS]), dense_bytes, sizes, by_kind, layers)
-  logging.info('%s: %d bytes of weights, %d stored densely', folder, report.bytes, dense_bytes)
-  return report
+  return SizeReport(len(files[SPARSE_WEIGHTS]), dense_bytes, sizes, by_kind, layers)
 
 
 def _sum(sizes: Iterable[Size]) -> Size:

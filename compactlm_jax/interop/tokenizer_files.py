@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import pathlib
 import tempfile
 from collections.abc import Mapping
 from typing import Any
 
-from absl import logging
 from etils import epath
 
 from compactlm_jax.config import EncoderConfig
@@ -17,6 +17,8 @@ from compactlm_jax.errors import ConfigError, DataError
 from compactlm_jax.filenames import TOKENIZER_FILES
 from compactlm_jax.interop.folder import Folder
 from compactlm_jax.parse import parse_json
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,8 +134,6 @@ def matched(config: EncoderConfig, tokenizer: TokenizerFiles | None) -> EncoderC
   if pad is None or pad == config.pad_token_id:
     return config
   if config.architecture == 'convbert' and config.pad_token_id == 1:
-    logging.warning(
-      'config.json has the ConvBERT default pad_token_id 1; the tokenizer pads with %d, which is used', pad
-    )
+    log.warning('config.json has the ConvBERT default pad_token_id 1; the tokenizer pads with %d, which is used', pad)
     return dataclasses.replace(config, pad_token_id=pad)
   raise ConfigError(f'tokenizer: pads with id {pad}, but the model says pad_token_id {config.pad_token_id}')

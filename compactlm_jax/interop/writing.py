@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from etils import epath
 
 from compactlm_jax.errors import ConfigError, DataError, StorageError
-from compactlm_jax.interop.folder import EXPORT_FORMAT, MANIFEST, open_folder
+from compactlm_jax.interop.folder import EXPORT_FORMAT, MANIFEST, as_listed
+from compactlm_jax.storage import is_remote
 
 
 def json_bytes(value: object) -> bytes:
@@ -22,8 +23,8 @@ def write_export(
 ) -> None:
   """Writes the files and a manifest with their SHA-256 into a temporary folder beside `folder`, then renames it.
 
-  An earlier export is replaced, with the exports that its manifest says were written inside it. On an object store,
-  which has no renames, manifests are written last.
+  An earlier export is replaced, with the exports that its manifest says were written inside it. A bucket has no
+  renames: there manifests come first, so that readers refuse the folder until all that they list is there.
 
   Args:
     files: name -> content.
@@ -40,13 +41,10 @@ def write_export(
     content |= {f'{name}/{file}': data for file, data in _with_manifest(own).items()}
   content |= _with_manifest(files, tuple(inside))
   try:
-    if '://' in str(target):
-      _require_replaceable(target)
-      _write(content, target)
-    else:
-      _swap(content, target)
+    (_overwrite if is_remote(target) else _swap)(content, target)
   except OSError as e:
-    raise StorageError(f'{target}: the export could not be written ({e.strerror or e}); nothing was left there') from e
+    left = 'what is there is not whole, export again' if is_remote(target) else 'nothing was left there'
+    raise StorageError(f'{target}: the export could not be written ({e.strerror or e}); {left}') from e
 
 
 def _with_manifest(files: Mapping[str, bytes], folders: Sequence[str] = ()) -> dict[str, bytes]:
@@ -76,6 +74,27 @@ def _swap(content: Mapping[str, bytes], target: epath.Path) -> None:
     old.rmtree()
 
 
+def _overwrite(content: Mapping[str, bytes], target: epath.Path) -> None:
+  """A killed one leaves files that are missing or have other digests than a manifest lists; the next replaces them."""
+  _require_replaceable(target)
+  for name in _exported(target) - set(content):
+    (target / name).unlink(missing_ok=True)
+  manifests = sorted((name for name in content if name.endswith(MANIFEST)), key=len)  # the one of all folders first
+  _write({**{name: content[name] for name in manifests}, **content}, target)
+
+
+def _exported(target: epath.Path) -> set[str]:
+  """The files of the export that is there, after the paths of its manifests."""
+  if not target.exists():
+    return set()
+  try:
+    listed = as_listed(target)
+  except DataError:
+    return {MANIFEST}
+  inside = {f'{folder}/{name}' for folder in listed.folders for name in _exported(target / folder)}
+  return {*(listed.digests or ()), MANIFEST, *inside}
+
+
 def _write(content: Mapping[str, bytes], folder: epath.Path) -> None:
   folder.mkdir(parents=True, exist_ok=True)
   for name, data in content.items():
@@ -93,9 +112,9 @@ def _require_replaceable(target: epath.Path) -> None:
   names = {p.name for p in target.iterdir()}
   inside: set[str] = set()
   try:
-    opened = open_folder(target)
-    ours = set(opened.digests or {}) | {MANIFEST}
-    inside = names & set(opened.folders)
+    listed = as_listed(target)
+    ours = {*(listed.digests or ()), MANIFEST}
+    inside = names & set(listed.folders)
   except DataError:
     ours = {MANIFEST}  # a damaged export: its files cannot be told from others
   for name in sorted(inside):

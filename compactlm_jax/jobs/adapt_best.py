@@ -147,13 +147,12 @@ class BestCells:
         copy_step(steps / str(newest[0] if newest else 0), best / 'checkpoints' / '0')
         if self.tokenizer is not None:
           copy_folder(source / 'tokenizer', best / 'tokenizer')
-      write_whole(workdir / RECORD, json.dumps(self._record, indent=2) + '\n')
+      self._write_record(workdir)
     except (OSError, DamagedError) as e:
       raise StorageError(
         f'{source}: what the stage before kept could not be copied ({first_line(e)}); free space, bring it back, or '
         f'write {{}} to {RECORD} there to do without'
       ) from e
-    write_whole(workdir / RECORD, json.dumps(self._record, indent=2) + '\n')
 
   def _is_better(self, name: str, value: float) -> bool:
     before = self._record.get(name, {}).get('value')
@@ -164,13 +163,15 @@ class BestCells:
   def _note(self, name: str, value: float, step: int) -> None:
     self._record[name] = {'value': value, 'step': step}
     if jax.process_index() == 0 and self._workdir is not None:
-      write_whole(self._workdir / RECORD, json.dumps(self._record, indent=2) + '\n')
+      self._write_record(self._workdir)
+
+  def _write_record(self, workdir: epath.Path) -> None:
+    write_whole(workdir / RECORD, json.dumps(self._record, indent=2) + '\n')
 
   def _save(self, folder: epath.Path, step: int, state: TrainState, metadata: Mapping[str, Any]) -> None:
     if jax.process_index() == 0 and self.tokenizer is not None:
       (folder / 'tokenizer').mkdir(parents=True, exist_ok=True)
-      for name, content in self.tokenizer.files.items():
-        (folder / 'tokenizer' / name).write_bytes(content)
+      self.tokenizer.write(folder / 'tokenizer')
     with Checkpoints(folder / 'checkpoints', keep=1) as checkpoints:
       if step not in checkpoints.all_steps():  # of an evaluation that is made again
         checkpoints.save(step, state, metadata, wait=True)
@@ -210,7 +211,7 @@ def _whole(params: Params) -> Params:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
   """Without the warnings of an export, which would come for every cell of every evaluation."""
-  logger = logging.getLogger('absl')
+  logger = logging.getLogger('compactlm_jax.interop')
   level = logger.level
   logger.setLevel(logging.ERROR)
   try:

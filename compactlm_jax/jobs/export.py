@@ -23,7 +23,7 @@ from compactlm_jax.interop.pretrained import save_pretraining
 from compactlm_jax.interop.sparse import SizeReport, save_sparse
 from compactlm_jax.interop.sparse_matrix import VALUES
 from compactlm_jax.jobs.latency import SEQ_LEN, Latencies, measure
-from compactlm_jax.jobs.models import is_run, load_model, load_towers
+from compactlm_jax.jobs.models import is_run, load_model, load_run
 from compactlm_jax.tree import named_leaves
 
 log = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ def run_export(
     DataError, NumericsError, StorageError: see `load_model` and `save_pretrained`.
   """
   check_options(format, layout, values)
-  dense, generator = load_towers(checkpoint) if is_run(checkpoint) else (load_model(checkpoint), None)
+  dense, generator = load_run(checkpoint)[:2] if is_run(checkpoint) else (load_model(checkpoint), None)
   options: dict[str, Any] = {'format': format, 'layout': layout, 'values': values, 'latency': latency}
   return export_model(dense, output, generator=generator, name=checkpoint, only_pruned=True, **options)
 

@@ -9,18 +9,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from etils import epath
 
 from compactlm_jax.compress.subnet import subnet_config
 from compactlm_jax.config import AdaptConfig, Cell, EncoderConfig, RunConfig, cells, from_config_dict
 from compactlm_jax.errors import ConfigError
 from compactlm_jax.interop.bundle import Bundle, from_pretrained
-from compactlm_jax.interop.folder import open_folder
-from compactlm_jax.interop.tokenizer_files import read_tokenizer
 from compactlm_jax.jobs.grid_rows import cell_bundle, size_of
 from compactlm_jax.jobs.latency import JAX, SEQ_LEN, measure
-from compactlm_jax.jobs.models import is_run, load_run_params, towers_of
+from compactlm_jax.jobs.models import is_run, load_run
 from compactlm_jax.parse import parse_json, parse_row
 from compactlm_jax.report.grid import GridRow, as_csv, as_entries, as_tables, over_runs, read_rows
 from compactlm_jax.report.grid_plot import draw_grid
@@ -73,10 +70,8 @@ def load_network(path: str) -> Network:
   """
   if not is_run(path):
     return Network(from_pretrained(path), str(path))
-  leaves, metadata = load_run_params(path)
-  folder, model = epath.Path(path) / 'tokenizer', metadata['model']
-  tokenizer = read_tokenizer(open_folder(folder)) if folder.exists() else None
-  bundle, generator = towers_of(jax.tree.map(jnp.asarray, leaves), model, tokenizer)
+  bundle, generator, metadata = load_run(path)
+  model = metadata['model']
   if generator is not None and 'adapt' in model:
     log.info('%s: sub-networks are discriminators; the generator is left out', path)
   adapt = from_config_dict(AdaptConfig, model['adapt'], 'adapt.') if 'adapt' in model else None

@@ -15,11 +15,12 @@ from etils import epath
 
 from compactlm_jax.checkpoint import load_params
 from compactlm_jax.compress.layers import take_layers
-from compactlm_jax.config import ElectraConfig, EncoderConfig, PruneConfig, from_config_dict
+from compactlm_jax.config import ElectraConfig, EncoderConfig, FinetuneConfig, PruneConfig, from_config_dict
 from compactlm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from compactlm_jax.errors import ConfigError
 from compactlm_jax.interop.bundle import Bundle, drop_pooler, from_pretrained
 from compactlm_jax.interop.folder import open_folder
+from compactlm_jax.interop.hub import local_folder
 from compactlm_jax.interop.pretrained import GENERATOR
 from compactlm_jax.interop.tokenizer_files import TokenizerFiles, read_tokenizer
 from compactlm_jax.storage import children
@@ -41,7 +42,7 @@ def load_model(path: epath.PathLike) -> Bundle:
     ConfigError, DataError, StorageError: the folder cannot be used; the message says why.
   """
   if is_run(path):
-    return load_towers(path)[0]
+    return load_run(path)[0]
   inside = children(path) if epath.Path(path).is_dir() else []
   seeds = sorted(child.name for child in inside if child.name.startswith('seed-') and is_run(child))
   if seeds:
@@ -62,13 +63,13 @@ def load_generator(path: epath.PathLike) -> Bundle | None:
     ConfigError, DataError, StorageError: see `load_model`.
   """
   if is_run(path):
-    return load_towers(path)[1]
+    return load_run(path)[1]
   inside = epath.Path(path) / GENERATOR
   return from_pretrained(inside if inside.exists() else path)
 
 
-def load_towers(run: epath.PathLike) -> tuple[Bundle, Bundle | None]:
-  """(model, generator or None) of the newest intact checkpoint of a run, which is read once; masks are baked in.
+def load_run(run: epath.PathLike) -> tuple[Bundle, Bundle | None, dict[str, Any]]:
+  """(model, generator or None, metadata) of a run's newest intact checkpoint, which is read once; masks are baked in.
 
   Raises:
     ConfigError, DataError, StorageError: see `load_model`.
@@ -76,7 +77,7 @@ def load_towers(run: epath.PathLike) -> tuple[Bundle, Bundle | None]:
   leaves, metadata = load_run_params(run)
   folder = epath.Path(run) / 'tokenizer'
   tokenizer = read_tokenizer(open_folder(folder)) if folder.exists() else None
-  return towers_of(jax.tree.map(jnp.asarray, leaves), metadata['model'], tokenizer)
+  return *towers_of(jax.tree.map(jnp.asarray, leaves), metadata['model'], tokenizer), metadata
 
 
 def load_run_params(run: epath.PathLike) -> tuple[Params, dict[str, Any]]:
@@ -99,8 +100,8 @@ def towers_of(
     tokenizer: its files.
   """
   encoder = from_config_dict(EncoderConfig, model['encoder'], 'encoder.')
-  if kept := model.get('finetune', {}).get('keep_layers'):
-    params = {**params, 'encoder': take_layers(params['encoder'], tuple(kept))}
+  if kept := from_config_dict(FinetuneConfig, model.get('finetune', {}), 'finetune.').keep_layers:
+    params = {**params, 'encoder': take_layers(params['encoder'], kept)}
     encoder = dataclasses.replace(encoder, num_layers=len(kept))
   if 'prune' in model:
     pruning = from_config_dict(PruneConfig, model['prune'], 'prune.')
@@ -132,9 +133,13 @@ def is_run(path: epath.PathLike) -> bool:
 
 
 def tokenizer_folder(path: epath.PathLike) -> epath.Path:
-  """Where the tokenizer of a model folder, a run or a prepared dataset lies."""
+  """Where the tokenizer of a model (a folder, or a name of the hub), a run or a prepared dataset lies.
+
+  Raises:
+    DataError: see `local_folder`.
+  """
   inside = epath.Path(path) / 'tokenizer'
-  return inside if inside.exists() else epath.Path(path)
+  return inside if inside.exists() else local_folder(path)
 
 
 def tokenizer_of(path: epath.PathLike) -> Tokenizer:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from compactlm_jax.config import EncoderConfig
 from compactlm_jax.nn.layers import LayerNorm, MaskedDense, kernel_init
-from compactlm_jax.ops.dense import gelu, tied_logits
+from compactlm_jax.ops.dense import as_row, gelu, tied_logits
 from compactlm_jax.ops.dropout import dropout
 
 
@@ -25,7 +25,7 @@ class MlmHead(nn.Module):
     h = LayerNorm(cfg.layer_norm_epsilon, name='norm')(h)
     bias_V = self.param('output_bias', nn.initializers.zeros, (cfg.vocab_size,))
     logits = tied_logits(h, word_VE)
-    return logits + bias_V.reshape((1,) * (logits.ndim - 1) + (-1,))
+    return logits + as_row(bias_V, logits)
 
 
 class RtdHead(nn.Module):

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from compactlm_jax.config import EncoderConfig
 from compactlm_jax.nn.layers import kernel_init
+from compactlm_jax.ops.corruption import take_positions
 from compactlm_jax.ops.dense import dense, gelu
 
 HIDDEN = 512
@@ -83,10 +84,7 @@ class JointSpanHead(nn.Module):
     go one by one, so that memory does not grow with their number.
     """
     (kernel, bias), output, width = self.end_hidden(), self.end_output(), x_BTD.shape[-1]
-    # By a product and not by an index: its gradient is no scatter.
-    chosen_BKT = jax.nn.one_hot(starts_BK, x_BTD.shape[1], dtype=x_BTD.dtype)
-    start_BKD = jnp.einsum('bkt,btd->bkd', chosen_BKT, x_BTD)
-    start_BKF = dense(start_BKD, kernel[:width], bias)
+    start_BKF = dense(take_positions(x_BTD, starts_BK), kernel[:width], bias)
     token_BTF = dense(x_BTD, kernel[width:], jnp.zeros_like(bias))
 
     def one(start_BF: jax.Array) -> jax.Array:

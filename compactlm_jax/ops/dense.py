@@ -3,8 +3,9 @@
 Each is the textbook formula. The backward passes are written out because the automatic ones transpose large arrays or
 recompute reductions inside element-wise loops; values and gradients are equal up to rounding.
 
-On a CPU all leading axes are rows of one matrix. Elsewhere they stay: folding them would fix the layout of what
-attention reads, and the compiler would transpose it (a tenth of a self-attention block by XLA's estimate for a TPU v3).
+On a CPU all leading axes of a product are rows of one matrix. Elsewhere they stay: folding them would fix the layout
+of what attention reads, and the compiler would transpose it (a tenth of a self-attention block by XLA's estimate for a
+TPU v3).
 """
 
 from __future__ import annotations

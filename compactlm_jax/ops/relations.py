@@ -54,7 +54,7 @@ def split_heads(x_BTHK: Float[Array, 'B T H K'], relation_heads: int) -> Float[A
 
 def heads_per_chunk(batch: int, length: int, heads: int, max_bytes: int = CHUNK_BYTES) -> int:
   """The largest divisor of `heads` whose batch x divisor x length^2 floats fit `max_bytes`; at least 1."""
-  fits = max(1, max_bytes // (4 * batch * length * length))
+  fits = max_bytes // (4 * batch * length * length)
   return max(c for c in range(1, heads + 1) if heads % c == 0 and c <= max(1, fits))
 
 

@@ -24,7 +24,7 @@ from compactlm_jax.losses.reduce import masked_mean, masked_sum
 from compactlm_jax.nn.encoder import encode
 from compactlm_jax.tasks.distill import check_distill, compare, layer_pairs
 from compactlm_jax.tasks.elastic import CellLoss, over_cells, rows_of, with_rows
-from compactlm_jax.tasks.finetune import SentenceModel, check_teacher
+from compactlm_jax.tasks.finetune import SentenceModel, check_head
 from compactlm_jax.types import QKV, Batch, EncoderOutput, Metrics, Params, Task, struct
 
 
@@ -305,7 +305,7 @@ def _teacher(
   """(frozen weights, configuration) of a teacher with a fitting head."""
   if teacher is None:
     raise ConfigError(f'config.teacher: the stage {stage!r} learns from a fine-tuned model; name one')
-  check_teacher(teacher[0], model.width)
+  check_head(teacher[0], model.width, 'config.teacher')
   return {name: teacher[0][name] for name in ('encoder', 'classifier')}, teacher[1]
 
 
@@ -315,14 +315,7 @@ def _check_start(start: Params, model: SentenceModel) -> None:
     raise ConfigError('config.finetune.keep_layers: depth is chosen from the sub-networks; leave it empty')
   if model.encoder.pooler and not model.config.pooled:
     raise ConfigError('config.finetune.pooled: the classifier of the fine-tuned model reads the pooler; set it to True')
-  if 'classifier' not in start:
-    raise ConfigError('config.model: this model has no classifier; fine-tune it for the same task first')
-  found = start['classifier']['bias'].shape[-1]
-  if found != model.width:
-    raise ConfigError(
-      f'config.model: its head has {found} output(s), the task needs {model.width}; use a model that was fine-tuned '
-      'for the same labels'
-    )
+  check_head(start, model.width, 'config.model')
 
 
 def _fitted(start: Params, model: SentenceModel) -> Params:

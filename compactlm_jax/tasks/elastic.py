@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from compactlm_jax.config import AdaptConfig, Cell, EncoderConfig
 from compactlm_jax.nn.encoder import look_up
-from compactlm_jax.tree import overlaid
+from compactlm_jax.tree import nested, overlaid
 from compactlm_jax.types import Batch, LossFn, Metrics, Params
 
 CellLoss = Callable[[Any, Any, Any, Batch, jax.Array, jax.Array], tuple[jax.Array, Metrics]]
@@ -25,7 +25,7 @@ names in every cell.
 Read = Callable[[Params, Batch, Any], Any]
 """read(params, batch, shared) -> what the cells read in place of the parameters (a tree of floats)."""
 
-_WORD = ('encoder', 'embeddings', 'word', 'embedding')
+_WORD = 'encoder/embeddings/word/embedding'
 
 Share = Callable[[Params, Any, Batch, jax.Array, jax.Array], tuple[jax.Array, Metrics, Any]]
 """share(params, frozen, batch, key, step) -> (a loss of its own, its metrics, what all cells are given)."""
@@ -98,10 +98,7 @@ def with_rows(params: Params, encoder: EncoderConfig, input_ids: jax.Array) -> P
     input_ids: tokens [B, T] that all cells read.
   """
   rows_BTE = look_up(params, encoder, input_ids)
-  tree: Any = rows_BTE.reshape(-1, rows_BTE.shape[-1])
-  for name in reversed(_WORD):
-    tree = {name: tree}
-  return overlaid(params, tree)
+  return overlaid(params, nested({_WORD: rows_BTE.reshape(-1, rows_BTE.shape[-1])}))
 
 
 def rows_of(params: Params, input_ids: jax.Array) -> Float[Array, 'B T E']:

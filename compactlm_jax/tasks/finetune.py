@@ -46,7 +46,7 @@ def make_finetune_task(
   model = SentenceModel(encoder, classes, config)
   shallow, finished = kept_layers(encoder, config)
   if teacher is not None:
-    check_teacher(teacher[0], model.width)
+    check_head(teacher[0], model.width, 'config.teacher')
 
   def loss(params: Params, frozen: Any, batch: Batch, key: jax.Array, step: jax.Array) -> tuple[jax.Array, Metrics]:
     outputs_BC = model.outputs(params, batch, key)
@@ -206,13 +206,13 @@ def classify(params: Params, encoder: EncoderConfig, batch: Batch) -> jax.Array:
   return jnp.asarray(head.apply({'params': params['classifier']}, vector_BD))
 
 
-def check_teacher(params: Params, width: int) -> None:
-  """Raises ConfigError unless a teacher has a head of `width` outputs."""
+def check_head(params: Params, width: int, field: str) -> None:
+  """Raises ConfigError unless the model that `field` names has a head of `width` outputs."""
   if 'classifier' not in params:
-    raise ConfigError('config.teacher: this model has no classifier; fine-tune it for the same task first')
+    raise ConfigError(f'{field}: this model has no classifier; fine-tune it for the same task first')
   found = params['classifier']['bias'].shape[-1]
   if found != width:
     raise ConfigError(
-      f'config.teacher: its head has {found} output(s), the task needs {width}; use a teacher that was fine-tuned for '
-      'the same labels'
+      f'{field}: its head has {found} output(s), the task needs {width}; use a model that was fine-tuned for the same '
+      'labels'
     )

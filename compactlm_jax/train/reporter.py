@@ -95,10 +95,10 @@ class Reporter:
       self._give_up(batch, line)
 
   def _give_up(self, batch: Batch, line: dict[str, float]) -> None:
-    state, frozen = self._latest
-    if jax.process_count() > 1:
-      batch = to_global(jax.tree.leaves(state.params)[0].sharding.mesh, batch)
-    leaves = bad_leaves(self._task, self._config.seed, state, frozen, batch, self._bad_steps[-1] - 1)
+    config, (state, frozen) = self._config, self._latest
+    mesh, last = jax.tree.leaves(state.params)[0].sharding.mesh, self._bad_steps[-1] - 1
+    accumulate = config.optimizer.accumulate
+    leaves = bad_leaves(self._task, config.seed, state, frozen, to_global(mesh, batch), last, accumulate, mesh)
     report = {'steps': self._bad_steps, 'metrics': {k: str(v) for k, v in line.items()}, 'bad_gradients': leaves}
     if jax.process_index() == 0:
       try:

@@ -43,9 +43,7 @@ def make_train_step(
     mesh: where the step will run; None for one device.
   """
 
-  def spread(tree: Any) -> Any:
-    return tree if mesh is None else spread_out(mesh, tree)
-
+  spread = _spread(mesh)
   gradient = make_gradient(task, accumulate, mesh, spread)
 
   def train_step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -62,6 +60,10 @@ def make_train_step(
     return TrainState(state.step + 1, params, opt_state), metrics
 
   return train_step
+
+
+def _spread(mesh: Mesh | None) -> Spread:
+  return lambda tree: tree if mesh is None else spread_out(mesh, tree)
 
 
 def _chosen(good: jax.Array, new: Any, old: Any) -> Any:
@@ -166,7 +168,9 @@ def compile_step(step: StepFn, mesh: Mesh, state: TrainState, frozen: Any) -> An
   )
 
 
-def bad_leaves(task: Task, seed: int, state: TrainState, frozen: Any, batch: Batch, step: int) -> list[str]:
+def bad_leaves(
+  task: Task, seed: int, state: TrainState, frozen: Any, batch: Batch, step: int, accumulate: int, mesh: Mesh | None
+) -> list[str]:
   """Names of the parameters whose gradient at `step` is not finite (non-finite updates left `state.params` as it was).
 
   Args:
@@ -174,12 +178,13 @@ def bad_leaves(task: Task, seed: int, state: TrainState, frozen: Any, batch: Bat
     seed: of the run.
     state: any state with the parameters of that step.
     frozen: the task's frozen weights.
-    batch: the rows of that step.
+    batch: the rows of that step, placed as for the step.
     step: 0-based.
+    accumulate: as of the step, which has the memory for no more.
+    mesh: as of the step.
   """
   key = jax.random.fold_in(jax.random.key(seed), step)
-
-  gradient = make_gradient(task, 1, None, lambda tree: tree)
+  gradient = make_gradient(task, accumulate, mesh, _spread(mesh))
 
   def finite(*args: Any) -> Any:
     return jax.tree.map(lambda g: jnp.isfinite(g).all(), gradient(*args)[1])

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import shutil
 import subprocess
@@ -5,11 +6,15 @@ import sys
 
 import pytest
 import tokenizers
+from killing import Kill
 from tokenizers import models, normalizers, pre_tokenizers
 
+from compactlm_jax.data import wordpiece
+from compactlm_jax.data.augment import find_words
 from compactlm_jax.data.tokenizer import SPECIAL_TOKENS, load_tokenizer
 from compactlm_jax.data.wordpiece import train_wordpiece
 from compactlm_jax.errors import ConfigError, DataError
+from compactlm_jax.jobs.models import tokenizer_of
 
 TEXTS = ['The cold RIVER runs, near a house!', 'Café déjà [SEP] [MASK] unheard-of', '', '日本 42']
 
@@ -241,17 +246,60 @@ def test_names_that_stand_twice_are_refused(vocabulary, tmp_path):
   ids=['charsmap', 'pattern'],
 )
 def test_a_panic_of_the_library_is_an_error_like_any_other(vocabulary, tmp_path, entries):
-  """It is no Exception. Mutation: `except Exception`."""
+  """It is no Exception. Mutations: `except Exception`; encode by the library's own object."""
   folder = changed(vocabulary, tmp_path / 't', **entries)
   with pytest.raises(ConfigError, match='the tokenizers library gives up on it .*; repair the tokenizer'):
     load_tokenizer(folder).encode(['a' * 64 + '!'])
+  with pytest.raises(ConfigError, match='the tokenizers library gives up on it'):
+    find_words(['a' * 64 + '!'], load_tokenizer(folder))
 
 
 def test_training_refuses_nonsense(corpus, vocabulary, tmp_path):
-  with pytest.raises(ConfigError, match='already holds a tokenizer'):
-    train_wordpiece(str(corpus), 120, vocabulary)
+  with pytest.raises(ConfigError, match=r'holds another tokenizer \(tokenizer.json differs\)'):
+    train_wordpiece(str(corpus), 60, vocabulary)
   with pytest.raises(ConfigError, match='vocab_size 6 is too small'):
     train_wordpiece(str(corpus), 6, tmp_path / 't')
   (tmp_path / 'empty.txt').write_text('\n \n')
   with pytest.raises(DataError, match='empty.txt: no text'):
     train_wordpiece(str(tmp_path / 'empty.txt'), 100, tmp_path / 't')
+
+
+@pytest.mark.parametrize('written', range(5))
+def test_training_goes_on_after_a_kill(corpus, tmp_path, monkeypatch, written):
+  """Between any two files. Mutations: refuse whatever is there; write vocab.txt first."""
+  folder, real = tmp_path / 't', wordpiece.write_whole
+  train_wordpiece(str(corpus), 120, tmp_path / 'whole', lowercase=False)
+
+  def dying(path, content):
+    if len(list(folder.iterdir())) == written:
+      raise Kill
+    real(path, content)
+
+  with monkeypatch.context() as patch, pytest.raises(Kill) if written < 4 else contextlib.nullcontext():
+    patch.setattr(wordpiece, 'write_whole', dying)
+    train_wordpiece(str(corpus), 120, folder, lowercase=False)
+  assert not (folder / 'vocab.txt').exists() or written == 4  # without it and tokenizer.json nothing reads the folder
+  train_wordpiece(str(corpus), 120, folder, lowercase=False)
+  assert {p.name: p.read_bytes() for p in folder.iterdir()} == {
+    p.name: p.read_bytes() for p in (tmp_path / 'whole').iterdir()
+  }
+
+
+def test_another_tokenizer_is_replaced_when_asked(corpus, vocabulary, tmp_path):
+  """Mutation: leave `added_tokens.json` there."""
+  folder = changed(vocabulary, tmp_path / 't')
+  (folder / 'added_tokens.json').write_text('{"[X]": 7}')
+  train_wordpiece(str(corpus), 120, folder, overwrite=True)
+  train_wordpiece(str(corpus), 120, tmp_path / 'fresh')
+  assert {p.name: p.read_bytes() for p in folder.iterdir()} == {
+    p.name: p.read_bytes() for p in (tmp_path / 'fresh').iterdir()
+  }
+
+
+def test_the_tokenizer_of_a_hub_model_is_that_of_its_download(vocabulary, tmp_path, monkeypatch):
+  """Mutation: look for the tokenizer in a folder of the hub's name."""
+  import huggingface_hub
+
+  monkeypatch.setattr(huggingface_hub, 'snapshot_download', lambda name, **_: str(vocabulary))
+  monkeypatch.chdir(tmp_path)
+  assert tokenizer_of('owner/name').fingerprint() == load_tokenizer(vocabulary).fingerprint()

@@ -1,5 +1,6 @@
 """Bundles: tokenizers, atomic and repeatable exports, the clean ConvBERT, real weights."""
 
+import contextlib
 import dataclasses
 import errno
 import gzip
@@ -15,8 +16,11 @@ from killing import Kill, killed_at
 
 from compactlm_jax.config import EncoderConfig
 from compactlm_jax.errors import ConfigError, DataError, StorageError
+from compactlm_jax.interop import writing
 from compactlm_jax.interop.bundle import Bundle, drop_pooler, from_pretrained, save_pretrained
+from compactlm_jax.interop.folder import MANIFEST, open_folder
 from compactlm_jax.interop.tokenizer_files import TokenizerFiles
+from compactlm_jax.interop.writing import write_export
 from compactlm_jax.nn.encoder import encode, encoder_shapes
 
 SMALL = dict(vocab_size=37, hidden_size=8, num_layers=1, num_heads=2, max_positions=8)
@@ -153,6 +157,43 @@ def test_a_kill_at_any_file_operation_leaves_the_old_export_or_none(call, tmp_pa
   save_pretrained(_bundle(seed=1), target)
   assert _files(target) == new
   assert sorted(p.name for p in tmp_path.iterdir()) == ['e', 'expected']
+
+
+@pytest.mark.parametrize('call', range(1, 8))
+def test_an_export_to_a_bucket_is_whole_or_refused(call, tmp_path, monkeypatch):
+  """It has no renames. What a kill leaves is never read as a model, and the next export replaces it.
+
+  Mutations: write manifests last; leave the files of the earlier export there.
+  """
+  monkeypatch.setattr(writing, 'is_remote', lambda path: True)
+  target = tmp_path / 'e'
+  first = {'config.json': b'1', 'model.safetensors': b'1'}, {'generator': {'model.safetensors': b'1'}}
+  second = {'config.json': b'2', 'model.sparse.safetensors': b'2'}, {}
+  third = {'config.json': b'3', 'model.safetensors': b'3'}, {'generator': {'model.safetensors': b'3'}}
+  for files, inside in (first, third, second, third):
+    with killed_at(monkeypatch, call), contextlib.suppress(Kill):
+      write_export(files, target, inside)
+    _drop_empty(target)
+    for folder in (target, target / 'generator'):
+      with contextlib.suppress(DataError):
+        opened, found = open_folder(folder), [p.name for p in folder.iterdir() if p.is_file() and p.name != MANIFEST]
+        assert len({opened.read(name) for name in found}) == 1 and opened.digests or not found
+    write_export(files, target, inside)
+    _drop_empty(target)
+    expected = {**files, **{f'{name}/{file}': data for name, own in inside.items() for file, data in own.items()}}
+    written = {str(p.relative_to(target)): p.read_bytes() for p in target.rglob('*') if p.is_file()}
+    assert {name: data for name, data in written.items() if not name.endswith(MANIFEST)} == expected
+    assert all(opened.read(name) == data for opened in [open_folder(target)] for name, data in files.items())
+  (target / 'notes.txt').write_text('mine')
+  with pytest.raises(ConfigError, match='notes.txt'):
+    write_export(second[0], target)
+
+
+def _drop_empty(folder):
+  """A bucket knows no empty folders."""
+  for path in (folder / 'generator', folder):
+    if path.exists() and not list(path.iterdir()):
+      path.rmdir()
 
 
 def test_a_full_disk_is_a_storage_error_and_leaves_nothing(tmp_path, monkeypatch):

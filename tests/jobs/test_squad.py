@@ -132,6 +132,13 @@ def test_runs_train_and_are_loaded_again(files, tmp_path):
   }  # fmt: skip
 
 
+def test_a_run_that_drops_layers_is_loaded_again(files, tmp_path):
+  """Mutation: `tuple(...)` of `keep_layers`, which the description of span models holds as text."""
+  dropping = config(files, finetune=FinetuneConfig(benchmark='squad2', keep_layers=(1,)), steps=1)
+  run_train(dropping, str(tmp_path / 'run'))
+  assert load_model(tmp_path / 'run').config.num_layers == 1
+
+
 @pytest.mark.slow
 def test_a_run_that_prunes_is_scored_loaded_and_exported(files, tmp_path):
   """One head and half of the neurons go; what is exported answers as the run does.

@@ -97,9 +97,9 @@ def test_a_bad_update_does_not_delay_the_schedule():
 
 def test_bad_leaves_names_the_parameters_whose_gradient_is_not_finite():
   """Mutation: report every leaf."""
-  _, task, state, _ = toy()
-  assert bad_leaves(task, 0, state, None, rows('gradient'), 0) == ['encoder/bias']
-  assert bad_leaves(task, 0, state, None, rows(), 0) == []
+  mesh, task, state, _ = toy()
+  for trick, names in (('gradient', ['encoder/bias']), ('fine', [])):
+    assert bad_leaves(task, 0, state, None, to_global(mesh, rows(trick)), 0, 2, mesh) == names
 
 
 def test_the_key_is_a_function_of_seed_and_step():
