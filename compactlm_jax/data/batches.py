@@ -26,37 +26,27 @@ class Batches:
   """Training batches: shuffled anew each epoch, every row exactly once per epoch, the same for any number of hosts.
 
   Row number step * batch_size + i of the endless sequence epoch 0, epoch 1, ... is row i of batch `step`; a batch may
-  hold the end of one epoch and the start of the next. Host p of P gets rows [p * B / P, (p + 1) * B / P) of the batch,
-  or those of `host_rows`.
+  hold the end of one epoch and the start of the next. Each host gets those rows of it that its `host_rows` name.
 
   Attributes:
     source: the rows.
     batch_size: rows of a batch over all hosts (B).
     seed: of the order.
-    process_index: this host (p).
-    process_count: hosts (P).
     buckets: ascending row lengths; a batch is cut to the shortest that holds its longest row. () cuts nothing.
     grouped_steps: steps of the run, to let rows of similar length share batches: the rows of every 32 neighbouring
       batches are sorted by length, and these batches come in random order. 0 leaves the order alone.
-    host_rows: which rows of each batch this host gets (see `parallel.host_rows`); None for an even share in order.
+    host_rows: which rows of each batch this host gets (see `parallel.host_rows`); None for all.
   """
 
   source: RowSource
   batch_size: int
   seed: int
-  process_index: int = 0
-  process_count: int = 1
   buckets: tuple[int, ...] = ()
   grouped_steps: int = 0
   host_rows: np.ndarray | None = None
 
   def __post_init__(self) -> None:
-    if self.batch_size < 1 or self.batch_size % self.process_count:
-      raise ConfigError(
-        f'config.batch_size: {self.batch_size} must be a positive multiple of the {self.process_count} hosts'
-      )
-    if not 0 <= self.process_index < self.process_count:
-      raise ConfigError(f'process_index {self.process_index} is outside 0 to {self.process_count - 1}')
+    _check_batch_size(self.batch_size)
     if not len(self.source):
       raise DataError(f'{self.source.name}: no rows')
     if self.buckets or self.grouped_steps:
@@ -114,13 +104,8 @@ class Batches:
     """This host's row indices of batch `step` >= 0, int64, in the order of the batch."""
     if step < 0:
       raise ValueError(f'step {step} must not be negative')
-    share = self.batch_size // self.process_count
-    first = self.process_index * share
-    if self.host_rows is not None:
-      return self._all_indices(step)[self.host_rows]
-    if not self.grouped_steps:
-      return self._places(step * self.batch_size + first, share)
-    return self._all_indices(step)[first : first + share]
+    every = self._all_indices(step)
+    return every if self.host_rows is None else every[self.host_rows]
 
   def batch(self, step: int) -> Batch:
     """This host's rows of batch `step` >= 0 as NumPy arrays, a pure function of (seed, step)."""
@@ -151,8 +136,6 @@ class Batches:
 def eval_batches(
   source: RowSource,
   batch_size: int,
-  process_index: int = 0,
-  process_count: int = 1,
   buckets: Sequence[int] = (),
   host_rows: np.ndarray | None = None,
 ) -> Iterator[Batch]:
@@ -161,18 +144,14 @@ def eval_batches(
   Args:
     source: the rows.
     batch_size: rows of a batch over all hosts.
-    process_index: this host.
-    process_count: hosts; each gets its rows of every batch.
     buckets: see `Batches`.
     host_rows: see `Batches`.
 
   Returns:
     Batches of equal shape but for `buckets`, with weights.
   """
-  if batch_size < 1 or batch_size % process_count:
-    raise ConfigError(f'config.batch_size: {batch_size} must be a positive multiple of the {process_count} hosts')
-  share, last = batch_size // process_count, len(source) - 1
-  mine = process_index * share + np.arange(share) if host_rows is None else host_rows
+  _check_batch_size(batch_size)
+  last, mine = len(source) - 1, np.arange(batch_size) if host_rows is None else host_rows
   for first in range(0, len(source), batch_size):
     indices = first + mine
     length = _bucket(source, np.arange(first, min(first + batch_size, len(source))), buckets) if buckets else None
@@ -184,6 +163,11 @@ def by_length(source: RowSource) -> tuple[RowSource, np.ndarray]:
   """(the rows from short to long, the row of `source` that each is, int64 [size])."""
   order = np.argsort(_lengths(source), kind='stable')
   return source.reordered(order), order
+
+
+def _check_batch_size(batch_size: int) -> None:
+  if batch_size < 1:
+    raise ConfigError(f'config.batch_size: {batch_size} must be at least 1')
 
 
 def _lengths(source: RowSource) -> np.ndarray:

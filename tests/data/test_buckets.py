@@ -31,8 +31,8 @@ def ids(batch):
 def test_grouped_rows_come_once_per_epoch_on_any_number_of_hosts(rows, epochs, hosts):
   """Mutation: let the last window be as long as the others: its part of the run then leaves rows out."""
   steps = -(-rows * epochs // 4)
-  parts = [Batches(source(rows), 4, 7, p, hosts, BUCKETS, steps) for p in range(hosts)]
-  whole = Batches(source(rows), 4, 7, 0, 1, BUCKETS, steps)
+  whole = Batches(source(rows), 4, 7, BUCKETS, steps)
+  parts = [dataclasses.replace(whole, host_rows=mine) for mine in np.split(np.arange(4), hosts)]
   seen = []
   for step in np.random.default_rng(1).permutation(steps):  # in any order
     shares = [part.batch(int(step)) for part in parts]
@@ -66,7 +66,7 @@ def test_grouping_pads_less_and_keeps_the_order_random():
 def test_a_batch_is_cut_to_the_shortest_bucket_that_holds_it(rows, batch_size, hosts):
   """Mutation: take the longest row of this host instead of all hosts'."""
   rows = source(rows, seed=3)
-  parts = [list(eval_batches(rows, batch_size, p, hosts, BUCKETS)) for p in range(hosts)]
+  parts = [list(eval_batches(rows, batch_size, BUCKETS, mine)) for mine in np.split(np.arange(batch_size), hosts)]
   for number, group in enumerate(zip(*parts, strict=True)):
     longest = rows.lengths[number * batch_size : (number + 1) * batch_size].max()
     wanted = min([b for b in BUCKETS if b >= longest], default=T)

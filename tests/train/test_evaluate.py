@@ -87,7 +87,7 @@ def test_no_batches_give_no_metrics():
 @pytest.mark.parametrize(('batch_size', 'devices', 'hosts'), [(8, 1, 1), (8, 8, 1), (16, 2, 2), (24, 8, 4)])
 def test_rows_are_gathered_once_each_and_in_order(batch_size, devices, hosts):
   """What hosts read, put together, is each row once. Mutation: keep the rows of weight 0."""
-  parts = [list(eval_batches(ROWS, batch_size, p, hosts)) for p in range(hosts)]
+  parts = [list(eval_batches(ROWS, batch_size, host_rows=mine)) for mine in np.split(np.arange(batch_size), hosts)]
   batches = [jax.tree.map(lambda *xs: np.concatenate(xs), *group) for group in zip(*parts, strict=True)]
   rowwise = task(lambda params, frozen, batch: {'first': batch.input_ids[:, 1], 'ids': batch.input_ids})
   seen = {}
