@@ -121,8 +121,9 @@ def test_a_run_in_a_bucket_is_the_run_on_a_disk(data, tmp_path, monkeypatch):
   """Mutation: open metrics.jsonl for appending (the lines before the resume are lost)."""
   config, run = config_of(data / 'rows'), data / 'run'
   whole = run_train(config, str(tmp_path / 'run'))
+  answers = iter([False, False, False, True])  # before the first step, then after each
   with monkeypatch.context() as patch:
-    patch.setattr(StopRequest, 'requested', lambda self, step: step == 3)
+    patch.setattr(StopRequest, 'requested', lambda self: next(answers))
     with pytest.raises(PreemptedError, match='gs://.*/run'):
       run_train(config, str(run))
   assert not (run / 'lock').exists()

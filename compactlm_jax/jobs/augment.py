@@ -248,7 +248,7 @@ def _augment_shards(
       file = parts / f'{shard:06d}'
       counts = _read_counts(file) if file.exists() else None
       if counts is None:
-        if stop.requested(0):
+        if stop.requested():
           raise PreemptedError(f'asked to stop after {total.rows:,} of {rows.count:,} rows; the same command continues')
         made, counts = augment_shard(chunk, shard * SHARD_ROWS, rows, finder, options, stop_words)
         body = ''.join(map(writer.line, made))

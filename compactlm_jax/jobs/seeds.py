@@ -62,7 +62,7 @@ def run_seeds(config: RunConfig, workdir: str, seeds: Sequence[int], shard: str 
   with StopRequest() as stop:
     mine = shard_of(seeds, shard)
     for number, seed in enumerate(mine, 1):
-      if stop.requested(0):
+      if stop.requested():
         raise PreemptedError(f'asked to stop before seed {seed}; the same command continues in {workdir}')
       folder, run = f'{workdir}/seed-{seed}', dataclasses.replace(config, seed=seed)
       log.info('seed %d (%d of %d): %s', seed, number, len(mine), folder)

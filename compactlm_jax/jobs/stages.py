@@ -55,7 +55,7 @@ def run_stages(config: RunConfig, workdir: str, build: Callable[[RunConfig], Job
       before = folder
       best = f'{folder}/{BEST}'
       model = best if epath.Path(best, 'checkpoints').exists() else folder
-      if stop.requested(0):
+      if stop.requested():
         raise PreemptedError(f'asked to stop after stage {stage}; the same command continues in {workdir}')
     log.info('stage %s (%d of %d): %s', last, len(earlier) + 1, len(earlier) + 1, workdir)
     return train(_after(before, build(dataclasses.replace(config, model=model)), config), workdir, **options)

@@ -120,14 +120,14 @@ def train(
     writer = stack.enter_context(MetricsWriter(workdir, total, start_step=first))
     reporter = Reporter(job.task, config, learning_rate_schedule(config.optimizer, total), writer, workdir)
     metadata = {'model': dict(job.task.model), 'task': job.task.name, 'identity': dict(job.identity)}
-    evaluated = _evaluator(job, mesh, frozen, metadata, checkpoints, lambda: stop.requested(first))
+    evaluated = _evaluator(job, mesh, frozen, metadata, checkpoints, stop.requested)
     _catch_up(job, writer, workdir, first, functools.partial(evaluated, state) if missed else None)
-    if first < total and stop.requested(first):
+    if first < total and stop.requested():
       raise PreemptedError(f'asked to stop before step {first + 1}; the same command continues')
     watchdog = stack.enter_context(Watchdog())
     for step, batch in watchdog.over(first, itertools.islice(job.batches.prefetch(first), max(0, total - first))):
       state, metrics = trace.run(step, step_fn, state, frozen, to_global(mesh, batch))
-      done, stopping = step + 1, stop.requested(step + 1)
+      done, stopping = step + 1, stop.requested()
       reporter.add(done, metrics, batch, state, frozen)
       watchdog.done()
       # Before the save: a run that resumes from this step does not evaluate it again, unless it was asked to stop here.

@@ -12,7 +12,7 @@ from compactlm_jax.distributed import group
 class StopRequest:
   """While open, SIGTERM and the first SIGINT are remembered instead of ending the process.
 
-  The loop asks `requested(step)` after every step and saves before it leaves. A second SIGTERM changes nothing, a
+  The loop asks `requested()` after every step and saves before it leaves. A second SIGTERM changes nothing, a
   second SIGINT aborts at once. With several processes all agree on the same step.
 
   One may be open inside another (a run inside a series of runs): each knows what the other was asked.
@@ -48,6 +48,6 @@ class StopRequest:
     if self._group is not None:
       self._group.ask_stop()
 
-  def requested(self, step: int) -> bool:
+  def requested(self) -> bool:
     """True once a stop was asked for; with several processes, on any of them, and at the same call on all."""
     return bool(self._signals) if self._group is None else self._group.stop_now()

@@ -16,18 +16,18 @@ def test_a_request_is_known_inside_and_outside(tmp_path):
   with StopRequest() as series:
     signal.raise_signal(signal.SIGTERM)
     with StopRequest() as run:
-      assert run.requested(1)
+      assert run.requested()
   with StopRequest() as series:
     with StopRequest() as run:
-      assert not run.requested(1)
+      assert not run.requested()
       signal.raise_signal(signal.SIGTERM)
-      assert run.requested(2) and not series.requested(2)
-    assert series.requested(0)
+      assert run.requested() and not series.requested()
+    assert series.requested()
     with StopRequest() as run:
-      assert run.requested(1)
+      assert run.requested()
   assert signal.getsignal(signal.SIGTERM) == before
   with StopRequest() as fresh:
-    assert not fresh.requested(1)
+    assert not fresh.requested()
 
 
 def test_only_a_second_ctrl_c_aborts():
@@ -37,4 +37,4 @@ def test_only_a_second_ctrl_c_aborts():
       signal.raise_signal(number)
     with pytest.raises(KeyboardInterrupt):
       signal.raise_signal(signal.SIGINT)
-    assert run.requested(1)
+    assert run.requested()
