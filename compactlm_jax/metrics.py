@@ -89,8 +89,6 @@ class MetricsWriter:
     start_step: steps done already; later lines in an existing file are dropped.
     bar: show a progress bar; by default if standard error is a terminal or belongs to a notebook.
     tensorboard: also write WORKDIR/tensorboard by tensorboardX; by default if that is installed (extra 'tensorboard').
-    shown: names shown on the bar and in the log, where present; by default the loss, its parts and the density of a
-      pruning run.
 
   Raises:
     StorageError: metrics.jsonl cannot be written.
@@ -105,11 +103,10 @@ class MetricsWriter:
     start_step: int = 0,
     bar: bool | None = None,
     tensorboard: bool | None = None,
-    shown: tuple[str, ...] | None = None,
   ) -> None:
     self._active = jax.process_index() == 0
     self._path = epath.Path(workdir) / 'metrics.jsonl'
-    self._total, self._start, self._shown = total_steps, start_step, shown
+    self._total, self._start = total_steps, start_step
     self._tokens, self._since, self._opened = 0, time.monotonic(), time.monotonic()
     self._rate, self._hours_before = 0.0, 0.0
     self._hours_kept = self._hours_told = False
@@ -234,8 +231,8 @@ class MetricsWriter:
     return pace * max(self._total - step, 0)
 
   def _show(self, step: int, values: Mapping[str, float], left: float, hours: float) -> None:
-    names = self._shown or tuple(k for k in values if 'loss' in k or k.startswith('relation') or k == 'density')
-    parts = {name: f'{float(values[name]):.4g}' for name in names if name in values}
+    names = [k for k in values if 'loss' in k or k.startswith('relation') or k == 'density']
+    parts = {name: f'{float(values[name]):.4g}' for name in names}
     if self._rate:
       parts['tokens/s'] = f'{self._rate:,.0f}'
     if self._bar is not None:

@@ -149,22 +149,6 @@ def timed(
   return out
 
 
-def as_table(found: Latencies) -> str:
-  """A markdown table: one line for each batch size and model, a column of milliseconds and of ratios per engine."""
-  engines = list(dict.fromkeys(row.engine for row in found.rows))
-  cells = {(row.batch, row.name, row.engine): row for row in found.rows}
-  head = ['model', 'batch', *(f'{engine} {unit}' for engine in engines for unit in ('ms', 'ratio'))]
-  lines = [head, ['---', *['---:'] * (len(head) - 1)]]
-  for batch, name in dict.fromkeys((row.batch, row.name) for row in found.rows):
-    line = [name, str(batch)]
-    for engine in engines:
-      row = cells.get((batch, name, engine))
-      line += [f'{row.milliseconds:.2f}', '' if row.ratio is None else f'{row.ratio:.2f}'] if row else ['', '']
-    lines.append(line)
-  told = [f'Median time of one call, {found.seq_len} tokens a row, {found.device}; ratio to the first model.']
-  return '\n'.join([*(f'| {" | ".join(line)} |' for line in lines), '', *told, *found.notes])
-
-
 def _sessions(models: Mapping[str, Bundle]) -> tuple[dict[str, Any], tuple[str, ...]]:
   """(onnxruntime's session of each model that has an ONNX form, what was left out)."""
   missing = [name for name in ('onnx', 'onnxruntime') if importlib.util.find_spec(name) is None]

@@ -39,7 +39,7 @@ def squad_job(config: RunConfig) -> tuple[Task, JobData]:
   Raises:
     ConfigError, DataError: fields or files that do not fit.
   """
-  version, span = _version(config), config.span
+  version, span = 2 if config.finetune.benchmark == 'squad2' else 1, config.span
   bundle, tokenizer = starting_model(config)
   cut = functools.partial(
     make_windows,
@@ -116,13 +116,6 @@ def span_files(windows: Windows, span: SpanConfig, version: int) -> Files:
     }
 
   return files
-
-
-def _version(config: RunConfig) -> int:
-  versions = {'squad1': 1, 'squad2': 2}
-  if config.finetune.benchmark not in versions:
-    raise ConfigError(f'config.finetune.benchmark: {config.finetune.benchmark!r} is not squad1 or squad2')
-  return versions[config.finetune.benchmark]
 
 
 def _questions(config: RunConfig, version: int) -> tuple[Questions, Questions | None]:

@@ -82,11 +82,6 @@ _Count = Callable[[Int[Array, 'Q J']], Int[Array, 'Q J']]
 """Candidates -> how many elements are above each."""
 
 
-def local_cut(values: Float[Array, 'N ...'], keep: Int[Array, ' N']) -> Cut:
-  """The cut that keeps exactly keep[n] elements of layer n; see `local_cuts`."""
-  return local_cuts({'': values}, {'': keep})['']
-
-
 def local_cuts(leaves: Mapping[str, Float[Array, 'N ...']], keeps: Mapping[str, Int[Array, ' N']]) -> dict[str, Cut]:
   """The cuts that keep exactly the `keep` highest elements of each layer of each leaf, ties to lower indices.
 

@@ -25,7 +25,7 @@ from compactlm_jax.distributed import group
 from compactlm_jax.errors import CompactLMError, ConfigError, LockedError, StorageError
 from compactlm_jax.parse import json_digest, parse_json
 from compactlm_jax.stepdir import StepDirectory
-from compactlm_jax.storage import free_bytes, is_remote, own_error, write_whole
+from compactlm_jax.storage import is_remote, own_error, write_whole
 from compactlm_jax.train.agree import agree_on_run, flat, on_first_process, share_directory, versions
 
 log = logging.getLogger(__name__)
@@ -121,16 +121,6 @@ def read_run(workdir: epath.PathLike) -> tuple[RunConfig, dict[str, Any]]:
   if not (sound and isinstance(changes, list) and all(isinstance(change, dict) for change in changes)):
     raise ConfigError(f'{path} is damaged (identity, code or changes); bring it back from a backup')
   return from_config_dict(RunConfig, record['config']), record
-
-
-def free_space_check(path: epath.PathLike, wanted: int) -> None:
-  """Raises StorageError unless `wanted` bytes are free on the disk of `path`, which need not exist yet."""
-  place = epath.Path(path)
-  while not is_remote(place) and not place.exists():
-    place = place.parent
-  free = free_bytes(place)
-  if free is not None and free < wanted:
-    raise StorageError(f'{path}: {wanted / 1e6:,.0f} MB are needed and {free / 1e6:,.0f} MB are free; free some space')
 
 
 class _Lock:

@@ -12,7 +12,7 @@ from compactlm_jax.config import EncoderConfig
 from compactlm_jax.errors import ConfigError
 from compactlm_jax.interop.bundle import Bundle
 from compactlm_jax.jobs import latency
-from compactlm_jax.jobs.latency import Latencies, Timing, as_table, measure, timed
+from compactlm_jax.jobs.latency import measure, timed
 from compactlm_jax.nn.encoder import encoder_shapes
 
 SMALL = EncoderConfig(
@@ -128,26 +128,6 @@ def test_without_onnxruntime_jax_alone_is_measured_and_that_is_said(monkeypatch)
   found = measure({'a': _bundle()}, batch_sizes=(1,), seq_len=4, rounds=1)
   assert [row.engine for row in found.rows] == ['jax']
   assert "which needs onnxruntime: pip install 'compactlm-jax[onnx]'" in found.notes[0]
-  assert found.notes[0] in as_table(found)
-
-
-def test_the_table():
-  """One line for each batch size and model; an engine that did not run a model leaves its cells empty."""
-  rows = (
-    Timing('dense', 1, 'jax', 30.0, 1.0, 9),
-    Timing('small', 1, 'jax', 10.0, 1 / 3, 9),
-    Timing('dense', 1, 'onnxruntime', 20.0, None, 9),
-  )
-  table = as_table(Latencies(rows, 128, 'cpu', ('A note.',)))
-  assert table.splitlines() == [
-    '| model | batch | jax ms | jax ratio | onnxruntime ms | onnxruntime ratio |',
-    '| --- | ---: | ---: | ---: | ---: | ---: |',
-    '| dense | 1 | 30.00 | 1.00 | 20.00 |  |',
-    '| small | 1 | 10.00 | 0.33 |  |  |',
-    '',
-    'Median time of one call, 128 tokens a row, cpu; ratio to the first model.',
-    'A note.',
-  ]
 
 
 @pytest.mark.parametrize(

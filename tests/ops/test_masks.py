@@ -20,14 +20,15 @@ from compactlm_jax.ops.masks import (
   soft_cuts,
   uniform_noise,
 )
-from compactlm_jax.ops.threshold import keep_mask, local_cut
+from compactlm_jax.ops.threshold import keep_mask, local_cuts
 
 
 @jax.jit
 def top(scores, keep):
   """1 for the highest scores of one matrix, so many, 0 for the others."""
   layer = scores[None]
-  return keep_mask(layer, local_cut(layer, jnp.reshape(keep, 1)))[0].astype(scores.dtype)
+  (cut,) = local_cuts({'scores': layer}, {'scores': jnp.reshape(keep, 1)}).values()
+  return keep_mask(layer, cut)[0].astype(scores.dtype)
 
 
 @settings(max_examples=60, deadline=None)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from compactlm_jax.ops.threshold import Cut, global_cut, keep_mask, local_cut, local_cuts, passes
+from compactlm_jax.ops.threshold import Cut, global_cut, keep_mask, local_cuts, passes
 from compactlm_jax.plan.program import read_collectives
 
 SHAPES = {'a/kernel': (2, 3, 4), 'b': (2, 7), 'heads': (3,)}
@@ -138,13 +138,6 @@ def test_nothing_and_everything():
     assert not mask[0].any() and mask[1].all() and number == 0
   kept = keep_mask(np.array([[1.0, -3.0], [0.0, 0.0]], np.float32), Cut(np.zeros(2, np.float32), np.array([-1, 0])))
   np.testing.assert_array_equal(kept, [[True, False], [True, False]])
-
-
-def test_one_array_is_a_tree_of_one():
-  """Mutation: give the cut of another layer."""
-  values = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
-  keeps = np.array([1, 4, 2], np.int32)
-  np.testing.assert_array_equal(keep_mask(values, local_cut(values, keeps)), highest_of_layers(values, keeps))
 
 
 @functools.cache
