@@ -6,13 +6,8 @@ import math
 
 import numpy as np
 
-from compactlm_jax.config import OptimizerConfig, PruneConfig
+from compactlm_jax.config import PruneConfig
 from compactlm_jax.errors import ConfigError
-
-
-def warmup_of(config: OptimizerConfig, total_steps: int) -> int:
-  """Warm-up steps of a run."""
-  return config.warmup_steps or int(config.warmup_fraction * total_steps)
 
 
 def cubic_schedule(initial: float, final: float, total_steps: int, warmup: int, config: PruneConfig) -> np.ndarray:

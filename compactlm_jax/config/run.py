@@ -129,6 +129,10 @@ class OptimizerConfig:
     require(self.max_bad_steps >= 1, f + 'max_bad_steps', 'must be at least 1')
     require(0 <= self.warmup_fraction < 1, f + 'warmup_fraction', 'must be in [0, 1)')
 
+  def warmup(self, total_steps: int) -> int:
+    """Warm-up steps of a run of so many optimiser steps."""
+    return self.warmup_steps or int(self.warmup_fraction * total_steps)
+
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:

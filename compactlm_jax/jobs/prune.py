@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from compactlm_jax.compress.schedule import warmup_of
 from compactlm_jax.config import EncoderConfig, RunConfig, from_config_dict
 from compactlm_jax.tasks.prune import make_prune_task
 from compactlm_jax.train.optimizer import learning_rate_schedule
@@ -20,6 +19,6 @@ def pruned(task: Task, config: RunConfig, total_steps: int) -> Task:
     from_config_dict(EncoderConfig, task.model['encoder'], 'encoder.'),
     config.prune,
     total_steps=total_steps,
-    warmup=warmup_of(config.optimizer, total_steps),
+    warmup=config.optimizer.warmup(total_steps),
     learning_rate=learning_rate_schedule(config.optimizer, total_steps),
   )

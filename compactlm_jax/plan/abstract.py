@@ -12,7 +12,6 @@ from etils import epath
 from jax.sharding import Mesh
 
 from compactlm_jax.checkpoint import load_params
-from compactlm_jax.compress.schedule import warmup_of
 from compactlm_jax.config import SQUAD, EncoderConfig, RunConfig, from_config_dict
 from compactlm_jax.data.glue_tasks import glue_task
 from compactlm_jax.data.manifest import read_manifest
@@ -191,7 +190,7 @@ def make_task(plan: Plan, teacher_params: Params | None) -> Task:
       config.encoder,
       config.prune,
       total_steps=steps,
-      warmup=warmup_of(config.optimizer, steps),
+      warmup=config.optimizer.warmup(steps),
       learning_rate=learning_rate_schedule(config.optimizer, steps),
     )
   if config.task == 'adapt':

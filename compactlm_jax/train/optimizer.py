@@ -26,7 +26,7 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.S
     config: the schedule's options.
     total_steps: optimiser steps of the run.
   """
-  warmup = config.warmup_steps or int(config.warmup_fraction * total_steps)
+  warmup = config.warmup(total_steps)
 
   def schedule(step: jax.Array) -> jax.Array:
     step = jnp.asarray(step, jnp.float32)

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compactlm_jax.compress.schedule import cubic_schedule, kept, least_density, warmup_of
-from compactlm_jax.config import OptimizerConfig, PruneConfig
+from compactlm_jax.compress.schedule import cubic_schedule, kept, least_density
+from compactlm_jax.config import PruneConfig
 from compactlm_jax.errors import ConfigError
 
 PUBLISHED = PruneConfig(initial_warmup=1, final_warmup=2)
@@ -83,13 +83,6 @@ def test_the_message_of_a_short_run_says_what_to_change():
   assert 'train for more than 300 steps' in str(caught.value) and 'prune.final_warmup' in str(caught.value)
   cubic_schedule(1.0, 0.15, 200, 66, PUBLISHED)
   cubic_schedule(1.0, 0.15, 301, 100, PUBLISHED)
-
-
-def test_warmup_of_a_run():
-  """Mutation: round the fraction up."""
-  assert warmup_of(OptimizerConfig(warmup_steps=7), 1000) == 7
-  assert warmup_of(OptimizerConfig(warmup_fraction=0.1), 155) == 15
-  assert warmup_of(OptimizerConfig(), 155) == 0
 
 
 @settings(max_examples=200, deadline=None)

@@ -207,3 +207,10 @@ def test_a_head_ratio_that_does_not_divide_is_refused():
   ):
     EncoderConfig.mixed(heads=8, head_ratio=3, hidden_size=48)
   assert EncoderConfig.mixed(heads=1, head_ratio=2, hidden_size=64).num_heads == 1  # the original's way out
+
+
+def test_warmup_of_a_run():
+  """Mutation: round the fraction up."""
+  assert OptimizerConfig(warmup_steps=7).warmup(1000) == 7
+  assert OptimizerConfig(warmup_fraction=0.1).warmup(155) == 15
+  assert OptimizerConfig().warmup(155) == 0
