@@ -19,7 +19,7 @@ from typing import TypeVar
 import jax
 import numpy as np
 
-from compactlm_jax.compress.structure import branches, kernel_shapes
+from compactlm_jax.compress.structure import kernel_shapes
 from compactlm_jax.config import EncoderConfig
 from compactlm_jax.errors import ConfigError
 from compactlm_jax.tree import named_leaves
@@ -117,7 +117,7 @@ def folded(leaf: _Leaf, axes: Axes, config: EncoderConfig, *, stacked: bool = Fa
     config: its encoder.
     stacked: it has the axis of layers in front.
   """
-  fixed = {'B': branches(config), 'K': config.head_size, 'W': config.conv_kernel_size, 'G': config.num_groups, 'P': 2}
+  fixed = {'B': config.branches, 'K': config.head_size, 'W': config.conv_kernel_size, 'G': config.num_groups, 'P': 2}
   shape = list(leaf.shape[:stacked])
   for size, letters in zip(leaf.shape[stacked:], axes, strict=True):
     known = math.prod(fixed.get(letter, 1) for letter in letters)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from compactlm_jax.compress.layout import checked_leaves, folded, layer_axes, places, unfolded
-from compactlm_jax.compress.structure import branches, kernel_shapes
+from compactlm_jax.compress.structure import kernel_shapes
 from compactlm_jax.config import EncoderConfig, runs, stack_names
 from compactlm_jax.ops.dense import gelu
 from compactlm_jax.tree import nested
@@ -74,7 +74,7 @@ def padded(params: Params, config: EncoderConfig) -> tuple[Params, EncoderConfig
   Raises:
     ConfigError: scores in the tree, or shapes that are not the configuration's.
   """
-  width = branches(config) * config.head_size
+  width = config.branches * config.head_size
   whole = config.hidden_size // width if config.hidden_size % width == 0 else 0
   stock = dataclasses.replace(config, num_heads=max(config.num_heads, whole), heads_per_layer=(), neurons_per_layer=())
   layers = [_filled(layer, config, stock) for layer in _layers(params, config)]

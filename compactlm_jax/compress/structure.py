@@ -67,7 +67,7 @@ def _attention_shapes(config: EncoderConfig) -> Shapes:
     reads += [*(('conv/pointwise',) if config.conv_kind == 'span' else ()), 'conv/value']
     out['attention/conv/taps'] = (inner, heads * config.conv_kernel_size)
   out |= {f'attention/{name}': (width, inner) for name in reads}
-  return {**out, 'attention/output': (inner * branches(config), width)}
+  return {**out, 'attention/output': (inner * config.branches, width)}
 
 
 def _feed_forward_shapes(config: EncoderConfig) -> Shapes:
@@ -80,11 +80,6 @@ def _feed_forward_shapes(config: EncoderConfig) -> Shapes:
     'ffn_in': (groups, width // groups, neurons // groups),
     'ffn_out': (groups, neurons // groups, width // groups),
   }
-
-
-def branches(encoder: EncoderConfig) -> int:
-  """Number of branches whose heads stand side by side before the output projection: 1, or 2 of ConvBERT."""
-  return encoder.self_attention + bool(encoder.conv_kernel_size)
 
 
 def score_shapes(encoder: EncoderConfig, structure: str, block: tuple[int, ...] = (32, 32)) -> Shapes:
@@ -246,7 +241,7 @@ def _of_heads(run: EncoderConfig, attention: str, leaf: Array, kernels: Shapes) 
       continue
     if name == f'{attention}/output/kernel':
       rows_NA = _repeated(leaf, run.head_size)
-      rows = jnp.concatenate([rows_NA] * branches(run), axis=1)
+      rows = jnp.concatenate([rows_NA] * run.branches, axis=1)
       out[name] = jnp.broadcast_to(rows[:, :, None], shape)
       continue
     columns = _repeated(leaf, shape[-1] // run.num_heads)

@@ -187,6 +187,11 @@ class EncoderConfig:
       )
 
   @property
+  def branches(self) -> int:
+    """Number of branches whose heads stand side by side before the output projection: 1, or 2 of ConvBERT."""
+    return self.self_attention + bool(self.conv_kernel_size)
+
+  @property
   def ragged(self) -> bool:
     """Whether layers have sizes of their own; the parameter tree then has one stack for each of `runs`."""
     return bool(self.heads_per_layer or self.neurons_per_layer)

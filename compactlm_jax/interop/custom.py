@@ -29,15 +29,16 @@ CLASSES = {
 }
 """What the file has a class for, by architecture."""
 
-_NAMES = {'bert': 'Bert', 'electra': 'Electra', 'convbert': 'ConvBert'}
+STOCK = {'bert': 'Bert', 'electra': 'Electra', 'convbert': 'ConvBert'}
+"""What the names of transformers' classes begin with, by architecture."""
+
 _REFERENCE = re.compile(rf'(?:[\w./-]+--)?{FILE.removesuffix(".py")}\.{PREFIX}\w+')
 """A class of the file as transformers writes it; what it loaded from the hub begins with 'owner/name--'."""
 
 
 def needed(config: EncoderConfig) -> bool:
   """Whether an encoder needs the file: its layers have sizes of their own, or heads do not fill the hidden size."""
-  branches = bool(config.conv_kernel_size) + config.self_attention
-  return config.ragged or branches * config.num_heads * config.head_size != config.hidden_size
+  return config.ragged or config.branches * config.num_heads * config.head_size != config.hidden_size
 
 
 def source() -> bytes:
@@ -58,7 +59,7 @@ def described(config: EncoderConfig, stock: Mapping[str, Any]) -> dict[str, Any]
     config: the encoder.
     stock: what a stock config.json says of it.
   """
-  name = PREFIX + _NAMES[config.architecture]
+  name = PREFIX + STOCK[config.architecture]
   module = FILE.removesuffix('.py')
   out = dict(stock) | {
     'architectures': [PREFIX + cls for cls in stock['architectures']],

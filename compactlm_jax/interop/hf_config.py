@@ -270,7 +270,7 @@ def to_native(config: EncoderConfig) -> dict[str, Any]:
 
 def architecture(config: EncoderConfig, heads: Collection[str], num_classes: int = 0) -> str:
   """The transformers class that reads the most of an exported tree; `num_classes` as in `to_hf`."""
-  kind = {'bert': 'Bert', 'electra': 'Electra', 'convbert': 'ConvBert'}[config.architecture]
+  kind = custom.STOCK[config.architecture]
   if 'classifier' in heads and (reads_pooler(config) or first_token.fits(config, num_classes)):
     return kind + 'ForSequenceClassification'
   if 'span' in heads and 'classifier' not in heads:  # id2label would give its layer another size

@@ -184,9 +184,9 @@ def _sizes(config: EncoderConfig, num_classes: int) -> dict[str, int]:
 
 def _run_sizes(config: EncoderConfig) -> tuple[int, ...]:
   """Of `_OF_RUNS`: A is the width of the heads of one branch, O of all branches, X heads * taps, F neurons."""
-  width, neurons = config.num_heads * config.head_size, config.intermediate_size
-  branches = bool(config.conv_kernel_size) + config.self_attention
-  return width, width * branches, config.num_heads * config.conv_kernel_size, neurons, neurons // config.num_groups
+  heads, neurons = config.num_heads, config.intermediate_size
+  width = heads * config.head_size
+  return width, width * config.branches, heads * config.conv_kernel_size, neurons, neurons // config.num_groups
 
 
 def _shape(row: Row, sizes: Mapping[str, int]) -> tuple[int, ...]:

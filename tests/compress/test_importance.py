@@ -9,7 +9,6 @@ import pytest
 from ragged import ENCODERS, IDS, MASK, random_tree, run
 
 from compactlm_jax.compress.importance import add_importance, no_importance
-from compactlm_jax.compress.structure import branches
 from compactlm_jax.config import EncoderConfig
 from compactlm_jax.errors import ConfigError
 
@@ -29,7 +28,7 @@ def by_loops(params, grads, config):
   for n in range(layers):
     out = (w['attention']['output']['kernel'][n] * g['attention']['output']['kernel'][n]).astype(np.float64)
     for h in range(config.num_heads):
-      for branch in range(branches(config)):
+      for branch in range(config.branches):
         first = (branch * config.num_heads + h) * size
         heads[n, h] += out[first : first + size].sum()
     for f in range(config.intermediate_size):

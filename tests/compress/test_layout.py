@@ -8,7 +8,6 @@ import pytest
 from ragged import ENCODERS
 
 from compactlm_jax.compress.layout import LAYERS, checked_leaves, folded, layer_axes, outer_axes, places, unfolded
-from compactlm_jax.compress.structure import branches
 from compactlm_jax.errors import ConfigError
 from compactlm_jax.nn.encoder import encoder_shapes
 from compactlm_jax.tree import named_leaves
@@ -19,7 +18,7 @@ def test_letters_multiply_to_the_shape_of_every_parameter(name):
   """Mutation: exchange two letters of different sizes in any row of the tables, or leave a row out."""
   config = ENCODERS[name]
   sizes = {
-    'B': branches(config),
+    'B': config.branches,
     'H': config.num_heads,
     'K': config.head_size,
     'W': config.conv_kernel_size,
