@@ -7,27 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from compactlm_jax.config import EncoderConfig
+from compactlm_jax.config import LAYER_FIELDS, TABLE_FIELDS, EncoderConfig
 from compactlm_jax.errors import ConfigError
 from compactlm_jax.types import Params
-
-# What decides the shapes and the meaning of everything but the stack's depth.
-_SHAPES = (
-  'vocab_size',
-  'hidden_size',
-  'num_heads',
-  'head_size',
-  'intermediate_size',
-  'embedding_size',
-  'max_positions',
-  'type_vocab_size',
-  'self_attention',
-  'conv_kind',
-  'conv_kernel_size',
-  'num_groups',
-  'heads_per_layer',
-  'neurons_per_layer',
-)
 
 
 def spread_layers(student_layers: int, teacher_layers: int) -> tuple[int, ...]:
@@ -80,7 +62,7 @@ def check_same_shapes(student: EncoderConfig, teacher: EncoderConfig, field: str
   Raises:
     ConfigError: a size that differs.
   """
-  for name in _SHAPES:
+  for name in (*LAYER_FIELDS, *TABLE_FIELDS):
     ours, theirs = getattr(student, name), getattr(teacher, name)
     if ours != theirs:
       raise ConfigError(

@@ -7,7 +7,7 @@ strings at the command line and tuples inside.
 
 from compactlm_jax.config.adapt import AdaptConfig, Cell, cells
 from compactlm_jax.config.convert import from_config_dict, to_config_dict, to_json
-from compactlm_jax.config.encoder import EncoderConfig, runs, stack_names
+from compactlm_jax.config.encoder import LAYER_FIELDS, TABLE_FIELDS, EncoderConfig, runs, stack_names
 from compactlm_jax.config.finetune import GLUE, SQUAD, FinetuneConfig, SpanConfig
 from compactlm_jax.config.pretrain import SHARED_EMBEDDINGS, ElectraConfig, MaskConfig
 from compactlm_jax.config.prune import PruneConfig
@@ -16,8 +16,10 @@ from compactlm_jax.config.run import LABELLED, DataConfig, DistillConfig, MeshCo
 __all__ = [
   'GLUE',
   'LABELLED',
+  'LAYER_FIELDS',
   'SHARED_EMBEDDINGS',
   'SQUAD',
+  'TABLE_FIELDS',
   'AdaptConfig',
   'Cell',
   'DataConfig',

@@ -26,6 +26,23 @@ _SIZES = (
   'scan_unroll',
 )
 
+TABLE_FIELDS = ('vocab_size', 'embedding_size', 'max_positions', 'type_vocab_size')
+"""Fields of an EncoderConfig that decide the shapes of its embeddings."""
+
+LAYER_FIELDS = (
+  'hidden_size',
+  'num_heads',
+  'head_size',
+  'intermediate_size',
+  'conv_kernel_size',
+  'conv_kind',
+  'self_attention',
+  'num_groups',
+  'heads_per_layer',
+  'neurons_per_layer',
+)
+"""Those that decide the shapes and the parts of its layers; how many there are, `num_layers` says."""
+
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:

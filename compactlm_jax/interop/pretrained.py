@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from compactlm_jax.config import SHARED_EMBEDDINGS, EncoderConfig
+from compactlm_jax.config import LAYER_FIELDS, SHARED_EMBEDDINGS, TABLE_FIELDS, EncoderConfig
 from compactlm_jax.errors import ConfigError
 from compactlm_jax.interop.bundle import Bundle, export_files
 from compactlm_jax.interop.names import leaf_shapes
@@ -35,21 +35,7 @@ _SHARED = {
 }
 """What of a generator stands under 'encoder', by `electra.sharing`: beginnings of names."""
 
-_SIZES = (
-  'vocab_size',
-  'embedding_size',
-  'max_positions',
-  'type_vocab_size',
-  'hidden_size',
-  'num_layers',
-  'head_size',
-  'num_heads',
-  'intermediate_size',
-  'conv_kernel_size',
-  'conv_kind',
-  'self_attention',
-  'num_groups',
-)
+_SIZES = (*TABLE_FIELDS, 'num_layers', *LAYER_FIELDS)
 """Fields that decide the shapes of a tree; the first that differs is named."""
 
 _MODES = ('layer_norm_epsilon', 'conv_sees_padding', 'causal')
@@ -181,7 +167,10 @@ def _check_sizes(theirs: EncoderConfig, ours: EncoderConfig, encoder: EncoderCon
 
 
 def _plain_remedy(field: str, given: Any) -> tuple[str, str]:
-  return f'encoder.{field}', f'set encoder.{field}={given}'
+  if given == ():
+    return f'encoder.{field}', f'leave encoder.{field} empty'
+  value = ','.join(map(str, given)) if isinstance(given, tuple) else given
+  return f'encoder.{field}', f'set encoder.{field}={value}'
 
 
 def _remedy(field: str, theirs: EncoderConfig, encoder: EncoderConfig) -> tuple[str, str]:

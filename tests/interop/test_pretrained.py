@@ -177,6 +177,21 @@ def test_a_discriminator_that_does_not_fit_is_refused_by_field():
     mlm_start(_bundle(other), BIG)
 
 
+@pytest.mark.parametrize(
+  ('field', 'sizes', 'halved'), [('heads_per_layer', (4, 1), (2, 1)), ('neurons_per_layer', (64, 8), (32, 8))]
+)
+def test_layers_of_their_own_sizes_are_refused_by_field(field, sizes, halved):
+  """Their stacks have other names, so that all layers would start fresh. Mutation: leave the field out of `_SIZES`."""
+  ragged, asked = dataclasses.replace(BIG, **{field: sizes}), f'{sizes[0]},{sizes[1]}'
+  with pytest.raises(ConfigError, match=rf'^config\.encoder\.{field}: the model given.*; set encoder.{field}={asked}$'):
+    mlm_start(_bundle(ragged), BIG)
+  with pytest.raises(ConfigError, match=rf'^config\.encoder\.{field}: the model given.*; leave encoder.{field} empty$'):
+    mlm_start(_bundle(BIG), ragged)
+  small = HALF.generator_encoder(BIG)
+  with pytest.raises(ConfigError, match=rf'^config\.electra\.generator: the generator given has {field} '):
+    electra_start(None, _bundle(dataclasses.replace(small, **{field: halved})), BIG, small, 'embeddings')
+
+
 def test_a_tree_that_is_not_its_configurations_is_refused_by_name():
   bundle = _bundle(BIG)
   bundle.params['encoder']['layers']['ffn_in']['bias'] = np.zeros((2, 3), np.float32)
