@@ -54,6 +54,27 @@ def free_bytes(path: epath.PathLike) -> int | None:
   return None if is_remote(path) else shutil.disk_usage(path).free
 
 
+def require_file_place(flag: str, path: str, *, buckets: bool = True, name: str = 'a file') -> None:
+  """Before long work: checks that a file can be made at the path that a flag names.
+
+  Args:
+    flag: for messages.
+    path: of the file; '' names none. A bucket has no folders that would have to be there, and is not asked.
+    buckets: whether this file may be in one.
+    name: what to name instead, for messages.
+
+  Raises:
+    ConfigError: its folder is not there, it is a folder itself, or it is in a bucket and may not be.
+  """
+  if is_remote(path):
+    if not buckets:
+      raise ConfigError(f'--{flag}: {path} is in a bucket, where this cannot be written; name a path on a disk')
+  elif path and not pathlib.Path(path).absolute().parent.is_dir():
+    raise ConfigError(f'--{flag}: the folder of {path} is not there')
+  elif path and pathlib.Path(path).is_dir():
+    raise ConfigError(f'--{flag}: {path} is a folder; name {name}')
+
+
 def cache_folder(name: str) -> epath.Path:
   """$XDG_CACHE_HOME/compactlm/NAME, or ~/.cache/compactlm/NAME."""
   return epath.Path(os.environ.get('XDG_CACHE_HOME') or epath.Path('~/.cache').expanduser()) / 'compactlm' / name

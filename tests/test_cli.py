@@ -86,7 +86,7 @@ OK = TINY + 'distill'
       78,
       '--layout=padded: is for --format=hf',
     ),
-    (['export', '--checkpoint=W', '--output=W', '--report=/none/r.json'], 78, '--report=/none/r.json: is a folder, or'),
+    (['export', '--checkpoint=W', '--output=W', '--report=/none/r.json'], 78, '--report: the folder of /none/r.json'),
     (['train', OK, '--workdir=W', 'extra'], 78, "unexpected argument 'extra'; flags are written --name=value"),
     (['train', f'--config={CONFIGS}/none.py', '--workdir=W'], 78, f'--config: there is no file {CONFIGS}/none.py'),
     (['train', TINY + 'distil', '--workdir=W'], 78, "configs/tiny.py has no variant 'distil'; use one of"),

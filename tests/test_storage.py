@@ -168,6 +168,20 @@ def test_what_clients_of_buckets_say(error, kind, said):
       raise own
 
 
+def test_where_a_file_can_be_made(tmp_path):
+  """Mutations: ask a bucket for the folder; let a folder through."""
+  (tmp_path / 'taken').mkdir()
+  for path in ('', 'new.md', f'{tmp_path}/new.md', 'gs://bucket/none/new.md'):
+    storage.require_file_place('output', path)
+  for path, said in (
+    (f'{tmp_path}/none/new.md', '--output: the folder of .*/none/new.md is not there'),
+    (f'{tmp_path}/taken', '--output: .*/taken is a folder; name a table'),
+    ('gs://bucket/new.md', '--output: gs://bucket/new.md is in a bucket, .*; name a path on a disk'),
+  ):
+    with pytest.raises(ConfigError, match=said):
+      storage.require_file_place('output', path, buckets=False, name='a table')
+
+
 def test_other_errors_are_left_alone():
   """Another host that is gone is no bucket. Mutation: look for `_UNREACHED` whoever raises."""
   assert storage.own_error(ConnectionResetError(104, 'Connection reset by peer')) is None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from compactlm_jax.cli.augment import AUGMENT
-from compactlm_jax.cli.flags import Command, all_of, check_file, choice, fraction, number, several, switch, text
+from compactlm_jax.cli.flags import Command, all_of, choice, fraction, number, several, switch, text
 from compactlm_jax.cli.worker import define_processes
 from compactlm_jax.errors import ConfigError
 
@@ -103,10 +103,11 @@ def _export(values: flags.FlagValues) -> str:
   from compactlm_jax.cpu import keep_memory
   from compactlm_jax.jobs import run_export
   from compactlm_jax.jobs.export_cell import CellExport, Wanted, run_export_cell
-  from compactlm_jax.jobs.export_tables import as_text, check_report, write_report
+  from compactlm_jax.jobs.export_tables import as_text, write_report
+  from compactlm_jax.storage import require_file_place
 
   keep_memory()
-  check_report(values.report)
+  require_file_place('report', values.report, name='a file as export.json')
   options: dict[str, Any] = {name: values[name].value for name in ('format', 'layout', 'values', 'latency')}
   fields: dict[str, Any] = {field.name: values[field.name].value for field in dataclasses.fields(Wanted)}
   wanted = Wanted(**fields)
@@ -127,9 +128,10 @@ def _plan(values: flags.FlagValues) -> str:
   from compactlm_jax.config import RunConfig, from_config_dict
   from compactlm_jax.plan.main import plan_run, too_large
   from compactlm_jax.plan.report import as_json, as_table
+  from compactlm_jax.storage import require_file_place
 
   for flag in ('output', 'hlo'):  # before the compiler takes its minutes
-    check_file(flag, str(values[flag].value))
+    require_file_place(flag, str(values[flag].value), buckets=False)
   config = from_config_dict(RunConfig, values.config)
   name = str(getattr(values['config'], 'config_filename', ''))
   report = plan_run(config, name, values.topology, sweep=bool(values.sweep), thorough=values.thorough)

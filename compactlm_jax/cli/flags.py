@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
-
-from compactlm_jax.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,11 +94,3 @@ def all_of(*parts: Callable[[flags.FlagValues], Any]) -> Callable[[flags.FlagVal
       part(values)
 
   return define
-
-
-def check_file(flag: str, path: str) -> None:
-  """Raises ConfigError unless a file can be made at the path that a flag names; '' names none."""
-  if path and not pathlib.Path(path).absolute().parent.is_dir():
-    raise ConfigError(f'--{flag}: the folder of {path} is not there')
-  if path and pathlib.Path(path).is_dir():
-    raise ConfigError(f'--{flag}: {path} is a folder; name a file')

@@ -7,14 +7,12 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from etils import epath
-
 from compactlm_jax.config import runs
-from compactlm_jax.errors import ConfigError, StorageError
+from compactlm_jax.errors import StorageError
 from compactlm_jax.jobs.export import Export
 from compactlm_jax.jobs.latency import Latencies
 from compactlm_jax.report.aligned import aligned
-from compactlm_jax.storage import absolute, is_remote, write_whole
+from compactlm_jax.storage import write_whole
 
 
 def as_text(export: Export) -> str:
@@ -51,12 +49,6 @@ def as_dict(export: Export) -> dict[str, Any]:
     'bytes': own if pruned else None,
     'latency': dataclasses.asdict(export.latency) if export.latency is not None else None,
   }
-
-
-def check_report(path: str) -> None:
-  """Raises ConfigError unless `path` is '' or a file can be written there."""
-  if path and (epath.Path(path).is_dir() or not (is_remote(path) or absolute(path).parent.is_dir())):
-    raise ConfigError(f'--report={path}: is a folder, or in one that is not there; name a file as export.json')
 
 
 def write_report(export: Export, path: str, also: Mapping[str, Any] | None = None) -> None:

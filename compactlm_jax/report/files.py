@@ -11,6 +11,7 @@ from compactlm_jax.report.pruning_plot import draw_pruning, draw_schedules, has_
 from compactlm_jax.report.remaining_plot import draw_remaining, has_matrices
 from compactlm_jax.report.runs import Report
 from compactlm_jax.report.tables import as_csv, as_json, as_markdown
+from compactlm_jax.storage import require_file_place
 
 SUFFIXES = ('.md', '.csv', '.json', '.png')
 
@@ -18,12 +19,10 @@ SUFFIXES = ('.md', '.csv', '.json', '.png')
 def check_output(output: str) -> None:
   """Raises ConfigError unless `output` is '' or names a file or prefix that can be written."""
   path = pathlib.Path(output)
-  if output and not path.absolute().parent.is_dir():
-    raise ConfigError(f'--output: the folder of {output} is not there')
-  if output and path.suffix not in ('', *SUFFIXES):
+  example = f'a file, or a prefix as {output.rstrip("/")}/report'
+  require_file_place('output', output, buckets=False, name=example)
+  if path.suffix not in ('', *SUFFIXES):
     raise ConfigError(f'--output: {output} ends in {path.suffix}; use {", ".join(SUFFIXES)}, or no ending for all')
-  if output and (path.is_dir() or not path.name):
-    raise ConfigError(f'--output: {output} is a folder; name a file, or a prefix as {output.rstrip("/")}/report')
 
 
 def write_report(report: Report, output: str, curves: bool = False) -> tuple[str, ...]:

@@ -48,7 +48,7 @@ def test_a_prefix_gives_all_kinds(report, tmp_path):
 @pytest.mark.parametrize(
   ('output', 'curves', 'message'),
   [
-    ('none/report', False, 'the folder of .*none/report is not there'),
+    ('none/report', False, '--output: the folder of .*none/report is not there'),
     ('report.mkd', False, r'ends in .mkd; use .md'),
     ('', True, '--curves: name the picture'),
     ('report.md', True, '--curves: name the picture'),
