@@ -36,6 +36,8 @@ _UNREACHED = re.compile(
 _CLIENTS = ('aiohttp', 'gcsfs', 'google')
 _OBJECT = re.compile(r'\bb/([^/\s]+)/o(?:/([^\s?\\]+))?')
 _BLOCK = 1 << 22
+SPARE_BYTES = 64 << 20
+"""What should be free on a disk besides what is known to be written."""
 _REWRITE_SECONDS = 30
 
 
@@ -52,6 +54,27 @@ def absolute(path: epath.PathLike) -> epath.Path:
 def free_bytes(path: epath.PathLike) -> int | None:
   """Bytes free on the disk of an existing path; None where that is not known (object stores)."""
   return None if is_remote(path) else shutil.disk_usage(path).free
+
+
+def require_space(disk: epath.PathLike, needed: int, what: str, remedy: str) -> None:
+  """Checks that so many bytes are free on a disk.
+
+  Args:
+    disk: a path on it, which need not exist yet; in a bucket nothing is known.
+    needed: bytes.
+    what: begins the message: a path, or a sentence.
+    remedy: ends it: what may be done instead of freeing space.
+
+  Raises:
+    StorageError: fewer are free.
+  """
+  place = epath.Path(disk)
+  while not is_remote(place) and not place.exists() and place != place.parent:
+    place = place.parent
+  free = free_bytes(place)
+  if free is not None and free < needed:
+    found = f'{free >> 20} MiB free, at least {needed >> 20} MiB needed'
+    raise StorageError(f'{what}: {found}; free some space or {remedy}')
 
 
 def require_file_place(flag: str, path: str, *, buckets: bool = True, name: str = 'a file') -> None:

@@ -168,6 +168,14 @@ def test_what_clients_of_buckets_say(error, kind, said):
       raise own
 
 
+def test_the_space_on_a_disk(tmp_path):
+  """Of a folder that is not there yet, too. Mutation: compare the wrong way round."""
+  storage.require_space(tmp_path / 'not' / 'yet', 1, 'rows', 'wait')
+  with pytest.raises(StorageError, match=r'^rows: \d+ MiB free, at least 4398046511104 MiB needed; free .* or wait$'):
+    storage.require_space(tmp_path / 'not' / 'yet', 2**62, 'rows', 'wait')
+  storage.require_space('gs://bucket/run', 2**62, 'rows', 'wait')  # not known there
+
+
 def test_where_a_file_can_be_made(tmp_path):
   """Mutations: ask a bucket for the folder; let a folder through."""
   (tmp_path / 'taken').mkdir()

@@ -13,13 +13,12 @@ from etils import epath
 
 from compactlm_jax.data import text
 from compactlm_jax.data.manifest import FILE, Manifest
-from compactlm_jax.errors import DataError, StorageError
-from compactlm_jax.storage import cache_folder, free_bytes, whole_file
+from compactlm_jax.errors import DataError
+from compactlm_jax.storage import SPARE_BYTES, cache_folder, require_space, whole_file
 
 log = logging.getLogger(__name__)
 
 _BLOCK = 1 << 22
-_SPARE_BYTES = 64 << 20
 
 
 def local_copy(path: Any, manifest: Manifest) -> epath.Path:
@@ -41,14 +40,11 @@ def local_copy(path: Any, manifest: Manifest) -> epath.Path:
   shards = [shard for found in manifest.splits.values() for shard in found]
   wanted = [s for s in shards if not ((folder / s.file).exists() and (folder / s.file).stat().length == s.bytes)]
   folder.mkdir(parents=True, exist_ok=True)
-  needed, free = sum(s.bytes for s in wanted) + _SPARE_BYTES, free_bytes(folder)
-  if wanted and free is not None and free < needed:
-    raise StorageError(
-      f'{path}: rows are read from a copy on the disk, in {folder}: {free >> 20} MiB free, {needed >> 20} MiB needed; '
-      'free some space, or set XDG_CACHE_HOME to a folder on another disk'
-    )
   if wanted:
-    log.info('%s: copying %d files, %.0f MB, to %s', path, len(wanted), sum(s.bytes for s in wanted) / 1e6, folder)
+    needed = sum(s.bytes for s in wanted)
+    what = f'{path}: rows are read from a copy on the disk, in {folder}'
+    require_space(folder, needed + SPARE_BYTES, what, 'set XDG_CACHE_HOME to a folder on another disk')
+    log.info('%s: copying %d files, %.0f MB, to %s', path, len(wanted), needed / 1e6, folder)
   sources = [text.TextSource(s.file, s.bytes, '', lambda on_bytes: iter(())) for s in wanted]
   with text.progress(sources, 'copy') as on_bytes:
     for shard in wanted:

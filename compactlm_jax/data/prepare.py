@@ -18,7 +18,7 @@ from compactlm_jax.data.parts import LOCAL, ONE_STREAM, Plan, Spread, Writer, fi
 from compactlm_jax.data.rows import Counts, make_examples
 from compactlm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from compactlm_jax.errors import ConfigError, DataError, StorageError
-from compactlm_jax.storage import children, free_bytes, is_remote, temporary_folder
+from compactlm_jax.storage import SPARE_BYTES, children, is_remote, require_space, temporary_folder
 
 MODES = ('packed', 'pairs', 'sentences')
 PAIR_RULES = ('electra', 'convbert')
@@ -27,7 +27,6 @@ log = logging.getLogger(__name__)
 
 _CHECK_ROWS = 2048
 _SHARD_TOKENS = 1 << 25
-_SPARE_BYTES = 64 << 20
 
 
 def prepare(
@@ -134,7 +133,7 @@ def _write_once(
   if (existing := _existing(target, settings, overwrite)) is not None:
     return existing
   # At least this much is written: ids take about two bytes each, a token about four characters of (packed) text.
-  _require_space(target.parent, sum(s.size for s in sources) // 2 + _SPARE_BYTES)
+  _require_space(target.parent, sum(s.size for s in sources) // 2 + SPARE_BYTES)
   with (_bucket_folder if is_remote(target) else _atomic_folder)(target) as scratch:
     manifest = _write(scratch, sources, tokenizer, settings, workers)
   log.info('%s: %d rows of %d tokens', target, manifest.counts['rows'], manifest.seq_len)
@@ -200,15 +199,8 @@ def _existing(
 
 def _require_space(folder: epath.Path, needed: int) -> None:
   # What goes to a bucket is on the disk of temporary files first, a shard at a time.
-  path = temporary_folder() if is_remote(folder) else epath.Path(folder)
-  needed = min(needed, _SPARE_BYTES) if is_remote(folder) else needed
-  while not path.exists() and path != path.parent:
-    path = path.parent
-  free = free_bytes(path)
-  if free is not None and free < needed:
-    raise StorageError(
-      f'{folder}: {free >> 20} MiB free, at least {needed >> 20} MiB needed; free some space or choose another output'
-    )
+  disk, needed = (temporary_folder(), min(needed, SPARE_BYTES)) if is_remote(folder) else (folder, needed)
+  require_space(disk, needed, str(folder), 'choose another output')
 
 
 @contextlib.contextmanager
@@ -308,5 +300,5 @@ def _while_there_is_space(
   """Passes examples on and looks at the free disk now and then."""
   for number, item in enumerate(examples):
     if number % _CHECK_ROWS == 0:
-      _require_space(folder, _CHECK_ROWS * seq_len * 8 + _SPARE_BYTES)
+      _require_space(folder, _CHECK_ROWS * seq_len * 8 + SPARE_BYTES)
     yield item
