@@ -120,7 +120,6 @@ def _raise_errors(plan: Plan) -> None:
 @contextlib.contextmanager
 def _progress(plan: Plan) -> Iterator[None]:
   """Shows the bytes of parts that are done, by their marks in the folder: runners have no other way in common."""
-  sources = [text.TextSource(str(part.index), part.size, '', lambda on_bytes: iter(())) for part in plan.parts]
   over = threading.Event()
 
   def look(on_bytes: text.OnBytes) -> None:
@@ -135,7 +134,7 @@ def _progress(plan: Plan) -> Iterator[None]:
       if last:
         return
 
-  with text.progress(sources, 'prepare') as on_bytes:
+  with text.progress_of(sum(part.size for part in plan.parts), 'prepare') as on_bytes:
     thread: Any = threading.Thread(target=look, args=(on_bytes,), name='prepare-progress', daemon=True)
     thread.start()
     try:

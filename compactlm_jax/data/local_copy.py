@@ -40,13 +40,12 @@ def local_copy(path: Any, manifest: Manifest) -> epath.Path:
   shards = [shard for found in manifest.splits.values() for shard in found]
   wanted = [s for s in shards if not ((folder / s.file).exists() and (folder / s.file).stat().length == s.bytes)]
   folder.mkdir(parents=True, exist_ok=True)
+  needed = sum(s.bytes for s in wanted)
   if wanted:
-    needed = sum(s.bytes for s in wanted)
     what = f'{path}: rows are read from a copy on the disk, in {folder}'
     require_space(folder, needed + SPARE_BYTES, what, 'set XDG_CACHE_HOME to a folder on another disk')
     log.info('%s: copying %d files, %.0f MB, to %s', path, len(wanted), needed / 1e6, folder)
-  sources = [text.TextSource(s.file, s.bytes, '', lambda on_bytes: iter(())) for s in wanted]
-  with text.progress(sources, 'copy') as on_bytes:
+  with text.progress_of(needed, 'copy') as on_bytes:
     for shard in wanted:
       if _copy(remote / shard.file, folder / shard.file, on_bytes) != shard.sha256:
         (folder / shard.file).unlink(missing_ok=True)

@@ -158,8 +158,7 @@ def write_here(plan: Plan, tokenizer: Tokenizer, workers: int) -> None:
     DataError: a part has no rows, or a file is not UTF-8.
     StorageError: the disk is full or not writable.
   """
-  sources = [text.TextSource(str(part.index), part.size, '', lambda on_bytes: iter(())) for part in plan.parts]
-  with text.progress(sources, 'prepare') as on_bytes:
+  with text.progress_of(sum(part.size for part in plan.parts), 'prepare') as on_bytes:
     for part in plan.parts:
       write_part(plan, part, tokenizer, workers, on_bytes)
 

@@ -103,18 +103,22 @@ def open_file(path: epath.PathLike, *, digest: bool = True) -> TextSource:
   return TextSource(file.name, int(file.stat().length), sha256, lambda on_bytes: _file_lines(file, on_bytes), str(file))
 
 
+def progress(sources: Sequence[TextSource], what: str) -> contextlib.AbstractContextManager[OnBytes]:
+  """Shows a pass over the sources; what it gives, `TextSource.lines` takes. See `progress_of`."""
+  return progress_of(sum(s.size for s in sources), what)
+
+
 @contextlib.contextmanager
-def progress(sources: Sequence[TextSource], what: str) -> Iterator[OnBytes]:
-  """Shows a pass over the sources: a bar on a terminal, a line every half minute in a log.
+def progress_of(total: int, what: str) -> Iterator[OnBytes]:
+  """Shows how many bytes are done: a bar on a terminal, a line every half minute in a log.
 
   Args:
-    sources: what is read.
-    what: name of the pass.
+    total: bytes.
+    what: name of the work.
 
-  Returns:
-    What `TextSource.lines` takes.
+  Yields:
+    What is told of bytes that are done.
   """
-  total = sum(s.size for s in sources)
   on_terminal = sys.stderr.isatty()
   done, last = 0, time.monotonic()
 
