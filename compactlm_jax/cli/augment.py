@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from absl import flags
 
-from compactlm_jax.cli.flags import Command, all_of, choice, number, switch, text
+from compactlm_jax.cli.flags import Command, all_of, choice, comma_list, number, switch, text
 
 
 def _augment(values: flags.FlagValues) -> str:
@@ -13,7 +13,7 @@ def _augment(values: flags.FlagValues) -> str:
 
   keep_memory()
   options = Options(
-    text_columns=tuple(name.strip() for name in values.text_columns.split(',') if name.strip()),
+    text_columns=comma_list(values.text_columns),
     task=values.task,
     copies=values.copies,
     candidates=values.candidates,

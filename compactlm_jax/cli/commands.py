@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from compactlm_jax.cli.augment import AUGMENT
-from compactlm_jax.cli.flags import Command, all_of, choice, fraction, number, several, switch, text
+from compactlm_jax.cli.flags import Command, all_of, choice, comma_list, fraction, number, several, switch, text
 from compactlm_jax.cli.worker import define_processes
 from compactlm_jax.errors import ConfigError
 
@@ -68,7 +68,7 @@ def _train(values: flags.FlagValues) -> str:
   config = from_config_dict(RunConfig, values.config)
   flags_of_run = ('workdir', 'allow_change', 'seeds', 'seed_shard', 'steal_lock', 'profile')
   agree_on_start(config, {name: values[name].value for name in flags_of_run})
-  allowed = tuple(name.strip() for name in values.allow_change.split(',') if name.strip())
+  allowed = comma_list(values.allow_change)
   options = {'allow_change': allowed, 'steal_lock': values.steal_lock, 'profile': values.profile}
   if values.seeds is not None:
     return _train_seeds(config, values, options)
@@ -168,7 +168,7 @@ def _predict(values: flags.FlagValues) -> str:
     values.model,
     values.input,
     values.output,
-    text_columns=tuple(name.strip() for name in values.text_columns.split(',')),
+    text_columns=comma_list(values.text_columns),
     question=values.question,
     context=values.context,
     batch_size=values.batch_size,

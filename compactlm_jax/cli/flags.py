@@ -94,3 +94,8 @@ def all_of(*parts: Callable[[flags.FlagValues], Any]) -> Callable[[flags.FlagVal
       part(values)
 
   return define
+
+
+def comma_list(given: str) -> tuple[str, ...]:
+  """The parts of a comma-separated value, without the blanks around them; empty ones count for nothing."""
+  return tuple(part.strip() for part in given.split(',') if part.strip())

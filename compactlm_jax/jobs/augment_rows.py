@@ -14,6 +14,7 @@ from compactlm_jax.data.glue import read_glue
 from compactlm_jax.data.glue_tasks import GlueTask, glue_task
 from compactlm_jax.data.table import table_rows
 from compactlm_jax.errors import ConfigError, DataError
+from compactlm_jax.jobs.output import tsv_cell
 
 Row = dict[str, Any]
 """Column -> value."""
@@ -96,15 +97,8 @@ class Writer:
   def line(self, row: Mapping[str, Any]) -> str:
     """A row."""
     if self.suffix == '.tsv':
-      return '\t'.join(_cell(row.get(name)) for name in self.columns) + '\n'
+      return '\t'.join(tsv_cell(row.get(name), exact=True) for name in self.columns) + '\n'
     return json.dumps(row, ensure_ascii=False) + '\n'
-
-
-def _cell(value: Any) -> str:
-  if value is None:
-    return ''
-  text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-  return text if not set(text) & set('\t\n\r') else ' '.join(text.split())
 
 
 def _checked(source: str, names: Sequence[str]) -> Callable[[], Iterator[Row]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from typing import Any
 
 from etils import epath
 
@@ -23,3 +25,20 @@ def output_table(output: str, source: str) -> epath.Path:
   if not is_remote(target) and target.exists() and epath.Path(source).exists() and os.path.samefile(target, source):
     raise ConfigError(f'--output: {output} is the file that is read; name another')
   return target
+
+
+def tsv_cell(value: Any, *, exact: bool = False) -> str:
+  """A cell of a .tsv, which knows no quoting: tabs and line ends become blanks.
+
+  Args:
+    value: None is an empty cell.
+    exact: for what is copied: numbers have all their digits, blanks stay as they are where nothing has to go, and what
+      is neither text nor number is JSON. Otherwise numbers have six digits, and each run of blanks is one.
+  """
+  if value is None:
+    return ''
+  if exact and not isinstance(value, str):
+    text = json.dumps(value, ensure_ascii=False)
+  else:
+    text = f'{value:.6g}' if isinstance(value, float) else str(value)
+  return text if exact and not set(text) & set('\t\n\r') else ' '.join(text.split())

@@ -22,7 +22,7 @@ from compactlm_jax.data.table import numbered_lines, table_rows
 from compactlm_jax.data.windows import make_windows
 from compactlm_jax.errors import ConfigError, DataError, StorageError
 from compactlm_jax.jobs.models import load_model
-from compactlm_jax.jobs.output import output_table
+from compactlm_jax.jobs.output import output_table, tsv_cell
 from compactlm_jax.jobs.predict import CHUNK, Reader, Usage, class_names, classify_texts, require_classifier
 from compactlm_jax.jobs.squad import span_answers
 from compactlm_jax.storage import whole_file
@@ -178,15 +178,8 @@ def _write_line(file: TextIO, answer: Answer, as_json: bool, header: bool) -> No
     file.write(json.dumps(answer, ensure_ascii=False) + '\n')
     return
   if header:
-    file.write('\t'.join(map(_cell, answer)) + '\n')
-  file.write('\t'.join(map(_cell, answer.values())) + '\n')
-
-
-def _cell(value: Any) -> str:
-  """A TSV cell: no quoting, so that tabs and line ends become blanks."""
-  if value is None:
-    return ''
-  return f'{value:.6g}' if isinstance(value, float) else ' '.join(str(value).split())
+    file.write('\t'.join(map(tsv_cell, answer)) + '\n')
+  file.write('\t'.join(map(tsv_cell, answer.values())) + '\n')
 
 
 def _rows(file: epath.Path, columns: tuple[str, ...]) -> Iterator[Row]:

@@ -160,7 +160,7 @@ def test_the_input_is_not_replaced(models, tmp_path):
 
 def test_the_command(models, tmp_path, capsys):
   (tmp_path / 'in.tsv').write_text('a\tb\nw1\tw2\n')
-  flags = [f'--input={tmp_path / "in.tsv"}', f'--output={tmp_path / "out.tsv"}', '--text_columns=a,b']
+  flags = [f'--input={tmp_path / "in.tsv"}', f'--output={tmp_path / "out.tsv"}', '--text_columns=a, b,']
   assert main(['predict', f'--model={models["classes"]}', *flags]) == 0
   assert ': 1 rows in ' in capsys.readouterr().out and len(table((tmp_path / 'out.tsv').read_text())) == 1
   assert main(['predict', f'--model={models["classes"]}', *flags, '--text_columns=a,c']) == 78
