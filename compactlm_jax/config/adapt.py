@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
-from compactlm_jax.config.check import require
+from compactlm_jax.config.check import one_of, require
 from compactlm_jax.config.encoder import EncoderConfig
 
 STAGES = ('width', 'depth', 'final')
@@ -115,7 +115,7 @@ class AdaptConfig:
       ('sampling', ('all', 'sandwich')),
       ('combine', ('sum', 'mean')),
     ):
-      require(getattr(self, name) in allowed, f + name, f'{getattr(self, name)!r}; use one of {", ".join(allowed)}')
+      one_of(f + name, getattr(self, name), allowed)
     for name in ('widths', 'depths'):
       shares = getattr(self, name)
       require(

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 
-from compactlm_jax.config.check import require
+from compactlm_jax.config.check import one_of, require
 
 METHODS = ('hard_movement', 'soft_movement', 'magnitude', 'post_hoc_magnitude', 'l0', 'rpp', 'random')
 STRUCTURES = ('none', 'heads', 'neurons', 'heads+neurons', 'block', 'block+neurons')
@@ -88,7 +87,7 @@ class PruneConfig:
       ('control', ('fixed', 'density')),
       ('scores_init', ('constant', 'uniform', 'kaiming')),
     ):
-      _one_of(name, getattr(self, name), allowed)
+      one_of(f + name, getattr(self, name), allowed)
     for name in ('density', 'initial_density'):
       value = getattr(self, name)
       require(0 < value <= 1, f + name, f'{value} must be in (0, 1]: the fraction that remains (0.1 is 90 % sparsity)')
@@ -204,9 +203,3 @@ class PruneConfig:
       f'{self.initial_threshold} is not below {called}, which all begin at prune.scores_scale={self.scores_scale}: '
       'nothing would remain from the first step on; lower it, or draw scores (prune.scores_init)',
     )
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-  close = difflib.get_close_matches(value, allowed, 1)
-  hint = f'did you mean {close[0]}?' if close else f'use one of {", ".join(allowed)}'
-  require(value in allowed, f'prune.{name}', f'{value!r} is unknown; {hint}')

@@ -6,7 +6,7 @@ import dataclasses
 import re
 
 from compactlm_jax.config.adapt import AdaptConfig
-from compactlm_jax.config.check import require
+from compactlm_jax.config.check import one_of, require
 from compactlm_jax.config.encoder import EncoderConfig
 from compactlm_jax.config.finetune import FinetuneConfig, SpanConfig
 from compactlm_jax.config.pretrain import ElectraConfig, MaskConfig
@@ -123,8 +123,7 @@ class OptimizerConfig:
     require(self.decay in ('linear', 'constant'), f + 'decay', f"{self.decay!r}; use 'linear' or 'constant'")
     require(self.decay_from in ('start', 'warmup'), f + 'decay_from', f"{self.decay_from!r}; use 'start' or 'warmup'")
     require(0 < self.layer_decay <= 1, f + 'layer_decay', f'{self.layer_decay} must be in (0, 1]')
-    rules = ('published', 'corrected')
-    require(self.layer_decay_rule in rules, f + 'layer_decay_rule', f'{self.layer_decay_rule!r}; use one of {rules}')
+    one_of(f + 'layer_decay_rule', self.layer_decay_rule, ('published', 'corrected'))
     require(self.accumulate >= 1, f + 'accumulate', 'must be at least 1')
     require(self.max_bad_steps >= 1, f + 'max_bad_steps', 'must be at least 1')
     require(0 <= self.warmup_fraction < 1, f + 'warmup_fraction', 'must be in [0, 1)')
@@ -202,7 +201,7 @@ class DistillConfig:
       ('student_init', ('random', 'teacher_layers')),
       ('teacher_dtype', ('', 'float32', 'bfloat16')),
     ):
-      require(getattr(self, name) in allowed, f + name, f'{getattr(self, name)!r}; use one of {allowed}')
+      one_of(f + name, getattr(self, name), allowed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,7 +248,7 @@ class RunConfig:
   electra: ElectraConfig = ElectraConfig()
 
   def __post_init__(self) -> None:
-    require(self.task in TASKS, 'task', f'{self.task!r} is unknown; use one of {", ".join(TASKS)}')
+    one_of('task', self.task, TASKS)
     require(
       self.steps >= 0 and self.epochs >= 0 and (self.steps > 0 or self.epochs > 0),
       'steps',

@@ -127,7 +127,8 @@ def test_missing_sections_take_their_defaults():
   ('config', 'message'),
   [
     ({'steps': 3}, 'config.task: is missing'),
-    (base(task='distil'), "config.task: 'distil' is unknown; use one of electra, mlm, lm, distill, finetune"),
+    (base(task='distil'), "config.task: 'distil' is unknown; did you mean distill?"),
+    (base(task='train'), "config.task: 'train' is unknown; use one of electra, mlm, lm, distill, finetune"),
     (base(stepz=1), 'config.stepz: unknown field; known fields are adapt, batch_size, '),
     (base(optimizer={'lr': 1.0}), 'config.optimizer.lr: unknown field; known fields are accumulate, '),
     (base(optimizer=3), 'config.optimizer: expected a section, got 3'),
