@@ -14,6 +14,7 @@ from compactlm_jax.cli.augment import AUGMENT
 from compactlm_jax.cli.flags import Command, all_of, choice, comma_list, fraction, number, several, switch, text
 from compactlm_jax.cli.worker import define_processes
 from compactlm_jax.errors import ConfigError
+from compactlm_jax.storage import require_file_place
 
 if TYPE_CHECKING:
   from compactlm_jax.config import RunConfig
@@ -104,7 +105,6 @@ def _export(values: flags.FlagValues) -> str:
   from compactlm_jax.jobs import run_export
   from compactlm_jax.jobs.export_cell import CellExport, Wanted, run_export_cell
   from compactlm_jax.jobs.export_tables import as_text, write_report
-  from compactlm_jax.storage import require_file_place
 
   keep_memory()
   require_file_place('report', values.report, name='a file as export.json')
@@ -128,7 +128,6 @@ def _plan(values: flags.FlagValues) -> str:
   from compactlm_jax.config import RunConfig, from_config_dict
   from compactlm_jax.plan.main import plan_run, too_large
   from compactlm_jax.plan.report import as_json, as_table
-  from compactlm_jax.storage import require_file_place
 
   for flag in ('output', 'hlo'):  # before the compiler takes its minutes
     require_file_place(flag, str(values[flag].value), buckets=False)

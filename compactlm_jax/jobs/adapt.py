@@ -22,7 +22,7 @@ from compactlm_jax.errors import ConfigError
 from compactlm_jax.interop.bundle import Bundle
 from compactlm_jax.jobs.adapt_best import BestCells
 from compactlm_jax.jobs.adapt_importance import rewired
-from compactlm_jax.jobs.data import JobData
+from compactlm_jax.jobs.data import JobData, refuse_unread
 from compactlm_jax.jobs.distill import distill_job
 from compactlm_jax.jobs.finetune import (
   Labelled,
@@ -38,7 +38,7 @@ from compactlm_jax.jobs.models import load_model, tokenizer_of
 from compactlm_jax.jobs.pretrain import electra_job, mlm_job
 from compactlm_jax.jobs.start import check_length, starting_model
 from compactlm_jax.tasks.adapt import make_adapt_task, terms
-from compactlm_jax.tasks.finetune import SentenceModel, make_finetune_task
+from compactlm_jax.tasks.finetune import SentenceModel, check_head, make_finetune_task
 from compactlm_jax.types import Params, Task
 
 log = logging.getLogger(__name__)
@@ -71,9 +71,10 @@ def adapt_job(config: RunConfig) -> AdaptJob:
   Raises:
     ConfigError, DataError: fields, weights or files that do not fit.
   """
-  stage, adapt = config.adapt.stages[-1], config.adapt
+  adapt = config.adapt
   if adapt.base != 'finetune':
     return _pretraining(config)
+  stage = adapt.stages[-1]
   if adapt.term == 'relations' and config.optimizer.accumulate > 1 and config.distill.normalize == 'tokens':
     raise ConfigError(
       'config.distill.normalize: relations are a mean over tokens and the other terms one over rows, so that parts of '
@@ -85,9 +86,9 @@ def adapt_job(config: RunConfig) -> AdaptJob:
       'not for spans; use a task of GLUE or tables of your own'
     )
   bundle, rows = _labelled(config) if config.data.train or config.finetune.benchmark else _generated(config)
-  if 'classifier' not in bundle.params:
-    raise ConfigError(f'config.model: {_source(config)} has no classifier; fine-tune it for the same task first')
-  check_labels(bundle, rows.classes, 'model' if config.model else 'teacher', _source(config))
+  field = 'model' if config.model else 'teacher'
+  check_head(bundle.params, max(1, len(rows.classes)), f'config.{field}')
+  check_labels(bundle, rows.classes, field, _source(config))
   encoder = bundle.config.with_run_options(config.encoder)
   # The head that is already there decides what it reads.
   model = SentenceModel(encoder, rows.classes, dataclasses.replace(config.finetune, pooled=encoder.pooler))
@@ -111,6 +112,7 @@ def adapt_job(config: RunConfig) -> AdaptJob:
 
 def _pretraining(config: RunConfig) -> AdaptJob:
   """All cells on the objective of `adapt.base`; compared by their loss."""
+  refuse_unread({'adapt.augmented': config.adapt.augmented}, 'pre-training has no labelled rows; leave it empty')
   task, data = {'mlm': mlm_job, 'electra': electra_job, 'distill': distill_job}[config.adapt.base](config)
   encoder = from_config_dict(EncoderConfig, task.model['encoder'], 'encoder.')
   _check_cells(config, encoder)

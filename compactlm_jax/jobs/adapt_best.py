@@ -116,14 +116,14 @@ class BestCells:
       self._note(cell.name, values[cell], step)
 
   def results(self, params: Params, scores: Mapping[str, float]) -> Mapping[str, Any]:
-    """'metrics' of the full network, 'grid' of all cells, and 'best' as in best.json."""
+    """'metrics' of the full network, 'grid' of all cells, 'seq_len' of its FLOPs, and 'best' as in best.json."""
     metrics = metrics_of_cells(scores, self.cells)
     shapes = jax.eval_shape(lambda tree: towers_of(tree, self.model, None)[0].params, params)
     pooler = 'pooler' in shapes['encoder']
     encoder = dataclasses.replace(self.encoder, pooler=pooler)
     rows = grid_rows(scores, self.cells, encoder, shapes, self.seq_len)
     kept = {'best': self._record} if self._record else {}
-    return {'metrics': metrics.get(self.cells[0], {}), 'grid': rows, **kept}
+    return {'metrics': metrics.get(self.cells[0], {}), 'grid': rows, 'seq_len': self.seq_len, **kept}
 
   def _inherited(self, record: Mapping[str, dict[str, Any]], stage: str) -> dict[str, dict[str, Any]]:
     """The entries of the stage before that this one has too."""

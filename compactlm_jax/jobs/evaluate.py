@@ -89,12 +89,14 @@ def run_evaluate(
     raise ConfigError('config.data: names no held-out rows; set data.dev, or data.path for a benchmark')
   metrics, files = _evaluate(job, params, evals)
   results: dict[str, Any] = {'metrics': metrics, 'task': job.task.name, 'split': split, 'checkpoint': str(checkpoint)}
+  if network is not None:
+    step = network.step
   if step is not None:
     results['step'] = step
   contents: dict[str, str | bytes] = {**files}
   if job.keeper is not None and split == 'dev':
     network = network or load_network(checkpoint)
-    entries, own = with_grid(job.keeper.results(params, metrics), network, asked, timing)
+    entries, own = with_grid(job.keeper.results(params, metrics), network, timing)
     results |= entries
     contents |= own
   if output and jax.process_index() == 0:

@@ -11,13 +11,13 @@ from typing import Any
 import jax
 from etils import epath
 
-from compactlm_jax.compress.subnet import subnet_config
-from compactlm_jax.config import AdaptConfig, Cell, EncoderConfig, RunConfig, cells, from_config_dict
+from compactlm_jax.compress.subnet import kept_layers, subnet_config
+from compactlm_jax.config import AdaptConfig, Cell, EncoderConfig, cells, from_config_dict
 from compactlm_jax.errors import ConfigError
-from compactlm_jax.interop.bundle import Bundle, from_pretrained
+from compactlm_jax.interop.bundle import Bundle
 from compactlm_jax.jobs.grid_rows import cell_bundle, size_of
 from compactlm_jax.jobs.latency import JAX, SEQ_LEN, measure
-from compactlm_jax.jobs.models import is_run, load_run
+from compactlm_jax.jobs.models import is_run, load_model, load_run
 from compactlm_jax.parse import parse_json, parse_row
 from compactlm_jax.report.grid import GridRow, as_csv, as_entries, as_tables, over_runs, read_rows
 from compactlm_jax.report.grid_plot import draw_grid
@@ -37,6 +37,7 @@ class Network:
     adapt: how its sub-networks were trained; None for a network that was not trained so, or does not say.
     cells: names of the trained ones.
     seq_len: tokens of its training rows; 0 if that is not known.
+    step: of a run.
   """
 
   bundle: Bundle
@@ -44,6 +45,7 @@ class Network:
   adapt: AdaptConfig | None = None
   cells: tuple[str, ...] = ()
   seq_len: int = 0
+  step: int | None = None
 
   @property
   def grid(self) -> tuple[Cell, ...]:
@@ -59,7 +61,7 @@ class Network:
     most = self.bundle.config.max_positions
     if seq_len > most:
       raise ConfigError(f'--seq_len={seq_len}: {self.path} has {most} positions')
-    return seq_len or self.seq_len or min(SEQ_LEN, most)
+    return seq_len or min(self.seq_len or SEQ_LEN, most)
 
 
 def load_network(path: str) -> Network:
@@ -69,13 +71,13 @@ def load_network(path: str) -> Network:
     ConfigError, DataError, StorageError: see `load_model`.
   """
   if not is_run(path):
-    return Network(from_pretrained(path), str(path))
+    return Network(load_model(path), str(path))
   bundle, generator, metadata = load_run(path)
   model = metadata['model']
   if generator is not None and 'adapt' in model:
     log.info('%s: sub-networks are discriminators; the generator is left out', path)
   adapt = from_config_dict(AdaptConfig, model['adapt'], 'adapt.') if 'adapt' in model else None
-  return Network(bundle, str(path), adapt, tuple(model.get('cells', ())), seq_len_of(path))
+  return Network(bundle, str(path), adapt, tuple(model.get('cells', ())), seq_len_of(path), int(metadata['step']))
 
 
 def asked_cell(network: Network, width: float | None, depth: float | None, hidden: int | None) -> Cell:
@@ -105,11 +107,7 @@ def asked_cell(network: Network, width: float | None, depth: float | None, hidde
   if adapt is None:
     _check_cut(config, wanted)
     if wanted != Cell():
-      log.warning(
-        '%s is not an adaptive network: no sub-network of it was trained, %s is cut out as it is',
-        network.path,
-        wanted.name,
-      )
+      log.warning('%s does not say which sub-networks were trained, %s is cut out as it is', network.path, wanted.name)
     return wanted
   return _trained(network, adapt, wanted, width, hidden)
 
@@ -125,6 +123,8 @@ def _trained(network: Network, adapt: AdaptConfig, wanted: Cell, width: float | 
         '--hidden'
       )
     size = hidden or network.bundle.config.hidden_size
+    if width is not None and abs(width * network.bundle.config.hidden_size - size) >= 1:
+      raise ConfigError(f'--width={width:g}: heads and neurons follow --hidden={size}; leave it out')
     wanted = Cell(size / network.bundle.config.hidden_size, wanted.depth, size)
   elif hidden:
     raise ConfigError(
@@ -137,8 +137,9 @@ def _trained(network: Network, adapt: AdaptConfig, wanted: Cell, width: float | 
       'train with config.adapt.widths'
     )
   near = [c for c in network.grid if abs(c.width - wanted.width) < _CLOSE and abs(c.depth - wanted.depth) < _CLOSE]
+  _check_cut(network.bundle.config, wanted)
+  near = near or [c for c in network.grid if _cut(network, c) == _cut(network, wanted)]
   cell = min(near, key=lambda c: abs(c.width - wanted.width) + abs(c.depth - wanted.depth)) if near else wanted
-  _check_cut(network.bundle.config, cell)
   if cell.name not in network.cells:
     log.warning(
       '%s: the sub-network %s was never trained, those that were are %s; it is cut out as it is',
@@ -147,6 +148,11 @@ def _trained(network: Network, adapt: AdaptConfig, wanted: Cell, width: float | 
       ', '.join(network.cells) or 'not known',
     )
   return cell
+
+
+def _cut(network: Network, cell: Cell) -> tuple[EncoderConfig, tuple[int, ...]]:
+  config = network.bundle.config
+  return subnet_config(config, cell), kept_layers(config.num_layers, cell.depth)
 
 
 def _check_cut(config: EncoderConfig, cell: Cell) -> None:
@@ -236,18 +242,17 @@ def timed_rows(rows: Sequence[GridRow], network: Network, timing: Timed) -> tupl
 
 
 def with_grid(
-  found: Mapping[str, Any], network: Network, config: RunConfig, timing: Timed | None
+  found: Mapping[str, Any], network: Network, timing: Timed | None
 ) -> tuple[dict[str, Any], dict[str, str | bytes]]:
   """What an evaluation says of sub-networks: entries of results.json, and files.
 
   Args:
-    found: from the job's keeper: 'metrics' of the full network and 'grid'.
+    found: from the job's keeper: 'metrics' of the full network, 'grid' and 'seq_len'.
     network: what was evaluated.
-    config: of the run.
     timing: measures latencies; None does not.
 
   Returns:
-    ({'metrics', 'grid', 'latency' if measured}, {'grid.csv', and 'grid.png' where matplotlib is installed}).
+    ({'metrics', 'grid', 'seq_len', 'latency' if measured}, {'grid.csv', and 'grid.png' where matplotlib is installed}).
   """
   rows = read_rows(found['grid'], network.path)
   names = [row.cell.name for row in rows]
@@ -259,8 +264,8 @@ def with_grid(
       ', '.join(untrained),
       ', '.join(network.cells),
     )
-  entries: dict[str, Any] = {'metrics': found['metrics']}
-  network = dataclasses.replace(network, seq_len=config.data.seq_len)
+  entries: dict[str, Any] = {'metrics': found['metrics'], 'seq_len': found['seq_len']}
+  network = dataclasses.replace(network, seq_len=found['seq_len'])
   if timing is not None:
     rows = timed_rows(rows, network, timing)
     entries['latency'] = timing.facts(network.length(timing.seq_len))
@@ -294,12 +299,16 @@ def _note(facts: Mapping[str, Any]) -> str:
 
 
 def seq_len_of(path: str) -> int:
-  """`data.seq_len` of a run; 0 if its configuration does not say."""
-  try:
-    data: Any = parse_json((epath.Path(path) / 'config.json').read_bytes())['config']['data']
-    return int(data['seq_len'])
-  except (OSError, ValueError, KeyError, TypeError):
-    return 0
+  """Tokens of the rows of a run, as its results say or else `data.seq_len`; 0 if neither is known."""
+  for file, keys in (('results.json', ('seq_len',)), ('config.json', ('config', 'data', 'seq_len'))):
+    try:
+      found: Any = parse_json((epath.Path(path) / file).read_bytes())
+      for key in keys:
+        found = found[key]
+      return int(found)
+    except (OSError, ValueError, KeyError, TypeError):
+      continue
+  return 0
 
 
 def _list(values: Sequence[float]) -> str:

@@ -33,12 +33,12 @@ def tsv_cell(value: Any, *, exact: bool = False) -> str:
   Args:
     value: None is an empty cell.
     exact: for what is copied: numbers have all their digits, blanks stay as they are where nothing has to go, and what
-      is neither text nor number is JSON. Otherwise numbers have six digits, and each run of blanks is one.
+      is neither text, number nor truth value is JSON. Otherwise numbers have six digits, and each run of blanks is one.
   """
   if value is None:
     return ''
-  if exact and not isinstance(value, str):
+  if exact and not isinstance(value, (str, bool, int, float)):
     text = json.dumps(value, ensure_ascii=False)
   else:
-    text = f'{value:.6g}' if isinstance(value, float) else str(value)
+    text = f'{value:.6g}' if isinstance(value, float) and not exact else str(value)
   return text if exact and not set(text) & set('\t\n\r') else ' '.join(text.split())

@@ -10,10 +10,12 @@ from typing import Any
 from etils import epath
 
 from compactlm_jax.config import RunConfig
-from compactlm_jax.errors import PreemptedError
+from compactlm_jax.errors import ConfigError, PreemptedError
 from compactlm_jax.jobs.adapt_best import BEST, BestCells
+from compactlm_jax.jobs.data import refuse_unread
 from compactlm_jax.jobs.finished import finished_results
 from compactlm_jax.train.loop import Job, train
+from compactlm_jax.train.rundir import read_run
 from compactlm_jax.train.signals import StopRequest
 
 log = logging.getLogger(__name__)
@@ -40,9 +42,12 @@ def run_stages(config: RunConfig, workdir: str, build: Callable[[RunConfig], Job
     What results.json of the last stage holds.
 
   Raises:
+    ConfigError: a teacher or rows that no stage reads; WORKDIR holds a run of other stages.
     PreemptedError: a signal asked to stop; what was done is saved.
     CompactLMError: see `train.loop.train`.
   """
+  _check_read(config)
+  _check_same_stages(config, workdir)
   *earlier, last = config.adapt.stages
   model, before = config.model, ''
   with StopRequest() as stop:
@@ -59,6 +64,29 @@ def run_stages(config: RunConfig, workdir: str, build: Callable[[RunConfig], Job
         raise PreemptedError(f'asked to stop after stage {stage}; the same command continues in {workdir}')
     log.info('stage %s (%d of %d): %s', last, len(earlier) + 1, len(earlier) + 1, workdir)
     return train(_after(before, build(dataclasses.replace(config, model=model)), config), workdir, **options)
+
+
+def _check_read(config: RunConfig) -> None:
+  """Raises ConfigError for what is named and read by no stage."""
+  first, adapt = config.adapt.stages[0], config.adapt
+  if config.model and (first != 'width' or adapt.width_loss == 'labels'):
+    why = "only the stage 'width' has a teacher of its own, with adapt.width_loss=distil; 'depth' learns from what it "
+    refuse_unread({'teacher': config.teacher}, why + "starts from, 'final' from labels: leave one of the two empty")
+  if set(adapt.stages) == {'final'}:
+    refuse_unread({'adapt.augmented': adapt.augmented}, "the stage 'final' takes the original rows; leave it empty")
+
+
+def _check_same_stages(config: RunConfig, workdir: str) -> None:
+  """Raises ConfigError before a stage is trained that the run in WORKDIR did not have."""
+  if not (epath.Path(workdir) / 'config.json').exists():
+    return
+  before = read_run(workdir)[0]
+  if before.task == config.task and before.adapt.stages != config.adapt.stages:
+    was, now = (','.join(stages) for stages in (before.adapt.stages, config.adapt.stages))
+    raise ConfigError(
+      f"config.adapt.stages: {workdir} was begun with '{was}', now '{now}'; to go on from it, choose another "
+      f'directory, with --config.model={workdir} and the stages that are left'
+    )
 
 
 def _staged(config: RunConfig, *stages: str) -> RunConfig:

@@ -295,12 +295,42 @@ def test_bad_input_is_refused_before_anything_is_computed(teacher, tmp_path):
   head = {'kernel': np.zeros((16, 2), np.float32), 'bias': np.zeros(2, np.float32)}
   for name, params in (('bare', {}), ('fresh', {'classifier': head})):
     save_pretrained(Bundle(SMALL, {'encoder': encoder, **params}), tmp_path / name)
-  with pytest.raises(ConfigError, match='bare has no classifier; fine-tune it'):
+  with pytest.raises(ConfigError, match='config.teacher: this model has no classifier; fine-tune it'):
     build_job(config_of(tmp_path / 'bare'))
   for stage, field in (('width', 'teacher'), ('depth', 'teacher'), ('depth', 'model')):
     with pytest.raises(ConfigError, match=rf'config.{field}: the head of .*fresh predicts .* not fine-tuned for this'):
       build_job(config_of(adapt={'stages': (stage,)}, **{field: str(tmp_path / 'fresh')}))
   build_job(config_of(tmp_path / 'fresh', {'stages': ('width', 'depth')}))
+  save_pretrained(
+    Bundle(SMALL, {'encoder': encoder, 'classifier': {'kernel': head['kernel'][:, :1], 'bias': head['bias'][:1]}}),
+    tmp_path / 'score',
+  )
+  with pytest.raises(ConfigError, match=r'config.teacher: its head has 1 output\(s\), the task needs 2'):
+    build_job(config_of(teacher=str(tmp_path / 'score'), adapt={'stages': ('width',), 'width_loss': 'labels'}))
+
+
+def test_what_no_stage_reads_is_refused(teacher, tmp_path):
+  """Before anything is trained. Mutations: look at the last stage; refuse the teacher of all stages."""
+  for stages, width_loss, field in (
+    (('depth',), 'distil', 'teacher'),
+    (('depth', 'final'), 'distil', 'teacher'),
+    (('width',), 'labels', 'teacher'),
+    (('final',), 'distil', 'adapt.augmented'),
+  ):
+    named = teacher if field == 'teacher' else ''
+    adapt = {'stages': stages, 'width_loss': width_loss, 'augmented': '' if named else 'x.tsv'}
+    with pytest.raises(ConfigError, match=f'config.{field}: .* would not be read'):
+      run_train(config_of(named, adapt, model=str(teacher)), str(tmp_path / 'run'))
+  assert not (tmp_path / 'run').exists()
+  with pytest.raises(ConfigError, match='config.adapt.augmented: x.tsv would not be read'):
+    build_job(config_of(adapt={'stages': (), 'base': 'mlm', 'augmented': 'x.tsv'}))
+
+
+def test_other_stages_are_refused_before_one_is_trained(whole, teacher, monkeypatch):
+  """Mutation: let the last stage's run directory notice."""
+  monkeypatch.setattr(stages_module, 'train', None)
+  with pytest.raises(ConfigError, match=r"was begun with 'width,depth,final', now 'width,depth'; to go on from it"):
+    run_train(config_of(teacher=str(teacher), adapt={'stages': ('width', 'depth')}), str(whole[1]))
 
 
 def test_augmented_rows_are_trained_on_until_the_last_stage(tmp_path):

@@ -231,7 +231,8 @@ def test_runs_without_what_is_asked_for(runs, tmp_path):
 
 def test_what_was_never_trained_is_told(runs, tmp_path, caplog):
   """A stage of widths, a depth beyond the grid, a network that is not adaptive. Mutation: warn always, or never."""
-  run_export_cell(str(runs / 'bert'), str(tmp_path / 'a'), Wanted(0.5, 0.667))
+  for depth in (0.667, 0.7):  # the same two of three layers
+    run_export_cell(str(runs / 'bert'), str(tmp_path / 'a'), Wanted(0.5, depth))
   assert 'never trained' not in caplog.text
   found = run_export_cell(str(runs / 'bert'), str(tmp_path / 'b'), Wanted(depth=1 / 3))
   assert 'the sub-network 1x0.333333 was never trained, those that were are 1x1, 0.5x1,' in caplog.text
@@ -245,7 +246,7 @@ def test_what_was_never_trained_is_told(runs, tmp_path, caplog):
   with pytest.raises(ConfigError, match='--width: 0.1 of 4 heads is none; use a larger one'):
     run_export_cell(str(tmp_path / 'plain'), str(tmp_path / 'd'), Wanted(0.1))
   run_export_cell(str(tmp_path / 'plain'), str(tmp_path / 'd'), Wanted(0.75))
-  assert 'plain is not an adaptive network: no sub-network of it was trained' in caplog.text
+  assert 'plain does not say which sub-networks were trained' in caplog.text
   np.testing.assert_allclose(logits(from_pretrained(tmp_path / 'd')), view(network(), Cell(0.75)), atol=1e-5)
 
 
@@ -256,6 +257,8 @@ def test_hidden_sizes(tmp_path):
   done = run_export_cell(path, str(tmp_path / 'out'), Wanted(hidden=8, depth=0.667))
   small = from_pretrained(tmp_path / 'out').config
   assert done.cell == Cell(0.5, 2 / 3, 8)
+  with pytest.raises(ConfigError, match='--width=0.25: heads and neurons follow --hidden=8'):
+    run_export_cell(path, str(tmp_path / 'no'), Wanted(0.25, hidden=8))
   assert (small.hidden_size, small.num_heads, small.num_layers, small.intermediate_size) == (8, 2, 2, 4)
   np.testing.assert_allclose(logits(from_pretrained(tmp_path / 'out')), view(network(), done.cell), rtol=0, atol=1e-5)
   full = run_export_cell(path, str(tmp_path / 'full'), Wanted(depth=1.0))

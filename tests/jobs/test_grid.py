@@ -123,20 +123,26 @@ def test_sub_networks_that_were_never_trained_are_told(run, tmp_path, caplog):
   caplog.clear()
   whole = load_network(run)
   for network in (whole, dataclasses.replace(whole, cells=())):
-    grid.with_grid(found, network, config_of(), None)
+    grid.with_grid(found, network, None)
   assert 'never trained' not in caplog.text
 
 
 def test_pre_trained_sub_networks(tmp_path, measured):
-  """Losses of hidden sizes; the lowest is the best. Mutations: a head that is asked of 'adapt'; choose by accuracy."""
+  """Losses of hidden sizes; the lowest is the best.
+
+  Mutations: a head that is asked of 'adapt'; choose by accuracy; count the FLOPs of `config.data.seq_len`.
+  """
   config = config_of(adapt=AdaptConfig(base='mlm', widths=(1.0,), depths=(1.0,), hidden_sizes=(8, 16)))
   path = save_run(tmp_path / 'run', config)
   found = run_evaluate(config, path, output=str(tmp_path / 'out'))
   losses = {row.cell: row.metrics['loss'] for row in read_rows(found['grid'], 'x')}
   assert [(cell.hidden, cell.depth) for cell in losses] == [(16, 1.0), (8, 1.0)] and found['step'] == 1
   assert 'hidden size' in as_text(found) and not measured
-  (tmp_path / 'run/results.json').write_text((tmp_path / 'out/results.json').read_text())
+  found['seq_len'] -= 1  # rows that were prepared have a length of their own, whatever the configuration says
+  (tmp_path / 'run/results.json').write_text(json.dumps(found))
   done = run_export_cell(path, str(tmp_path / 'cell'), Wanted(budget='params<1M'))
+  assert done.seq_len == found['seq_len'] == config.data.seq_len - 1
+  assert dataclasses.replace(done.network, seq_len=999).length() == done.network.bundle.config.max_positions
   assert done.choice.metric == 'loss' and done.cell == min(losses, key=losses.get)
   small = run_export_cell(path, str(tmp_path / 'small'), Wanted(hidden=8))
   back = from_pretrained(tmp_path / 'small')
