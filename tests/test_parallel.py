@@ -43,7 +43,13 @@ def one_device():
   return run_steps(CONFIG, devices=jax.devices()[:1])[0]
 
 
-@pytest.mark.parametrize('sizes', MESHES.values(), ids=MESHES)
+@pytest.mark.parametrize(
+  'sizes',
+  [
+    pytest.param(sizes, id=name, marks=() if name == 'data 2 x fsdp 4' else pytest.mark.slow)
+    for name, sizes in MESHES.items()
+  ],
+)
 def test_losses_do_not_depend_on_the_mesh_and_no_rows_travel(sizes, one_device):
   """Ten steps with dropout. Mutation: compile without `in_shardings`; or P('data') for rows."""
   mesh = MeshConfig(*sizes)
@@ -64,7 +70,7 @@ def test_losses_do_not_depend_on_the_mesh_and_no_rows_travel(sizes, one_device):
     assert not whole, whole
 
 
-@pytest.mark.parametrize('sizes', [(8, 1, 1), (2, 4, 1)], ids=['data 8', 'data 2 x fsdp 4'])
+@pytest.mark.parametrize('sizes', [pytest.param((8, 1, 1), marks=pytest.mark.slow), (2, 4, 1)], ids=str)
 def test_hidden_tokens_and_samples_do_not_depend_on_the_mesh(sizes):
   """Generator and discriminator with dropout: same losses, same replacements, only sums travel.
 

@@ -135,7 +135,8 @@ def test_without_permission_a_command_ends_with_74(bucket, tmp_path, monkeypatch
   assert 'gs://bucket/out' in capsys.readouterr().err
   assert main(['tokenizer', f'--input={tmp_path}/a.txt', '--vocab_size=40', '--output=gs://bucket/tok']) == 74
   assert (
-    'gs://bucket/tok/vocab.txt: no permission' in (said := capsys.readouterr().err) and 'Storage Object Admin' in said
+    'gs://bucket/tok/tokenizer_config.json: no permission' in (said := capsys.readouterr().err)
+    and 'Storage Object Admin' in said
   )
   with pytest.raises(StorageError, match='gs://bucket/run/lock: no permission.* gcloud auth application-default login'):
     with open_run(bucket / 'run', tiny_config(), {}):

@@ -52,8 +52,8 @@ def uninterrupted(tmp_path_factory, cache):
   return of
 
 
-FAST = ('distill', 'electra', 'prune')  # starting costs seconds; the others share their rows and losses
-OTHERS = [pytest.param(task, marks=pytest.mark.slow) for task in ('mlm', 'lm', 'finetune')]
+FAST = ('electra', 'prune')  # starting costs seconds; the others share their rows and losses
+OTHERS = [pytest.param(task, marks=pytest.mark.slow) for task in ('distill', 'mlm', 'lm', 'finetune')]
 
 
 @pytest.mark.parametrize('task', [*FAST, *OTHERS])

@@ -91,11 +91,11 @@ def uninterrupted(tmp_path_factory):
   return of
 
 
-SLOW = [
-  pytest.param(task, in_step, 4, {4}, marks=pytest.mark.slow) for task in TASKS if task not in ('distill', 'adapt')
-]
+SLOW = [pytest.param(task, in_step, 4, {4}, marks=pytest.mark.slow) for task in TASKS if task != 'distill']
 SLOW += [
+  pytest.param('distill', in_opening, 1, {0}, marks=pytest.mark.slow),  # nothing is done yet
   pytest.param('distill', in_step, 6, {6}, marks=pytest.mark.slow),  # a step that is saved anyway
+  pytest.param('distill', in_save, 'deleting', set(range(6, STEPS + 1)), marks=pytest.mark.slow),
   pytest.param('adapt', in_export, 2, {5}, marks=pytest.mark.slow),  # of the second cell, at the evaluation of step 4
 ]
 
@@ -103,12 +103,9 @@ SLOW += [
 @pytest.mark.parametrize(
   ('task', 'moment', 'which', 'steps'),
   [
-    ('distill', in_opening, 1, {0}),  # nothing is done yet
     ('distill', in_step, 4, {4}),  # an evaluation is due, and made up for
     ('distill', in_evaluation, 1, {4}),  # it is broken off, and made up for
     ('distill', in_save, 'digest', {3, 4, 5, 6}),  # in the background: whatever step it is by then
-    ('distill', in_save, 'deleting', set(range(6, STEPS + 1))),
-    ('adapt', in_step, 4, {4}),  # the best networks are kept by evaluations
     *SLOW,
   ],
   ids=lambda value: getattr(value, '__name__', None) if not isinstance(value, set) else '',

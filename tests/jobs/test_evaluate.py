@@ -101,7 +101,7 @@ def runs(files):
   return run
 
 
-@pytest.mark.parametrize('kind', ['pooled', 'scores', 'squad'])
+@pytest.mark.parametrize('kind', ['pooled', pytest.param('scores', marks=pytest.mark.slow), 'squad'])
 def test_a_run_evaluates_to_its_results_and_so_does_its_export(kind, files, runs, tmp_path):
   """Mutation: evaluate a fresh head, or scores without their scale."""
   workdir, results = runs(kind)

@@ -152,7 +152,9 @@ def test_parity_mode_of_the_convolution_sees_padding():
   assert float(jnp.abs(a - b)[np.asarray(mask, bool)].max()) > 1e-4
 
 
-@pytest.mark.parametrize('change', [{'remat': True}, {'scan_unroll': 0}, {'scan_unroll': 2}])
+@pytest.mark.parametrize(
+  'change', [{'remat': True}, {'scan_unroll': 0}, pytest.param({'scan_unroll': 2}, marks=pytest.mark.slow)]
+)
 def test_remat_and_unroll_keep_values_and_gradients(model, change):
   config, params = model
   key = jax.random.key(2)
@@ -167,7 +169,7 @@ def test_remat_and_unroll_keep_values_and_gradients(model, change):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, want)
 
 
-@pytest.mark.parametrize('unroll', [0, 1, 2])
+@pytest.mark.parametrize('unroll', [0, 1, pytest.param(2, marks=pytest.mark.slow)])
 def test_remat_computes_layers_again(model, unroll):
   """However they are unrolled. Mutation: let XLA merge the recomputation of unrolled layers with the forward pass."""
   config, params = model

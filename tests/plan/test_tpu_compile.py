@@ -76,7 +76,9 @@ def entry_parameters(hlo):
   return re.findall(r'([a-z]+\d*\[[\d,]*\])', header[1])
 
 
-@pytest.mark.parametrize('task', CHANGES)
+@pytest.mark.parametrize(
+  'task', [pytest.param(t, marks=() if t in ('electra', 'finetune') else pytest.mark.slow) for t in CHANGES]
+)
 def test_every_task_compiles_and_reduces_its_gradients_once(task):
   """Rows are split, parameters whole, and nothing but sums travels. Mutation: compile without `in_shardings`."""
   state, frozen, _ = lowered(task)[1]
@@ -96,7 +98,9 @@ def test_every_task_compiles_and_reduces_its_gradients_once(task):
   assert found.peak_bytes < 2**30 and found.flops > 0 and found.costly
 
 
-@pytest.mark.parametrize('method', PRUNE)
+@pytest.mark.parametrize(
+  'method', [pytest.param(m, marks=() if m in ('hard', 'controlled') else pytest.mark.slow) for m in PRUNE]
+)
 def test_pruning_sums_the_gradient_of_its_masked_weights_and_no_more(method):
   """Scores get theirs from it on each core; beside it only counts and samples travel, which are integers.
 

@@ -87,7 +87,10 @@ def test_twenty_steps_lower_the_loss(teacher_params, batch):
   ('student', 'config', 'parts'),
   [
     (STUDENT, V2, {'relation_qq', 'relation_kk', 'relation_vv'}),
-    (STUDENT, DistillConfig(layers='uniform', normalize='examples'), {'relation_qk', 'relation_vv'}),
+    pytest.param(
+      *(STUDENT, DistillConfig(layers='uniform', normalize='examples'), {'relation_qk', 'relation_vv'}),
+      marks=pytest.mark.slow,
+    ),
     (STUDENT, DistillConfig(relations=('qk',), normalize='padded', teacher_dtype='bfloat16'), {'relation_qk'}),
     (HALF, DistillConfig(value_loss='mse', student_init='teacher_layers'), {'relation_qk', 'value_mse'}),
     (

@@ -108,7 +108,7 @@ def test_a_bad_step_leaves_scores_and_control_as_they_were():
     jax.tree.map(np.testing.assert_array_equal, before[part], after.params[part])
 
 
-@pytest.mark.parametrize('prune', [HARD, GATES], ids=['hard', 'l0'])
+@pytest.mark.parametrize('prune', [HARD, pytest.param(GATES, marks=pytest.mark.slow)], ids=['hard', 'l0'])
 def test_losses_depend_neither_on_the_mesh_nor_on_micro_batches(prune):
   """Gates are drawn once for a step and the same everywhere; scores stay on their devices.
 
