@@ -58,6 +58,15 @@ def kept_layers(num_layers: int, depth: float) -> tuple[int, ...]:
   return tuple(i * share.denominator // share.numerator for i in range(count))
 
 
+def cut(encoder: EncoderConfig, cell: Cell) -> tuple[EncoderConfig, tuple[int, ...]]:
+  """(configuration, layers that are kept): equal for two cells that are the same network, whatever their shares.
+
+  Raises:
+    ConfigError: see `subnet_config`.
+  """
+  return subnet_config(encoder, cell), kept_layers(encoder.num_layers, cell.depth)
+
+
 def subnet_config(encoder: EncoderConfig, cell: Cell) -> EncoderConfig:
   """The configuration of a sub-network.
 

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import tokenizers
@@ -53,15 +53,16 @@ class Tokenizer:
 
   def encode(self, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text, without special tokens; '[SEP]' written in a text is ordinary text."""
-    with _no_panic(self.folder):
-      encode = self.backend.encode_batch_fast
-      return [e.ids for part in text.in_parts(texts) for e in encode(part, add_special_tokens=False)]
+    return [encoding.ids for encoding in self._encoded(self.backend.encode_batch_fast, texts)]
 
   def encodings(self, texts: Iterable[str]) -> Iterator[tokenizers.Encoding]:
     """As `encode`, with the offsets and the words of the tokens."""
+    return self._encoded(self.backend.encode_batch, texts)
+
+  def _encoded(self, encode: Callable[..., list[tokenizers.Encoding]], texts: Iterable[str]) -> Iterator[Any]:
     for part in text.in_parts(texts):
       with _no_panic(self.folder):
-        found = self.backend.encode_batch(part, add_special_tokens=False)
+        found = encode(part, add_special_tokens=False)
       yield from found
 
   def fingerprint(self) -> str:

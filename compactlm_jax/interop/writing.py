@@ -58,7 +58,7 @@ def _swap(content: Mapping[str, bytes], target: epath.Path) -> None:
   new, old = (target.parent / f'.{target.name}.{suffix}' for suffix in ('new', 'old'))
   if old.exists() and not target.exists():
     old.rename(target)  # killed between the two renames below
-  _require_replaceable(target)
+  _earlier_files(target)  # or an error
   for leftover in (new, old):
     if leftover.exists():
       leftover.rmtree()
@@ -76,23 +76,10 @@ def _swap(content: Mapping[str, bytes], target: epath.Path) -> None:
 
 def _overwrite(content: Mapping[str, bytes], target: epath.Path) -> None:
   """A killed one leaves files that are missing or have other digests than a manifest lists; the next replaces them."""
-  _require_replaceable(target)
-  for name in _exported(target) - set(content):
+  for name in _earlier_files(target) - set(content):
     (target / name).unlink(missing_ok=True)
   manifests = sorted((name for name in content if name.endswith(MANIFEST)), key=len)  # the one of all folders first
   _write({**{name: content[name] for name in manifests}, **content}, target)
-
-
-def _exported(target: epath.Path) -> set[str]:
-  """The files of the export that is there, after the paths of its manifests."""
-  if not target.exists():
-    return set()
-  try:
-    listed = as_listed(target)
-  except DataError:
-    return {MANIFEST}
-  inside = {f'{folder}/{name}' for folder in listed.folders for name in _exported(target / folder)}
-  return {*(listed.digests or ()), MANIFEST, *inside}
 
 
 def _write(content: Mapping[str, bytes], folder: epath.Path) -> None:
@@ -103,10 +90,14 @@ def _write(content: Mapping[str, bytes], folder: epath.Path) -> None:
     (folder / name).write_bytes(data)
 
 
-def _require_replaceable(target: epath.Path) -> None:
-  """Nothing there, an empty folder, or an export of ours without foreign files, in it and in its listed folders."""
+def _earlier_files(target: epath.Path) -> set[str]:
+  """Paths of the files that the manifests of the export there list, with those in its folders; none of an empty folder.
+
+  Raises:
+    ConfigError: it is no folder, or holds something that no export wrote.
+  """
   if not target.exists():
-    return
+    return set()
   if not target.is_dir():
     raise ConfigError(f'{target}: is a file; name a folder to export to')
   names = {p.name for p in target.iterdir()}
@@ -117,9 +108,9 @@ def _require_replaceable(target: epath.Path) -> None:
     inside = names & set(listed.folders)
   except DataError:
     ours = {MANIFEST}  # a damaged export: its files cannot be told from others
-  for name in sorted(inside):
-    _require_replaceable(target / name)
+  own = {f'{folder}/{name}' for folder in sorted(inside) for name in _earlier_files(target / folder)}
   if names - ours - inside:
     raise ConfigError(
       f'{target}: holds {min(names - ours - inside)!r}, which no export wrote; choose another folder or empty it'
     )
+  return ours | own

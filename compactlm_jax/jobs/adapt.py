@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from compactlm_jax.compress.subnet import kept_layers, subnet_config
+from compactlm_jax.compress.subnet import cut
 from compactlm_jax.config import SQUAD, Cell, EncoderConfig, RunConfig, cells, from_config_dict
 from compactlm_jax.config.adapt import PUBLISHED_HIDDEN_WEIGHT
 from compactlm_jax.data.batches import Batches
@@ -130,8 +130,8 @@ def _check_cells(config: RunConfig, encoder: EncoderConfig) -> None:
     )
   seen: dict[Any, Cell] = {}
   for cell in cells(config.adapt, encoder):
-    small = subnet_config(encoder, cell)
-    first = seen.setdefault((small, kept_layers(encoder.num_layers, cell.depth)), cell)
+    small, _ = network = cut(encoder, cell)
+    first = seen.setdefault(network, cell)
     if first != cell:
       field = 'widths' if first.width != cell.width else 'depths'
       raise ConfigError(

@@ -82,15 +82,16 @@ def run_evaluate(
     config = dataclasses.replace(config, task='finetune' if config.task == 'prune' else config.task)
   asked = _asked(config, checkpoint, bundle)
   job = build_job(asked)
-  params, step = _run_params(job, checkpoint) if bundle is None else (_folder_params(job, bundle, checkpoint), None)
+  if network is None:
+    params, step = _run_params(job, checkpoint)
+  else:
+    params, step = _folder_params(job, network.bundle, checkpoint), network.step
   _check_tree(job, params, checkpoint)
   evals = _test_evaluations(asked, checkpoint) if split == 'test' else job.evals
   if not evals:
     raise ConfigError('config.data: names no held-out rows; set data.dev, or data.path for a benchmark')
   metrics, files = _evaluate(job, params, evals)
   results: dict[str, Any] = {'metrics': metrics, 'task': job.task.name, 'split': split, 'checkpoint': str(checkpoint)}
-  if network is not None:
-    step = network.step
   if step is not None:
     results['step'] = step
   contents: dict[str, str | bytes] = {**files}
@@ -133,7 +134,7 @@ def _asked(config: RunConfig, checkpoint: str, bundle: Bundle | None) -> RunConf
   return dataclasses.replace(config, model=checkpoint, electra=electra)
 
 
-def _run_params(job: Job, checkpoint: str) -> tuple[Params, int]:
+def _run_params(job: Job, checkpoint: str) -> tuple[Params, int | None]:
   """(parameters as they were trained, step) of the newest intact checkpoint."""
   leaves, metadata = load_run_params(checkpoint)
   if metadata['task'] != job.task.name:

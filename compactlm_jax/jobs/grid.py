@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from compactlm_jax.compress.subnet import kept_layers, subnet_config
+from compactlm_jax.compress.subnet import cut, subnet_config
 from compactlm_jax.config import AdaptConfig, Cell, EncoderConfig, cells, from_config_dict
 from compactlm_jax.errors import ConfigError
 from compactlm_jax.interop.bundle import Bundle
@@ -137,9 +137,11 @@ def _trained(network: Network, adapt: AdaptConfig, wanted: Cell, width: float | 
       'train with config.adapt.widths'
     )
   near = [c for c in network.grid if abs(c.width - wanted.width) < _CLOSE and abs(c.depth - wanted.depth) < _CLOSE]
-  _check_cut(network.bundle.config, wanted)
-  near = near or [c for c in network.grid if _cut(network, c) == _cut(network, wanted)]
   cell = min(near, key=lambda c: abs(c.width - wanted.width) + abs(c.depth - wanted.depth)) if near else wanted
+  _check_cut(network.bundle.config, cell)
+  if not near:  # the same network by other shares
+    config = network.bundle.config
+    cell = next((c for c in network.grid if cut(config, c) == cut(config, wanted)), wanted)
   if cell.name not in network.cells:
     log.warning(
       '%s: the sub-network %s was never trained, those that were are %s; it is cut out as it is',
@@ -148,11 +150,6 @@ def _trained(network: Network, adapt: AdaptConfig, wanted: Cell, width: float | 
       ', '.join(network.cells) or 'not known',
     )
   return cell
-
-
-def _cut(network: Network, cell: Cell) -> tuple[EncoderConfig, tuple[int, ...]]:
-  config = network.bundle.config
-  return subnet_config(config, cell), kept_layers(config.num_layers, cell.depth)
 
 
 def _check_cut(config: EncoderConfig, cell: Cell) -> None:
