@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import tokenizers
@@ -25,6 +25,8 @@ from compactlm_jax.filenames import TOKENIZER_FILES
 from compactlm_jax.storage import write_whole
 
 _BATCH = 1000
+_SPECIAL = {f'{role}_token': token for role, token in zip(ROLES, SPECIAL_TOKENS, strict=True)}
+_LEARNT = ('tokenizer.json', 'vocab.txt')
 
 
 def train_wordpiece(
@@ -63,8 +65,27 @@ def train_wordpiece(
   target = epath.Path(output)
   if vocab_size < len(SPECIAL_TOKENS) + 4:
     raise ConfigError(f'vocab_size {vocab_size} is too small; use at least {len(SPECIAL_TOKENS) + 4}')
-  sources = text.open_text(inputs)
-  normalizer = bert_normalizer(lowercase, {})
+  config = _config(lowercase, model_max_length)
+  settings = _settings(config)
+  if not overwrite:  # what does not depend on the text, before it is read
+    foreign = [name for name in TOKENIZER_FILES if name not in (*settings, *_LEARNT)]
+    _require_same(target, {**settings, **dict.fromkeys(foreign)})
+  vocab = _vocabulary(text.open_text(inputs), vocab_size, bert_normalizer(lowercase, {}), min_frequency, max_alphabet)
+  learnt = _learnt(vocab, config)
+  if not overwrite:
+    _require_same(target, learnt)
+  _write(target, {**settings, **learnt})
+  return load_tokenizer(target)
+
+
+def _vocabulary(
+  sources: Sequence[text.TextSource],
+  vocab_size: int,
+  normalizer: normalizers.BertNormalizer,
+  min_frequency: int,
+  max_alphabet: int,
+) -> dict[str, int]:
+  """Word piece -> id, by id."""
   room = (vocab_size - len(SPECIAL_TOKENS)) // 2
   alphabet = _alphabet(sources, normalizer, min(max_alphabet, room))
   trainer = trainers.WordPieceTrainer(
@@ -79,10 +100,7 @@ def train_wordpiece(
   scratch.normalizer = normalizer
   scratch.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
   scratch.train_from_iterator(_batches(sources, 'count words'), trainer)
-  vocab = scratch.get_vocab(with_added_tokens=True)
-  files = _files(dict(sorted(vocab.items(), key=lambda item: item[1])), lowercase, model_max_length)
-  _write(files, target, overwrite)
-  return load_tokenizer(target)
+  return dict(sorted(scratch.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1]))
 
 
 def _batches(sources: Sequence[text.TextSource], what: str) -> Iterator[list[str]]:
@@ -109,10 +127,15 @@ def _alphabet(sources: Sequence[text.TextSource], normalizer: normalizers.BertNo
   return sorted(chars[:limit])
 
 
-def _write(files: dict[str, bytes], target: epath.Path, overwrite: bool) -> None:
-  for name in () if overwrite else TOKENIZER_FILES:
-    if (target / name).exists() and (target / name).read_bytes() != files.get(name):
+def _require_same(target: epath.Path, files: Mapping[str, bytes | None]) -> None:
+  """Raises ConfigError for a file that is there with another content; None stands for no file."""
+  for name, content in files.items():
+    if (target / name).exists() and (target / name).read_bytes() != content:
       raise ConfigError(f'{target} holds another tokenizer ({name} differs); choose another output or set overwrite')
+
+
+def _write(target: epath.Path, files: Mapping[str, bytes]) -> None:
+  """In their order: settings first, so that no half of a folder is read with others."""
   target.mkdir(parents=True, exist_ok=True)
   for name in set(TOKENIZER_FILES) - set(files):
     (target / name).unlink(missing_ok=True)
@@ -120,20 +143,24 @@ def _write(files: dict[str, bytes], target: epath.Path, overwrite: bool) -> None
     write_whole(target / name, content)
 
 
-def _files(vocab: dict[str, int], lowercase: bool, model_max_length: int) -> dict[str, bytes]:
-  """In the order in which they are written: settings first, so that no half of a folder is read with others."""
-  special = {f'{role}_token': token for role, token in zip(ROLES, SPECIAL_TOKENS, strict=True)}
-  config = {
+def _config(lowercase: bool, model_max_length: int) -> dict[str, Any]:
+  return {
     'do_lower_case': lowercase,
     'model_max_length': model_max_length,
     'strip_accents': None,
     'tokenize_chinese_chars': True,
     'tokenizer_class': 'BertTokenizer',
-    **special,
+    **_SPECIAL,
   }
-  settings = {'tokenizer_config.json': config, 'special_tokens_map.json': special}
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, bytes]:
+  files = {'tokenizer_config.json': config, 'special_tokens_map.json': _SPECIAL}
+  return {name: (json.dumps(value, indent=2, sort_keys=True) + '\n').encode() for name, value in files.items()}
+
+
+def _learnt(vocab: dict[str, int], config: dict[str, Any]) -> dict[str, bytes]:
   return {
-    **{name: (json.dumps(value, indent=2, sort_keys=True) + '\n').encode() for name, value in settings.items()},
     'tokenizer.json': bert_backend(vocab, config).to_str(pretty=True).encode(),
     'vocab.txt': ''.join(t + '\n' for t in vocab).encode(),
   }

@@ -289,6 +289,8 @@ def test_another_tokenizer_is_replaced_when_asked(corpus, vocabulary, tmp_path):
   """Mutation: leave `added_tokens.json` there."""
   folder = changed(vocabulary, tmp_path / 't')
   (folder / 'added_tokens.json').write_text('{"[X]": 7}')
+  with pytest.raises(ConfigError, match='added_tokens.json differs'):  # before any text is looked for
+    train_wordpiece(str(tmp_path / 'none'), 120, folder)
   train_wordpiece(str(corpus), 120, folder, overwrite=True)
   train_wordpiece(str(corpus), 120, tmp_path / 'fresh')
   assert {p.name: p.read_bytes() for p in folder.iterdir()} == {
